@@ -1,0 +1,158 @@
+"""`SCEState`: what an objective remembers between calls, and how it is saved.
+
+It is no module and no part of the model: label counts (the tail's prior and the frequent list)
+and running averages that choose the control variate and feed the logs. It is local to a process.
+
+A call under gradient checkpointing runs twice, and the second run must see the counts of the
+first. The state keeps the labels of the latest calls, keyed by their seed, and takes later calls'
+labels out again when a seed comes back. Calls without gradients do not count.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import OrderedDict
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+REMEMBERED_CALLS = 64
+"""Calls that can be replayed: a backward pass comes at most this many calls after its forward."""
+AVERAGE_DECAY = 0.9
+"""Weight of the past in the running averages."""
+_AVERAGES = ("variance_plain", "variance_control", "coverage", "products_per_position")
+
+
+@dataclass(frozen=True)
+class _Call:
+    labels: torch.Tensor
+    prefer_control_variate: bool
+
+
+class SCEState:
+    """Label counts and running averages of one objective on one process.
+
+    It takes its size and device from the first call, so ``SCEState()`` fits every vocabulary.
+    """
+
+    def __init__(self) -> None:
+        self.counts: torch.Tensor | None = None
+        """``[V]`` int64: how often each class was a label."""
+        self.step = 0
+        """Calls that counted."""
+        self.averages: dict[str, float] = {}
+        """Running averages over those calls."""
+        self._recent: OrderedDict[int, _Call] = OrderedDict()
+
+    @property
+    def is_new(self) -> bool:
+        """True until a call has counted or a saved state was loaded."""
+        return self.step == 0
+
+    @property
+    def prefer_control_variate(self) -> bool:
+        """Whether the control variate has had the smaller variance so far (True at the start)."""
+        plain, control = (self.averages.get(name) for name in _AVERAGES[:2])
+        return plain is None or control is None or control <= plain
+
+    def begin_call(
+        self, labels: torch.Tensor, vocab_size: int, seed: int
+    ) -> tuple[torch.Tensor, bool, bool]:
+        """Counts ``[V]`` with this call's labels in, the control-variate choice, and whether the
+        call is counted (False for a replay and under ``no_grad``).
+
+        Raises:
+            ValueError: the state belongs to another vocabulary.
+        """
+        if self.counts is None:
+            self.counts = torch.zeros(vocab_size, dtype=torch.int64, device=labels.device)
+        if self.counts.numel() != vocab_size:
+            raise ValueError(
+                f"this SCEState counts {self.counts.numel()} classes but weight has {vocab_size} "
+                "rows; give each vocabulary an SCEState of its own."
+            )
+        self.counts = self.counts.to(labels.device)
+        if seed in self._recent:
+            counts, later = self.counts.clone(), False
+            for other, call in self._recent.items():
+                if later:
+                    _add(counts, call.labels, -1)
+                later = later or other == seed
+            return counts, self._recent[seed].prefer_control_variate, False
+        prefer = self.prefer_control_variate
+        if not torch.is_grad_enabled() or _inside_backward():
+            return _add(self.counts.clone(), labels, 1), prefer, False
+        _add(self.counts, labels, 1)
+        self.step += 1
+        self._recent[seed] = _Call(labels.clone(), prefer)
+        if len(self._recent) > REMEMBERED_CALLS:
+            self._recent.popitem(last=False)
+        return self.counts, prefer, True
+
+    def average(self, **values: float) -> None:
+        """Fold one call's figures into the running averages."""
+        for name, value in values.items():
+            past = self.averages.get(name, value)
+            self.averages[name] = AVERAGE_DECAY * past + (1.0 - AVERAGE_DECAY) * value
+
+    def summary(self) -> dict[str, float]:
+        """Running averages for logs: coverage, products per position, and relative error, the
+        standard deviation of Zhat over Zhat with the estimator in use. Empty at first."""
+        figures = {k: self.averages[k] for k in _AVERAGES[2:] if k in self.averages}
+        variances = [self.averages[k] for k in _AVERAGES[:2] if k in self.averages]
+        if variances:
+            figures["relative_error"] = min(variances) ** 0.5
+        return figures
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write a safetensors file, complete or not at all."""
+        path = Path(path)
+        counts = torch.zeros(0, dtype=torch.int64) if self.counts is None else self.counts
+        averages = [self.averages.get(name, float("nan")) for name in _AVERAGES]
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        save_file(
+            {
+                "counts": counts.cpu().contiguous(),
+                "step": torch.tensor(self.step),
+                "averages": torch.tensor(averages, dtype=torch.float64),
+            },
+            temporary,
+        )
+        os.replace(temporary, path)
+
+    def load(self, path: str | os.PathLike) -> None:
+        """Take over a saved state.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: the file is no complete saved state, or counts another vocabulary.
+        """
+        try:
+            saved = load_file(path)
+            counts, step, averages = saved["counts"], int(saved["step"]), saved["averages"].tolist()
+        except (SafetensorError, KeyError, ValueError) as error:
+            raise ValueError(
+                f"{path} is not a complete SCEState file ({error}); delete it to start the state "
+                "anew, or restore it from another checkpoint."
+            ) from error
+        if self.counts is not None and counts.numel() not in (0, self.counts.numel()):
+            raise ValueError(
+                f"{path} counts {counts.numel()} classes but this model has "
+                f"{self.counts.numel()}; load the state that was saved with this model."
+            )
+        self.counts = counts if counts.numel() else None
+        self.step = step
+        self.averages = {k: v for k, v in zip(_AVERAGES, averages) if v == v}
+        self._recent.clear()
+
+
+def _add(counts: torch.Tensor, labels: torch.Tensor, amount: int) -> torch.Tensor:
+    return counts.index_add_(0, labels, torch.full_like(labels, amount))
+
+
+def _inside_backward() -> bool:
+    """True while autograd runs a backward pass: gradient checkpointing recomputes there."""
+    return torch._C._current_graph_task_id() != -1

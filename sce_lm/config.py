@@ -1,0 +1,297 @@
+"""`SCEConfig`: every choice of the SCE losses in one place, checked once, resolved once.
+
+Which strata for which problem (see :meth:`SCEConfig.resolve`):
+
+* V < 65,536: no buckets. A scan of the catalogue costs ``num_buckets · V / N`` products a position
+  and gains little over a larger tail while logits are flat.
+* V >= 65,536: 64 buckets of 1,024 candidates (never more than one bucket for 32 positions).
+  Pretrained language models are peaked: most of the mass lies on few, context-dependent tokens,
+  which buckets hold with certainty.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+Auto = Literal["auto"]
+
+
+@dataclass(frozen=True)
+class SCEConfig:
+    """Configuration of SCE: corrected by default, as published by :meth:`published`.
+
+    Raises ValueError for a value out of range and for combinations that mean nothing.
+    """
+
+    correction: Literal["priority", "none"] = "priority"
+    """"priority": a priority sample of the rest of the catalogue makes the partition function
+    unbiased. "none": a softmax over the candidates alone, a lower bound of the partition."""
+
+    num_buckets: int | Auto = "auto"
+    """Buckets of positions, each with candidates of its own; 0 skips the catalogue scan."""
+
+    bucket_candidates: int | Auto = "auto"
+    """Candidates of each bucket: the classes with the largest logits at its centre."""
+
+    assignment: Literal["nearest", "balanced", "topk"] = "nearest"
+    """"nearest": a position belongs to its nearest centre's bucket. "balanced": the same, cut into
+    equal buckets. "topk": a bucket takes the positions nearest to it, so that a position may be
+    in several or in none (the published form)."""
+
+    centers: Literal["kmeans", "mix", "random"] = "kmeans"
+    """"kmeans": a few k-means steps on the batch's hidden states. "mix": random mixtures of them.
+    "random": Gaussian directions. The last two go with assignment "topk"."""
+
+    shared_labels: bool = True
+    """Keep the labels of the batch as candidates of every position, with certainty."""
+
+    shared_frequent: int | Auto = "auto"
+    """Number of most frequent labels so far that are candidates of every position."""
+
+    tail_candidates: int | Auto = "auto"
+    """Size of the priority sample from everything else, one for all positions; 0 drops it."""
+
+    prior: Literal["labels", "uniform"] = "labels"
+    """Proposal of the tail: label frequencies seen so far, or the same for every class."""
+
+    prior_power: float = 0.75
+    """Power on the frequencies, in [0, 1]."""
+
+    uniform_floor: float = 0.1
+    """Share of the proposal spread evenly over the catalogue, in (0, 1]; bounds the weights."""
+
+    control_variate: bool | Auto = "auto"
+    """Take the tail's part that is known in closed form out of the sample (Jensen control
+    variate). "auto" chooses by a running average of the variance with and without it."""
+
+    bucket_positions: int | Auto = "auto"
+    """Positions of a bucket; assignment "topk" only."""
+
+    alpha: float = 2.0
+    """Size factor: num_buckets · bucket_positions = alpha² · N; assignment "topk" only."""
+
+    beta: float = 1.0
+    """Shape factor: bucket_positions / num_buckets; assignment "topk" only."""
+
+    reduce: Literal["max", "mean"] = "max"
+    """A position's loss over its buckets; assignment "topk" only."""
+
+    sparse_grad: bool = False
+    """Return a row-sparse gradient of the weight: candidate and label rows. With the control
+    variate the gradient through the catalogue's mean is then left out, an approximation."""
+
+    backend: Literal["auto", "torch"] = "auto"
+    """Implementation of the numeric core; "torch" is the only one in this version."""
+
+    def __post_init__(self) -> None:
+        choices = {
+            "correction": ("priority", "none"),
+            "assignment": ("nearest", "balanced", "topk"),
+            "centers": ("kmeans", "mix", "random"),
+            "prior": ("labels", "uniform"),
+            "reduce": ("max", "mean"),
+            "backend": ("auto", "torch"),
+        }
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(
+                    f"SCEConfig.{name} is {getattr(self, name)!r}; choose one of "
+                    + ", ".join(map(repr, allowed))
+                    + "."
+                )
+        smallest = {
+            "num_buckets": 0,
+            "bucket_candidates": 1,
+            "shared_frequent": 0,
+            "tail_candidates": 0,
+            "bucket_positions": 1,
+        }
+        for name, low in smallest.items():
+            value = getattr(self, name)
+            is_count = isinstance(value, int) and not isinstance(value, bool) and value >= low
+            if value != "auto" and not is_count:
+                raise ValueError(
+                    f'SCEConfig.{name} is {value!r}; give an integer from {low} up, or "auto".'
+                )
+        if self.control_variate not in (True, False, "auto"):
+            raise ValueError(
+                f"SCEConfig.control_variate is {self.control_variate!r}; give True, False or "
+                '"auto".'
+            )
+        if not 0.0 <= self.prior_power <= 1.0:
+            raise ValueError(f"SCEConfig.prior_power is {self.prior_power}; give one in [0, 1].")
+        if not 0.0 < self.uniform_floor <= 1.0:
+            raise ValueError(
+                f"SCEConfig.uniform_floor is {self.uniform_floor}; give one in (0, 1]: without a "
+                "floor the weights of rare classes have no bound."
+            )
+        for name in ("alpha", "beta"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value > 0):
+                raise ValueError(f"SCEConfig.{name} is {value}; give a positive number.")
+        self._refuse_meaningless()
+
+    def _refuse_meaningless(self) -> None:
+        defaults = {f.name: f.default for f in dataclasses.fields(self)}
+        if self.assignment == "topk":
+            asked = {
+                "correction": self.correction != "none",
+                "centers": self.centers == "kmeans",
+                "shared_labels": self.shared_labels,
+                "shared_frequent": self.shared_frequent not in (0, "auto"),
+                "num_buckets": self.num_buckets == 0,
+            }
+            reason = (
+                'assignment="topk" puts a position into several buckets or none, as published: '
+                'it takes correction="none", centers "mix" or "random", shared_labels=False, '
+                "shared_frequent=0 and at least one bucket (SCEConfig.published() sets them)"
+            )
+        else:
+            asked = {
+                "centers": self.centers != "kmeans",
+                **{
+                    name: getattr(self, name) != defaults[name]
+                    for name in ("bucket_positions", "alpha", "beta", "reduce")
+                },
+            }
+            reason = (
+                'centers "mix" and "random", bucket_positions, alpha, beta and reduce belong to '
+                'assignment="topk"'
+            )
+        wrong = [name for name, is_wrong in asked.items() if is_wrong]
+        if wrong:
+            raise ValueError(f"SCEConfig: {', '.join(wrong)} cannot be set like this; {reason}.")
+        if self.correction == "none":
+            if self.tail_candidates not in (0, "auto"):
+                raise ValueError(
+                    f"SCEConfig: tail_candidates={self.tail_candidates} is a sample that must be "
+                    'weighted; use correction="priority", or tail_candidates=0.'
+                )
+            if self.control_variate is True:
+                raise ValueError(
+                    "SCEConfig: control_variate=True corrects a sampled tail; use "
+                    'correction="priority", or control_variate=False.'
+                )
+        if self.num_buckets == 0 and self.bucket_candidates != "auto":
+            raise ValueError(
+                f"SCEConfig: bucket_candidates={self.bucket_candidates} with num_buckets=0 is "
+                "never used; give num_buckets, or leave bucket_candidates out."
+            )
+        if self.tail_candidates == 0 and self.control_variate is True:
+            raise ValueError(
+                "SCEConfig: control_variate=True needs a tail; give tail_candidates, or "
+                "control_variate=False."
+            )
+        no_candidates = (
+            self.num_buckets == 0
+            and self.tail_candidates == 0
+            and not self.shared_labels
+            and self.shared_frequent == 0
+        )
+        if no_candidates:
+            raise ValueError(
+                "SCEConfig: no candidates are left; give buckets, a shared list or a tail."
+            )
+
+    @classmethod
+    def published(
+        cls,
+        alpha: float = 2.0,
+        beta: float = 1.0,
+        bucket_candidates: int = 256,
+        mix: bool = True,
+        **options: Any,
+    ) -> SCEConfig:
+        """SCE as in arXiv 2409.18721: n_b = alpha·sqrt(N/beta), b_x = alpha·sqrt(N·beta).
+
+        ``mix`` makes the centres random mixtures of the batch's hidden states instead of Gaussian
+        directions. Further ``options`` are fields, for instance ``num_buckets``.
+        """
+        fields: dict[str, Any] = {
+            "correction": "none",
+            "assignment": "topk",
+            "centers": "mix" if mix else "random",
+            "shared_labels": False,
+            "shared_frequent": 0,
+            "tail_candidates": 0,
+            "control_variate": False,
+            "alpha": alpha,
+            "beta": beta,
+            "bucket_candidates": bucket_candidates,
+        }
+        return cls(**{**fields, **options})
+
+    def resolve(
+        self, num_positions: int, vocab_size: int, prefer_control_variate: bool = True
+    ) -> SCESizes:
+        """A number for every "auto", and no list longer than there are positions or classes.
+
+        Args:
+            num_positions: N, positions with a label in this call.
+            vocab_size: V.
+            prefer_control_variate: what past draws say for ``control_variate="auto"``.
+        """
+        n, v = num_positions, vocab_size
+        published = self.assignment == "topk"
+        corrected = self.correction == "priority"
+        if published:
+            auto_buckets = max(1, round(self.alpha * math.sqrt(n / self.beta)))
+            auto_positions = max(1, round(self.alpha * math.sqrt(n * self.beta)))
+            num_buckets = _pick(self.num_buckets, auto_buckets)
+            bucket_positions = min(_pick(self.bucket_positions, auto_positions), n)
+        else:
+            wants_buckets = v >= 2**16 or not corrected
+            auto_buckets = max(1, min(64, n // 32)) if wants_buckets else 0
+            num_buckets = min(_pick(self.num_buckets, auto_buckets), n)
+            bucket_positions = -(-n // num_buckets) if num_buckets else 0
+        auto_tail = (1024 if num_buckets else 2048) if corrected else 0
+        tail = min(_pick(self.tail_candidates, auto_tail), v)
+        control = prefer_control_variate if self.control_variate == "auto" else self.control_variate
+        return SCESizes(
+            num_buckets=num_buckets,
+            bucket_positions=bucket_positions,
+            bucket_candidates=(
+                min(_pick(self.bucket_candidates, 1024), v) if num_buckets else 0
+            ),
+            shared_frequent=0 if published else min(_pick(self.shared_frequent, 1024), v),
+            tail_candidates=tail,
+            control_variate=control and tail > 0,
+        )
+
+    def __str__(self) -> str:
+        return _table(self)
+
+
+@dataclass(frozen=True)
+class SCESizes:
+    """What :meth:`SCEConfig.resolve` decided for one problem: no "auto" is left."""
+
+    num_buckets: int
+    """Buckets of positions; 0: no scan of the catalogue."""
+    bucket_positions: int
+    """Positions a bucket takes ("topk"), or holds on average."""
+    bucket_candidates: int
+    """Candidates of each bucket."""
+    shared_frequent: int
+    """Most frequent labels kept as candidates of every position."""
+    tail_candidates: int
+    """Size of the priority sample."""
+    control_variate: bool
+    """Whether the tail uses the control variate."""
+
+    def __str__(self) -> str:
+        return _table(self)
+
+
+def _pick(value: int | Auto, auto: int) -> int:
+    return auto if value == "auto" else value
+
+
+def _table(config: SCEConfig | SCESizes) -> str:
+    """Field and value, one line each."""
+    fields = dataclasses.asdict(config)
+    width = max(map(len, fields))
+    return "\n".join(f"{name:<{width}}  {value}" for name, value in fields.items())

@@ -1,0 +1,204 @@
+"""What every objective shares: the call, its checks, ignored labels, reductions and statistics."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from sce_lm.candidates.state import SCEState
+from sce_lm.ops.exact_cross_entropy import compute_dtype
+from sce_lm.ops.logits import LogitTransform
+
+Reduction = Literal["mean", "sum", "none"]
+
+
+@dataclass(frozen=True, slots=True)
+class Statistics:
+    """What a call saw, for logs and for judging whether there were enough candidates."""
+
+    num_valid: int
+    """Positions whose label is not ``ignore_index``."""
+    coverage: float = 1.0
+    """Share of the valid positions that were trained; below 1 only for published SCE."""
+    products_per_position: float = 0.0
+    """Inner products of width d in the forward pass, per valid position (scan included)."""
+    covered: torch.Tensor | None = None
+    """Bool, the shape of ``labels``: positions that were trained. None: all valid ones."""
+    relative_error: torch.Tensor | None = None
+    """Estimated standard deviation of Zhat over Zhat, the shape of ``labels``, 0 where ignored.
+    None where the partition function is not sampled. Mass that was never drawn is not seen."""
+    correct: torch.Tensor | None = None
+    """Bool, the shape of ``labels``: the label has the largest logit of all. Exact loss only."""
+
+
+@dataclass(frozen=True, slots=True)
+class HeadInputs:
+    """One checked call without its ignored positions: what a method's own code works on."""
+
+    hidden: torch.Tensor
+    """``[N, d]``, N >= 1."""
+    weight: torch.Tensor
+    """``[V, d]``."""
+    labels: torch.Tensor
+    """``[N]`` int64 in ``[0, V)``."""
+    bias: torch.Tensor | None
+    """``[V]`` or None."""
+    post: LogitTransform
+    position_weight: torch.Tensor | None
+    """0-dim factor on the sum of losses; None asks for a loss per position."""
+    generator: torch.Generator | None
+    want_statistics: bool
+
+
+class Objective(ABC):
+    """A training loss over a linear head, called as :func:`sce_lm.sce_loss` is.
+
+    A subclass implements :meth:`compute` on positions that all have a label.
+    """
+
+    name: str
+    """Its name in :func:`sce_lm.objectives.get`."""
+    config: Any = None
+    """Its frozen configuration, or None."""
+    state: SCEState | None = None
+    """What it remembers between calls, or None."""
+
+    @abstractmethod
+    def compute(self, inputs: HeadInputs) -> tuple[torch.Tensor, Statistics]:
+        """The weighted sum of losses (or ``[N]`` losses) and statistics with ``[N]`` fields."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Name and options as JSON-able values; ``objectives.get(**d)`` builds it again."""
+        return {"name": self.name}
+
+    @torch.compiler.disable
+    def __call__(
+        self,
+        hidden_states: torch.Tensor,
+        weight: torch.Tensor,
+        labels: torch.Tensor,
+        *,
+        bias: torch.Tensor | None = None,
+        post: LogitTransform = LogitTransform(),
+        generator: torch.Generator | None = None,
+        reduction: Reduction = "mean",
+        ignore_index: int = -100,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        return_stats: bool = False,
+    ) -> torch.Tensor | tuple[torch.Tensor, Statistics]:
+        """The loss of ``softmax(post(hidden_states @ weight.T + bias))`` against ``labels``.
+
+        Args:
+            hidden_states: ``[..., d]``; fp16, bf16, fp32 or fp64.
+            weight: ``[V, d]``; its own dtype may differ from that of ``hidden_states``.
+            labels: ``[...]`` int64, aligned with ``hidden_states`` (no shift is made here).
+            bias: ``[V]`` or None.
+            post: what the model does to its raw logits.
+            generator: CPU generator that gives the seed of this call's draws; None: torch's default.
+            reduction: "mean" over valid positions, "sum", or "none" (``[...]``, 0 where ignored).
+            ignore_index: label of positions that are left out.
+            num_items_in_batch: the sum is divided by this instead, as transformers does over
+                accumulated batches; goes with reduction "mean" or "sum".
+            return_stats: also return :class:`Statistics`.
+
+        Returns:
+            The loss in fp32 (fp64 for fp64 inputs). If every label is ignored: zeros that are
+            connected to the graph.
+
+        Raises:
+            ValueError: shapes that do not fit, a label outside ``[0, V)``, an unknown reduction.
+            TypeError: labels that are not integers.
+        """
+        check_inputs(hidden_states, weight, labels, bias, reduction, ignore_index)
+        dtype = compute_dtype(hidden_states, weight)
+        flat_labels = labels.reshape(-1).long()
+        valid = (flat_labels != ignore_index).nonzero().squeeze(1)
+        num_valid = valid.numel()
+        if num_valid == 0:
+            loss = connected_zero(hidden_states, weight, bias).to(dtype)
+            if reduction == "none":
+                loss = loss + hidden_states.new_zeros(labels.shape, dtype=dtype)
+            return (loss, Statistics(num_valid=0)) if return_stats else loss
+
+        hidden = hidden_states.reshape(-1, hidden_states.shape[-1])
+        if num_valid < flat_labels.numel():
+            hidden, flat_labels = hidden[valid], flat_labels[valid]
+        position_weight = None
+        if reduction != "none":
+            denominator = num_valid if reduction == "mean" else 1
+            if num_items_in_batch is not None:
+                denominator = num_items_in_batch
+            position_weight = torch.reciprocal(
+                torch.as_tensor(denominator, dtype=dtype, device=hidden.device)
+            )
+        inputs = HeadInputs(
+            hidden, weight, flat_labels, bias, post, position_weight, generator, return_stats
+        )
+        # Autocast would round the logits; the losses choose their own dtype.
+        with torch.autocast(hidden.device.type, enabled=False):
+            loss, statistics = self.compute(inputs)
+        if reduction == "none":
+            loss = scatter_to(labels, valid, loss)
+        if not return_stats:
+            return loss
+        fields = {
+            name: None if value is None else scatter_to(labels, valid, value)
+            for name in ("covered", "relative_error", "correct")
+            for value in (getattr(statistics, name),)
+        }
+        return loss, Statistics(
+            num_valid, statistics.coverage, statistics.products_per_position, **fields
+        )
+
+
+def scatter_to(labels: torch.Tensor, valid: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """``[N]`` values at their places in the shape of ``labels``, 0 elsewhere."""
+    if valid.numel() == labels.numel():
+        return values.reshape(labels.shape)
+    full = values.new_zeros(labels.numel())
+    return full.index_copy(0, valid, values).reshape(labels.shape)
+
+
+def connected_zero(*tensors: torch.Tensor | None) -> torch.Tensor:
+    """0 that depends on every tensor, so that ranks without labels still join the backward pass."""
+    return torch.stack([t[:0].sum().float() for t in tensors if t is not None]).sum()
+
+
+def check_inputs(hidden_states, weight, labels, bias, reduction, ignore_index) -> None:
+    """Raise one sentence for inputs that do not fit together."""
+    if weight.dim() != 2:
+        raise ValueError(
+            f"weight has shape {tuple(weight.shape)}; the output head's [vocab_size, hidden_size] "
+            "matrix is needed."
+        )
+    vocab_size, width = weight.shape
+    if hidden_states.dim() < 1 or hidden_states.shape[-1] != width:
+        raise ValueError(
+            f"hidden_states has shape {tuple(hidden_states.shape)} and weight "
+            f"{tuple(weight.shape)}; their last dimensions must be equal, so pass the hidden "
+            "states that enter this head."
+        )
+    if labels.shape != hidden_states.shape[:-1]:
+        raise ValueError(
+            f"labels has shape {tuple(labels.shape)} but hidden_states has "
+            f"{tuple(hidden_states.shape)}; pass one label for each position, already shifted."
+        )
+    if labels.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"labels has dtype {labels.dtype}; pass integer class ids (int64).")
+    if bias is not None and bias.shape != (vocab_size,):
+        raise ValueError(
+            f"bias has shape {tuple(bias.shape)}; [{vocab_size}], one number for each row of "
+            "weight, is needed."
+        )
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f'reduction is {reduction!r}; choose "mean", "sum" or "none".')
+    if labels.numel():
+        outside = ((labels < 0) | (labels >= vocab_size)) & (labels != ignore_index)
+        if outside.any():
+            raise ValueError(
+                f"labels holds {labels[outside][0].item()}, outside [0, {vocab_size}) and not "
+                f"ignore_index={ignore_index}; check that tokenizer and head have the same size."
+            )

@@ -1,0 +1,29 @@
+"""Exact cross-entropy as an objective: the baseline, and what evaluation always uses."""
+
+from __future__ import annotations
+
+import torch
+
+from sce_lm.objectives.base import HeadInputs, Objective, Statistics
+from sce_lm.ops.exact_cross_entropy import exact_cross_entropy
+
+
+class Exact(Objective):
+    """``log sum_j exp(s_tj) - s_{t,y_t}`` over the whole vocabulary, streamed."""
+
+    name = "exact"
+
+    def compute(self, inputs: HeadInputs) -> tuple[torch.Tensor, Statistics]:
+        result = exact_cross_entropy(
+            inputs.hidden,
+            inputs.weight,
+            inputs.labels,
+            bias=inputs.bias,
+            post=inputs.post,
+            position_weight=inputs.position_weight,
+        )
+        return result.loss, Statistics(
+            num_valid=inputs.labels.numel(),
+            products_per_position=float(inputs.weight.shape[0]),
+            correct=result.correct,
+        )

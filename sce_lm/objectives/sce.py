@@ -1,0 +1,250 @@
+"""Scalable Cross-Entropy: as published, and corrected.
+
+Published (arXiv 2409.18721, algorithm 1): random directions B pick ``b_x`` positions and ``b_y``
+classes each by inner product; the softmax runs inside the bucket, and a position in several
+buckets takes its largest loss. Positions in no bucket are not trained, and the partition function
+is a lower bound.
+
+Corrected: three disjoint strata for each position, whose sums add up to an unbiased Zhat.
+
+* shared: the batch's labels and the most frequent classes, with certainty;
+* bucket: the top classes at the centre of the position's k-means bucket, with certainty;
+* tail:   a priority sample (Duffield, Lund, Thorup 2007) of everything else, one for all positions.
+
+The tail's control variate is Jensen's tangent. With m the mean raw logit over the rest R, known from
+the mean of W's rows, ``sum_{j in R} (x_j - m) = 0``, so for ``phi = exp(g(x) - g(m)) - 1 - g'(m)(x - m)``
+
+    sum_{j in R} exp s_j  =  exp(g(m)) · (|R| + sum_{j in R} phi_j)
+
+and only phi is sampled. It is exactly unbiased for every g. Unbiased means Zhat and its gradient;
+``log Zhat`` carries a bias of about half its relative variance, which the statistics report.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+
+from sce_lm.candidates.buckets import (
+    KMEANS_POSITIONS_PER_BUCKET,
+    KMEANS_STEPS,
+    kmeans_buckets,
+    random_centers,
+)
+from sce_lm.candidates.noise import draw_seed, stream
+from sce_lm.candidates.prior import log_label_prior
+from sce_lm.candidates.priority import priority_sample
+from sce_lm.candidates.state import SCEState
+from sce_lm.config import SCEConfig, SCESizes
+from sce_lm.objectives.base import HeadInputs, Objective, Statistics
+from sce_lm.ops.candidate_cross_entropy import (
+    Candidates,
+    candidate_cross_entropy,
+    candidate_variance,
+)
+from sce_lm.ops.catalogue_scan import catalogue_topk
+from sce_lm.ops.exact_cross_entropy import compute_dtype
+
+MONITOR_EVERY = 8
+"""Calls between two measurements of the tail's variance."""
+MONITOR_POSITIONS = 256
+"""Positions that each of them looks at, spread evenly over the batch."""
+
+
+class SCE(Objective):
+    """Scalable Cross-Entropy by an :class:`SCEConfig`, with its state."""
+
+    name = "sce"
+
+    def __init__(self, config: SCEConfig = SCEConfig(), state: SCEState | None = None) -> None:
+        self.config = config
+        self.state: SCEState = SCEState() if state is None else state
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"name": self.name, **dataclasses.asdict(self.config)}
+
+    def compute(self, inputs: HeadInputs) -> tuple[torch.Tensor, Statistics]:
+        seed = draw_seed(inputs.generator)
+        if self.config.assignment == "topk":
+            return self._published(inputs, seed)
+        return self._corrected(inputs, seed)
+
+    # -- corrected ---------------------------------------------------------------------------
+
+    def _corrected(self, inputs: HeadInputs, seed: int) -> tuple[torch.Tensor, Statistics]:
+        num_positions, vocab_size = len(inputs.labels), len(inputs.weight)
+        counts, prefer, counted = self.state.begin_call(inputs.labels, vocab_size, seed)
+        sizes = self.config.resolve(num_positions, vocab_size, prefer)
+        with torch.no_grad():
+            candidates = self._choose(inputs, sizes, counts, seed)
+        result = candidate_cross_entropy(
+            inputs.hidden,
+            inputs.weight,
+            inputs.labels,
+            candidates,
+            bias=inputs.bias,
+            post=inputs.post,
+            position_weight=inputs.position_weight,
+        )
+        products = len(candidates.shared) + len(candidates.tail)
+        if candidates.bucket_items is not None:
+            buckets, own = candidates.bucket_items.shape
+            fitted = min(1.0, KMEANS_POSITIONS_PER_BUCKET * buckets / num_positions)
+            scan = buckets * vocab_size / num_positions
+            products += own + scan + buckets * (KMEANS_STEPS * fitted + 1)
+
+        relative_error = None
+        monitors = counted and (self.state.step - 1) % MONITOR_EVERY == 0
+        if len(candidates.tail) and (monitors or inputs.want_statistics):
+            chosen = None
+            if not inputs.want_statistics:
+                count = min(num_positions, MONITOR_POSITIONS)
+                chosen = torch.linspace(0, num_positions - 1, count).long().to(counts.device)
+            with torch.no_grad():
+                plain, control = candidate_variance(
+                    inputs.hidden,
+                    inputs.weight,
+                    inputs.labels,
+                    candidates,
+                    result.log_partition,
+                    bias=inputs.bias,
+                    post=inputs.post,
+                    positions=chosen,
+                )
+            if inputs.want_statistics:
+                relative_error = (control if sizes.control_variate else plain).sqrt()
+            if monitors:
+                self.state.average(
+                    variance_plain=float(plain.mean()), variance_control=float(control.mean())
+                )
+        if counted:
+            self.state.average(coverage=1.0, products_per_position=float(products))
+        return result.loss, Statistics(
+            num_valid=num_positions,
+            products_per_position=float(products),
+            relative_error=relative_error,
+        )
+
+    def _choose(self, inputs: HeadInputs, sizes: SCESizes, counts, seed: int) -> Candidates:
+        """The three strata of one call."""
+        config, weight, device = self.config, inputs.weight, inputs.labels.device
+        listed = [torch.topk(counts, sizes.shared_frequent).indices]
+        if config.shared_labels:
+            listed.append(inputs.labels)
+        shared = torch.unique(torch.cat(listed))
+
+        items = bucket_of = None
+        own = min(sizes.bucket_candidates, len(weight) - len(shared))
+        if own > 0:
+            centers, bucket_of = kmeans_buckets(
+                inputs.hidden.to(compute_dtype(inputs.hidden)),
+                sizes.num_buckets,
+                stream(seed, "buckets", device),
+                balanced=config.assignment == "balanced",
+            )
+            items = catalogue_topk(centers, weight, own, bias=inputs.bias, excluded=shared)
+
+        tail = shared.new_empty(0)
+        log_weights = torch.zeros(0, dtype=torch.float64, device=device)
+        if sizes.tail_candidates:
+            if config.prior == "labels":
+                proposal = log_label_prior(counts, config.prior_power, config.uniform_floor)
+            else:
+                proposal = torch.zeros(len(weight), dtype=torch.float64, device=device)
+            proposal[shared] = -torch.inf
+            tail, log_weights = priority_sample(
+                proposal, sizes.tail_candidates, stream(seed, "tail", device)
+            )
+        return Candidates(
+            shared,
+            tail,
+            log_weights,
+            items,
+            bucket_of,
+            control_variate=sizes.control_variate,
+            sparse_grad=config.sparse_grad,
+        )
+
+    # -- published ---------------------------------------------------------------------------
+
+    def _published(self, inputs: HeadInputs, seed: int) -> tuple[torch.Tensor, Statistics]:
+        num_positions, vocab_size = len(inputs.labels), len(inputs.weight)
+        counted = self.state.begin_call(inputs.labels, vocab_size, seed)[2]
+        sizes = self.config.resolve(num_positions, vocab_size)
+        device = inputs.labels.device
+        with torch.no_grad():
+            hidden = inputs.hidden.to(compute_dtype(inputs.hidden))
+            centers = random_centers(
+                hidden,
+                sizes.num_buckets,
+                stream(seed, "centers", device),
+                mix=self.config.centers == "mix",
+            )
+            scores = centers @ hidden.T
+            position = torch.topk(scores, sizes.bucket_positions, sorted=False).indices.reshape(-1)
+            items = catalogue_topk(
+                centers, inputs.weight, sizes.bucket_candidates, bias=inputs.bias
+            )
+            bucket = torch.arange(len(items), device=device)
+            bucket = bucket.repeat_interleave(sizes.bucket_positions)
+            visits = torch.bincount(position, minlength=num_positions)
+            covered = visits > 0
+            if self.config.reduce == "max":
+                # The losses of all (bucket, position) pairs first; only the largest of each
+                # position is then computed again with its gradient.
+                pair_loss = self._pairs(inputs, position, bucket, items, share=None)
+                best = torch.full_like(pair_loss[:1], -torch.inf).repeat(num_positions)
+                best.scatter_reduce_(0, position, pair_loss, "amax")
+                is_best = (pair_loss == best[position]).nonzero().squeeze(1)
+                pair = torch.full_like(visits, len(position))
+                pair.scatter_reduce_(0, position[is_best], is_best, "amin")
+                pair = pair[covered]
+                position, bucket = position[pair], bucket[pair]
+                visits = covered.long()
+            num_covered = int(covered.sum())
+
+        # mean over covered positions = sum over them / N · (N / covered)
+        dtype = compute_dtype(inputs.hidden, inputs.weight)
+        share = (num_positions / num_covered) / visits[position].to(dtype)
+        if inputs.position_weight is not None:
+            loss = self._pairs(inputs, position, bucket, items, inputs.position_weight * share)
+        else:
+            pair_loss = self._pairs(inputs, position, bucket, items, None)
+            loss = pair_loss.new_zeros(num_positions)
+            loss = loss.index_add(0, position, pair_loss / visits[position].to(dtype))
+        coverage = num_covered / num_positions
+        pairs = sizes.num_buckets * sizes.bucket_positions
+        products = (
+            sizes.num_buckets * (1 + (self.config.centers == "mix") + vocab_size / num_positions)
+            + sizes.bucket_candidates * pairs / num_positions
+        )
+        if counted:
+            self.state.average(coverage=coverage, products_per_position=products)
+        return loss, Statistics(
+            num_valid=num_positions,
+            coverage=coverage,
+            products_per_position=products,
+            covered=covered,
+        )
+
+    def _pairs(self, inputs: HeadInputs, position, bucket, items, share) -> torch.Tensor:
+        """Candidate cross-entropy of (bucket, position) pairs."""
+        none = position.new_empty(0)
+        return candidate_cross_entropy(
+            inputs.hidden[position],
+            inputs.weight,
+            inputs.labels[position],
+            Candidates(
+                none,
+                none,
+                torch.zeros(0, dtype=torch.float64, device=position.device),
+                items,
+                bucket,
+                sparse_grad=self.config.sparse_grad,
+            ),
+            bias=inputs.bias,
+            post=inputs.post,
+            position_weight=share,
+        ).loss

@@ -1,0 +1,51 @@
+"""Top-K of the catalogue by inner product, a tile of classes at a time."""
+
+from __future__ import annotations
+
+import torch
+
+TILE_ELEMENTS = 2**23
+"""Scores held at a time (32 MiB in fp32)."""
+
+
+def catalogue_topk(
+    queries: torch.Tensor,
+    weight: torch.Tensor,
+    size: int,
+    *,
+    bias: torch.Tensor | None = None,
+    excluded: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The ``size`` classes with the largest ``q·w_j + b_j`` for each query.
+
+    Args:
+        queries: ``[Q, d]``.
+        weight: ``[V, d]``.
+        size: K; at most V minus the excluded classes.
+        bias: ``[V]`` or None.
+        excluded: ``[E]`` distinct int64 ids that no query may take.
+
+    Returns:
+        ``[Q, K]`` int64 ids, ascending in each row.
+    """
+    vocab_size, num_queries = weight.shape[0], queries.shape[0]
+    tile = max(size, TILE_ELEMENTS // num_queries)
+    q = queries.to(weight.dtype)
+    scores = ids = None
+    for start in range(0, vocab_size, tile):
+        stop = min(start + tile, vocab_size)
+        s = (q @ weight[start:stop].T).float()
+        if bias is not None:
+            s += bias[start:stop]
+        if excluded is not None:
+            here = excluded[(excluded >= start) & (excluded < stop)]
+            s[:, here - start] = -torch.inf
+        top = torch.topk(s, min(size, stop - start), dim=1, sorted=False)
+        found = top.indices + start
+        if scores is None:
+            scores, ids = top.values, found
+        else:
+            scores, ids = torch.cat([scores, top.values], 1), torch.cat([ids, found], 1)
+            keep = torch.topk(scores, size, dim=1, sorted=False).indices
+            scores, ids = scores.gather(1, keep), ids.gather(1, keep)
+    return ids.sort(dim=1).values
