@@ -253,9 +253,7 @@ class SCEConfig:
         return SCESizes(
             num_buckets=num_buckets,
             bucket_positions=bucket_positions,
-            bucket_candidates=(
-                min(_pick(self.bucket_candidates, 1024), v) if num_buckets else 0
-            ),
+            bucket_candidates=(min(_pick(self.bucket_candidates, 1024), v) if num_buckets else 0),
             shared_frequent=0 if published else min(_pick(self.shared_frequent, 1024), v),
             tail_candidates=tail,
             control_variate=control and tail > 0,

@@ -4,36 +4,54 @@
     c_j = max(0, tau - a_j)                 minus the log of the inclusion probability, given tau
     E[ sum_{j in T} f_j exp(c_j) ] = sum_j f_j         for every f fixed before u is drawn
 
-The sum is right for every f at once, hence for every position that shares the sample.
+The sum is right for every f at once, hence for every position that shares the sample. Cut the
+classes into tiles, take m_i with a threshold of its own from each, and the sum of the tiles' sums
+is just as unbiased: large catalogues are sampled a tile at a time.
 """
 
 from __future__ import annotations
 
 import torch
 
+TILE = 2**18
+"""Classes whose noise is held at a time (2 MiB of fp64)."""
+
 
 def priority_sample(
-    log_proposal: torch.Tensor, size: int, generator: torch.Generator
+    log_proposal: torch.Tensor, size: int, generator: torch.Generator, tile: int = TILE
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Draw ``size`` distinct classes and the log-weights that make their sums unbiased.
 
     Args:
         log_proposal: ``[V]`` fp64, a_j up to a common constant; -inf leaves a class out.
-        size: m; if it reaches the number of classes with a finite ``a``, all of them are taken
-            with weight 1.
+        size: m >= 1; if it reaches the number of classes with a finite ``a``, all of them are
+            taken with weight 1. With several tiles each draws in proportion to its share of the
+            proposal and at least 1, so that the total may differ from m by the number of tiles.
         generator: source of u, on the device of ``log_proposal``. The uniforms have 53 bits, and
             class j takes the j-th, so that a draw does not depend on which classes are left out.
+        tile: classes a tile.
 
     Returns:
         ``[m]`` int64 ids and ``[m]`` fp64 log-weights c >= 0.
     """
-    available = int(torch.isfinite(log_proposal).sum())
-    if size >= available:
-        ids = torch.isfinite(log_proposal).nonzero().squeeze(1)
-        return ids, log_proposal.new_zeros(available)
+    pieces = log_proposal.split(tile)
+    if len(pieces) == 1:
+        return _sample_tile(log_proposal, size, generator)
+    mass = torch.stack([torch.logsumexp(piece, dim=0) for piece in pieces])
+    sizes = (torch.softmax(mass, dim=0) * size).round().clamp_min(1).long().tolist()
+    drawn = [_sample_tile(piece, m, generator) for piece, m in zip(pieces, sizes)]
+    ids = [found + i * tile for i, (found, _) in enumerate(drawn)]
+    return torch.cat(ids), torch.cat([c for _, c in drawn])
+
+
+def _sample_tile(log_proposal, size, generator):
     uniform = torch.rand(
         log_proposal.shape, generator=generator, dtype=torch.float64, device=log_proposal.device
     )
+    finite = torch.isfinite(log_proposal)
+    available = int(finite.sum())
+    if size >= available:
+        return finite.nonzero().squeeze(1), log_proposal.new_zeros(available)
     rank = log_proposal - torch.log1p(-uniform)  # 1 - uniform lies in (0, 1]
     top = torch.topk(rank, size + 1)
     ids, threshold = top.indices[:size], top.values[size]

@@ -30,6 +30,7 @@ _AVERAGES = ("variance_plain", "variance_control", "coverage", "products_per_pos
 class _Call:
     labels: torch.Tensor
     prefer_control_variate: bool
+    counted: bool
 
 
 class SCEState:
@@ -76,21 +77,31 @@ class SCEState:
             )
         self.counts = self.counts.to(labels.device)
         if seed in self._recent:
-            counts, later = self.counts.clone(), False
-            for other, call in self._recent.items():
-                if later:
-                    _add(counts, call.labels, -1)
-                later = later or other == seed
-            return counts, self._recent[seed].prefer_control_variate, False
+            return *self._replay(seed), False
         prefer = self.prefer_control_variate
-        if not torch.is_grad_enabled() or _inside_backward():
-            return _add(self.counts.clone(), labels, 1), prefer, False
-        _add(self.counts, labels, 1)
-        self.step += 1
-        self._recent[seed] = _Call(labels.clone(), prefer)
+        counts = torch.is_grad_enabled() and not _inside_backward()
+        if counts:
+            self.step += 1
+            current = _add(self.counts, labels, 1)
+        else:
+            current = _add(self.counts.clone(), labels, 1)
+        self._recent[seed] = _Call(labels.clone(), prefer, counts)
         if len(self._recent) > REMEMBERED_CALLS:
             self._recent.popitem(last=False)
-        return self.counts, prefer, True
+        return current, prefer, counts
+
+    def _replay(self, seed: int) -> tuple[torch.Tensor, bool]:
+        """Counts and choice as the call with this seed saw them."""
+        assert self.counts is not None
+        counts, call = self.counts.clone(), self._recent[seed]
+        for other in reversed(self._recent):
+            if other == seed:
+                break
+            if self._recent[other].counted:
+                _add(counts, self._recent[other].labels, -1)
+        if not call.counted:
+            _add(counts, call.labels, 1)
+        return counts, call.prefer_control_variate
 
     def average(self, **values: float) -> None:
         """Fold one call's figures into the running averages."""

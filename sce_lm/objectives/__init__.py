@@ -11,7 +11,7 @@ from sce_lm.objectives.base import Objective, Statistics
 from sce_lm.objectives.exact import Exact
 from sce_lm.objectives.sce import SCE
 
-__all__ = ["Exact", "Objective", "SCE", "Statistics", "from_config", "get", "names"]
+__all__ = ["SCE", "Exact", "Objective", "Statistics", "from_config", "get", "names"]
 
 _CONFIGURATIONS = {"exact": (Exact, None), "sce": (SCE, SCEConfig)}
 

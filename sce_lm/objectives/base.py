@@ -74,7 +74,6 @@ class Objective(ABC):
         """Name and options as JSON-able values; ``objectives.get(**d)`` builds it again."""
         return {"name": self.name}
 
-    @torch.compiler.disable
     def __call__(
         self,
         hidden_states: torch.Tensor,
@@ -97,7 +96,7 @@ class Objective(ABC):
             labels: ``[...]`` int64, aligned with ``hidden_states`` (no shift is made here).
             bias: ``[V]`` or None.
             post: what the model does to its raw logits.
-            generator: CPU generator that gives the seed of this call's draws; None: torch's default.
+            generator: CPU generator that gives the seed of this call's draws; None: torch's own.
             reduction: "mean" over valid positions, "sum", or "none" (``[...]``, 0 where ignored).
             ignore_index: label of positions that are left out.
             num_items_in_batch: the sum is divided by this instead, as transformers does over

@@ -9,12 +9,13 @@ Corrected: three disjoint strata for each position, whose sums add up to an unbi
 
 * shared: the batch's labels and the most frequent classes, with certainty;
 * bucket: the top classes at the centre of the position's k-means bucket, with certainty;
-* tail:   a priority sample (Duffield, Lund, Thorup 2007) of everything else, one for all positions.
+* tail: a priority sample (Duffield, Lund, Thorup 2007) of everything else, one for all positions.
 
-The tail's control variate is Jensen's tangent. With m the mean raw logit over the rest R, known from
-the mean of W's rows, ``sum_{j in R} (x_j - m) = 0``, so for ``phi = exp(g(x) - g(m)) - 1 - g'(m)(x - m)``
+The tail's control variate is Jensen's tangent. With m the mean raw logit over the rest R, known
+from the mean of W's rows, ``sum_{j in R} (x_j - m) = 0``, so
 
     sum_{j in R} exp s_j  =  exp(g(m)) · (|R| + sum_{j in R} phi_j)
+    phi = exp(g(x) - g(m)) - 1 - g'(m)(x - m)
 
 and only phi is sampled. It is exactly unbiased for every g. Unbiased means Zhat and its gradient;
 ``log Zhat`` carries a bias of about half its relative variance, which the statistics report.

@@ -1,9 +1,8 @@
-"""Candidate cross-entropy: the one numeric core behind every approximate loss.
+r"""Candidate cross-entropy: the one numeric core behind every approximate loss.
 
 A position t sums over three disjoint lists and its label:
 
-    E_t    = sum_{j in S} exp s_tj + sum_{j in B(t)} exp s_tj + sum_{j in T \\ B(t)} exp(c_j) exp s_tj
-    Zhat_t = E_t with the label's term left out of the lists, plus exp(s_ty)
+    Zhat_t = exp s_ty + sum_{j in S + B(t)} exp s_tj + sum_{j in T \ B(t)} exp(c_j + s_tj),   j != y
     loss_t = log Zhat_t - s_ty
 
 S is shared and certain, B(t) belongs to the position's bucket and is certain, T is a sample with
@@ -12,14 +11,15 @@ R = everything outside S and B(t), and m_t the mean raw logit over R, known from
 The tangent of exp(g(x)) at m sums to ``|R| exp g(m)`` over R, so only its error is sampled:
 
     Zhat_t += e0·|R| - e0·( A0 + g'(m)·(A1 - m·A0) ),     e0 = exp g(m)
-    A0 = sum_{T \\ B, != y} exp c_j + [y in R],   A1 = sum_{T \\ B, != y} exp(c_j) x_j + [y in R] x_y
+    A0 = sum_{T \ B, != y} exp(c_j)     + [y in R]
+    A1 = sum_{T \ B, != y} exp(c_j) x_j + [y in R] x_y
 
-which is ``e0·(|R| + sum exp(c)·phi + [y in R]·phi_y)`` with ``phi = exp(g(x) - g(m)) - 1 - g'(m)(x - m)``,
-written in sums that a shift by the row's largest logit keeps in range: no exponential here exceeds
-1, so a delta of 95 is harmless, and the cancellation in a small phi stays at rounding size beside
-``|R|·e0``. That is why no ``log phi`` is taken. Where the sampled part would push Zhat below the
-terms that were actually seen (possible with a soft cap, whose phi may be negative), those terms
-alone are used and the position is counted as clamped.
+which makes R's part ``e0·(|R| + sum exp(c)·phi + [y in R]·phi_y)``, ``phi = exp(g(x) - g(m)) - 1
+- g'(m)(x - m)``, written in sums that a shift by the row's largest logit keeps in range: no
+exponential here exceeds 1, so a delta of 95 is harmless, and the cancellation in a small phi stays
+at rounding size beside ``|R|·e0``. That is why no ``log phi`` is taken. Where the sampled part
+would push Zhat below the terms that were actually seen (possible with a soft cap, whose phi may be
+negative), those terms alone are used and the position is counted as clamped.
 
 Gradients, for a weight p_t on each position's loss (p/Zhat times):
 
@@ -35,6 +35,7 @@ the rows that were touched, and cast once. A bias is one more column of W, met b
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -123,9 +124,9 @@ def candidate_variance(
     post: LogitTransform = LogitTransform(),
     positions: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Estimated relative variance of Zhat at some positions, without and with control variate.
+    r"""Estimated relative variance of Zhat at some positions, without and with control variate.
 
-        Vhat = sum_{j in T \\ B, != y} (1 - pi_j) f_j² / pi_j²,     pi = exp(-c)
+        Vhat = sum_{j in T \ B, != y} (1 - pi_j) f_j² / pi_j²,     pi = exp(-c)
 
     with ``f = exp s``, or ``exp s - e0·(1 + g'(m)(x - m))`` under the control variate, over Zhat².
     Only drawn items are seen, so mass that no sample has met is not in it.
@@ -221,13 +222,13 @@ class _Problem:
         most = max(1, BLOCK_ELEMENTS // max(self.num_dense + self.bucket_size, 1))
         count = -(-total // most)
         edges = [total * i // count for i in range(count + 1)]
-        return zip(edges, edges[1:])
+        return pairwise(edges)
 
     def fragments(self, start: int, stop: int):
         """(bucket, first row, end row) of the buckets in a block, rows counted from its start."""
         if self.bucket_size == 0:
             return
-        for bucket, (low, high) in enumerate(zip(self.bounds, self.bounds[1:])):
+        for bucket, (low, high) in enumerate(pairwise(self.bounds)):
             low, high = max(low, start), min(high, stop)
             if low < high:
                 yield bucket, low - start, high - start
@@ -239,15 +240,14 @@ class _Gradients:
     def __init__(self, p: _Problem, labels, with_hidden, with_weight):
         self.p = p
         width = p.dense_rows.shape[1]
-        self.hidden = self.rows = self.everywhere = None
-        if with_hidden:
-            self.hidden = p.dense_rows.new_empty(len(labels), width)
-        self.with_weight = with_weight
-        if with_weight:
-            self.ids = torch.unique(torch.cat([p.dense, labels, p.items.reshape(-1)]))
-            self.rows = p.dense_rows.new_zeros(len(self.ids), width)
-            self.dense = torch.zeros_like(p.dense_rows)
-            self.mean = p.dense_rows.new_zeros(len(p.items), width)
+        self.with_hidden, self.with_weight = with_hidden, with_weight
+        self.hidden = p.dense_rows.new_empty(len(labels) if with_hidden else 0, width)
+        touched = torch.cat([p.dense, labels, p.items.reshape(-1)]) if with_weight else labels[:0]
+        self.ids = torch.unique(touched)
+        self.rows = p.dense_rows.new_zeros(len(self.ids), width)
+        self.dense = p.dense_rows.new_zeros(p.num_dense if with_weight else 0, width)
+        self.mean = p.dense_rows.new_zeros(len(p.items), width)
+        self.everywhere = p.dense_rows.new_zeros(width)
 
     def slots(self, ids: torch.Tensor) -> torch.Tensor:
         return torch.searchsorted(self.ids, ids)
@@ -257,7 +257,7 @@ class _Gradients:
         p, h = self.p, block.h
         dense, own = grad[:, : p.num_dense], grad[:, p.num_dense :]
         fragments = list(p.fragments(block.start, block.stop))
-        if self.hidden is not None:
+        if self.with_hidden:
             out = torch.mm(dense, p.dense_rows)
             for k, low, high in fragments:
                 out[low:high].addmm_(own[low:high], p.rows(p.items[k]))
@@ -336,6 +336,32 @@ def _block(p: _Problem, hidden, labels, start: int, stop: int) -> _Block:
     return _Block(start, stop, at, h, y, bucket, label_rows, label_raw, x, is_label, outside)
 
 
+class _Control:
+    """The control variate of one block: the mean logit over R and the tangent's sampled sums."""
+
+    def __init__(self, p: _Problem, b: _Block, w: torch.Tensor, post: LogitTransform) -> None:
+        self.rest_size = p.rest_size
+        mean = torch.linalg.vecdot(b.h, _of(p.mean_rows, b.bucket))
+        self.g_mean = post(mean)
+        self.slope, self.curvature = post.slope(self.g_mean), post.curvature(self.g_mean)
+        x_label, w_label = _at_label(b.x[:, p.tail], w, b, p)
+        self.a0 = w.sum(dim=1) + b.outside - w_label
+        a1 = _weighted(b.x[:, p.tail], w) + b.outside * b.label_raw - w_label * x_label
+        self.spread = a1 - mean * self.a0
+        self.e0 = torch.zeros_like(mean)
+
+    def known_part(self, shift: torch.Tensor) -> torch.Tensor:
+        """``e0·(|R| - A0 - g'(m)·(A1 - m·A0))`` with e0 = exp(g(m) - shift)."""
+        if self.rest_size:
+            self.e0 = (self.g_mean - shift).exp()
+        return self.e0 * (self.rest_size - self.a0 - self.slope * self.spread)
+
+    def mean_gradient(self) -> torch.Tensor:
+        """d Zhat / dm."""
+        bend = self.slope * self.slope + self.curvature
+        return self.e0 * (self.slope * self.rest_size - bend * self.spread)
+
+
 def _pass(hidden, weight, bias, labels, candidates, post, position_weight, needs, dtype):
     """Losses, log Zhat and clamped positions; with ``needs`` = (hidden, weight), gradients."""
     with_control = candidates.control_variate
@@ -348,39 +374,31 @@ def _pass(hidden, weight, bias, labels, candidates, post, position_weight, needs
     for start, stop in p.blocks():
         b = _block(p, hidden, labels, start, stop)
         x, w = b.x, _of(p.tail_weight, b.bucket)
-        if with_control:  # needs raw logits, which the exponentials overwrite
-            mean = torch.linalg.vecdot(b.h, _of(p.mean_rows, b.bucket))
-            g_mean = post(mean)
-            slope_mean = post.slope(g_mean)
-            x_label, w_label = _at_label(x[:, p.tail], w, b, p)
-            a0 = w.sum(dim=1) + b.outside - w_label
-            a1 = _weighted(x[:, p.tail], w) + b.outside * b.label_raw - w_label * x_label
-            spread = a1 - mean * a0
+        control = _Control(p, b, w, post) if with_control else None  # before x is overwritten
 
         label_s = post(b.label_raw)
         s = post(x) if post.soft_cap is not None else x.mul_(post.scale)
         slope = post.slope(s)
         shift = torch.maximum(label_s, s.amax(dim=1)) if s.shape[1] else label_s
-        if with_control and p.rest_size:
-            shift = torch.maximum(shift, g_mean)
+        if control is not None and p.rest_size:
+            shift = torch.maximum(shift, control.g_mean)
         e = s.sub_(shift.unsqueeze(1)).exp_()
         e[b.is_label] = 0.0
         e_label = (label_s - shift).exp()
         e_tail = e[:, p.tail]
 
-        if with_control and post.soft_cap is not None:
-            present = (w > 0).to(dtype)
-            seen = e.sum(dim=1) + e_label + _weighted(e_tail, present - 1.0)
         z = e.sum(dim=1) + e_label + _weighted(e_tail, w - 1.0)
-        if with_control:
-            e0 = (g_mean - shift).exp() if p.rest_size else torch.zeros_like(shift)
-            z = z + e0 * (p.rest_size - a0 - slope_mean * spread)
+        if control is not None:
+            known = control.known_part(shift)
             if post.soft_cap is not None:
-                clamped = z < seen
+                present = (w > 0).to(dtype)
+                seen = e.sum(dim=1) + e_label + _weighted(e_tail, present - 1.0)
+                clamped = z + known < seen
                 num_clamped += clamped.sum()
-                z = torch.where(clamped, seen, z)
-                e0 = e0.masked_fill(clamped, 0.0)
+                z, known = torch.where(clamped, seen, z), known.masked_fill(clamped, 0.0)
+                control.e0 = control.e0.masked_fill(clamped, 0.0)
                 w = torch.where(clamped.unsqueeze(1), present, w)
+            z = z + known
         log_z = z.log() + shift
         losses[b.at], log_partition[b.at] = log_z - label_s, log_z
         if not any(needs):
@@ -392,13 +410,12 @@ def _pass(hidden, weight, bias, labels, candidates, post, position_weight, needs
         grad = e.mul_(slope)
         grad_label = (e_label - z) * post.slope(label_s)
         grad_mean = None
-        if with_control:
-            pull = e0 * slope_mean
+        if control is not None:
+            pull = control.e0 * control.slope
             grad[:, p.tail].addcmul_(pull.unsqueeze(1), w, value=-1.0)
             grad[b.is_label] = 0.0
             grad_label = grad_label - pull * b.outside
-            bend = slope_mean * slope_mean + post.curvature(g_mean)
-            grad_mean = e0 * (slope_mean * p.rest_size - bend * spread) * per_row
+            grad_mean = control.mean_gradient() * per_row
         grad *= per_row.unsqueeze(1)
         gradients.add(b, grad, grad_label * per_row, grad_mean)
 
@@ -408,9 +425,7 @@ def _pass(hidden, weight, bias, labels, candidates, post, position_weight, needs
 
 class _CandidateCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx, hidden, weight, bias, labels, candidates, post, position_weight, grad_enabled
-    ):
+    def forward(ctx, hidden, weight, bias, labels, candidates, post, position_weight, grad_enabled):
         needs = [grad_enabled and need for need in ctx.needs_input_grad[:3]]
         ctx.needs = (needs[0], needs[1] or needs[2])
         ctx.candidates, ctx.post = candidates, post
@@ -443,13 +458,13 @@ class _CandidateCrossEntropy(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             grad_hidden = (gradients.hidden[:, :width] * factor).to(hidden.dtype)
         if ctx.needs[1]:
-            rows, everywhere = gradients.rows * factor, gradients.everywhere
-            if everywhere is None:
-                everywhere = rows.new_zeros(rows.shape[1])
-            everywhere = everywhere * factor
+            rows, everywhere = gradients.rows * factor, gradients.everywhere * factor
             if ctx.needs_input_grad[1]:
                 grad_weight = _at_rows(
-                    weight, gradients.ids, rows[:, :width], everywhere[:width],
+                    weight,
+                    gradients.ids,
+                    rows[:, :width],
+                    everywhere[:width],
                     sparse=ctx.candidates.sparse_grad,
                 )
             if bias is not None and ctx.needs_input_grad[2]:

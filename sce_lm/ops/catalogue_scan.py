@@ -31,7 +31,8 @@ def catalogue_topk(
     vocab_size, num_queries = weight.shape[0], queries.shape[0]
     tile = max(size, TILE_ELEMENTS // num_queries)
     q = queries.to(weight.dtype)
-    scores = ids = None
+    scores = torch.empty(num_queries, 0, device=weight.device)
+    ids = torch.empty(num_queries, 0, dtype=torch.int64, device=weight.device)
     for start in range(0, vocab_size, tile):
         stop = min(start + tile, vocab_size)
         s = (q @ weight[start:stop].T).float()
@@ -41,11 +42,8 @@ def catalogue_topk(
             here = excluded[(excluded >= start) & (excluded < stop)]
             s[:, here - start] = -torch.inf
         top = torch.topk(s, min(size, stop - start), dim=1, sorted=False)
-        found = top.indices + start
-        if scores is None:
-            scores, ids = top.values, found
-        else:
-            scores, ids = torch.cat([scores, top.values], 1), torch.cat([ids, found], 1)
+        scores, ids = torch.cat([scores, top.values], 1), torch.cat([ids, top.indices + start], 1)
+        if start:
             keep = torch.topk(scores, size, dim=1, sorted=False).indices
             scores, ids = scores.gather(1, keep), ids.gather(1, keep)
     return ids.sort(dim=1).values

@@ -28,9 +28,7 @@ class LogitTransform:
             raise ValueError(
                 f"LogitTransform got scale={self.scale}; a finite number other than 0 is needed."
             )
-        if self.soft_cap is not None and not (
-            math.isfinite(self.soft_cap) and self.soft_cap > 0
-        ):
+        if self.soft_cap is not None and not (math.isfinite(self.soft_cap) and self.soft_cap > 0):
             raise ValueError(
                 f"LogitTransform got soft_cap={self.soft_cap}; give a positive number, "
                 "or None for no cap."
@@ -49,7 +47,7 @@ class LogitTransform:
         return self.scale * (1.0 - (s / self.soft_cap).square())
 
     def curvature(self, s: torch.Tensor) -> torch.Tensor | float:
-        """g''(x), in terms of ``s = g(x)``: ``-2 · s · (scale / soft_cap)² · (1 - (s/soft_cap)²)``."""
+        """g''(x), in terms of ``s = g(x)``: ``-2 s (scale / soft_cap)² (1 - (s / soft_cap)²)``."""
         if self.soft_cap is None:
             return 0.0
         ratio = s / self.soft_cap

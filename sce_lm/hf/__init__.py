@@ -1,0 +1,15 @@
+"""Causal language models of transformers with an objective of ours in place of their loss."""
+
+from sce_lm.hf.adapter import apply_sce, last_statistics, objective_of, remove_sce
+from sce_lm.hf.callback import SCECallback
+from sce_lm.hf.lazy_logits import HeadParts, LazyLogits
+
+__all__ = [
+    "HeadParts",
+    "LazyLogits",
+    "SCECallback",
+    "apply_sce",
+    "last_statistics",
+    "objective_of",
+    "remove_sce",
+]

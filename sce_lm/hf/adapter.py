@@ -1,0 +1,408 @@
+"""`apply_sce`: any causal LM of transformers trains with another loss, and nothing else changes.
+
+Two things are put on the model instance, and `remove_sce` takes them away again.
+
+1. Hooks around ``forward``. When labels are passed, and only until that forward ends, the attribute
+   of the output head is shadowed in its owner's ``__dict__`` by a stand-in that answers with
+   :class:`LazyLogits`. The head itself stays in ``_modules``; between forwards there is no
+   stand-in, so saving, tying, resizing, copying and PEFT (which looks for the head by identity)
+   meet the stock model, and a head that was replaced since is found at the next forward.
+   ``generate`` passes no labels and gets the head's own result.
+2. ``model.loss_function``. It reads the recorded scale and soft cap off the lazy logits, shifts
+   labels as the stock loss does, and runs the objective inside the head's own ``__call__``, so that
+   hooks which gather or cast the weight apply. Real logits go to the stock loss.
+
+In training mode the loss is the objective. In ``eval()`` it is always exact cross-entropy,
+streamed, so an ``eval_loss`` is a likelihood whatever was trained.
+"""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.loss.loss_utils import ForCausalLMLoss
+
+from sce_lm import objectives
+from sce_lm.config import SCEConfig
+from sce_lm.hf.lazy_logits import LazyLogits
+from sce_lm.objectives import Objective, Statistics
+
+ModelT = TypeVar("ModelT", bound=nn.Module)
+
+_KEY = "_sce_attachment"
+"""Where a patched model keeps its :class:`_Attachment` (a plain attribute, not a submodule)."""
+
+
+def apply_sce(model: ModelT, config: SCEConfig | Objective) -> ModelT:
+    """Train a causal language model of transformers with ``config``'s loss.
+
+    Args:
+        model: a ``PreTrainedModel`` whose output head is linear, or a wrapper around one (PEFT,
+            DistributedDataParallel). PEFT may also be applied afterwards.
+        config: an :class:`~sce_lm.SCEConfig`, or an objective from ``objectives.get(...)``. On a
+            patched model it replaces the objective.
+
+    Returns:
+        The same model.
+
+    Raises:
+        TypeError: not a transformers model, or ``config`` is neither of the two.
+        ValueError: the model has no output head, a head that is not linear, adapters on its head,
+            or a loss other than the causal language model's.
+    """
+    objective = objectives.from_config(config)
+    attachment = _attachment_of(model)
+    if attachment is not None:
+        attachment.objective = objective
+        attachment.statistics = None
+        return model
+    target = next((m for m in model.modules() if isinstance(m, PreTrainedModel)), None)
+    if target is None:
+        raise TypeError(
+            f"apply_sce got a {type(model).__name__}, which is no transformers model and holds "
+            "none; pass a PreTrainedModel with an output head, or use sce_loss in your own loop."
+        )
+    _check_linear(_find_head(target).module)
+    stock_loss = target.loss_function
+    if stock_loss is not ForCausalLMLoss:
+        name = getattr(stock_loss, "__name__", type(stock_loss).__name__)
+        raise ValueError(
+            f"the loss of {type(target).__name__} is {name}, and apply_sce only stands in for the "
+            "causal language model's ForCausalLMLoss; set model.loss_function back or call "
+            "sce_loss yourself."
+        )
+    target.__dict__[_KEY] = _Attachment(target, objective)
+    return model
+
+
+def remove_sce(model: ModelT) -> ModelT:
+    """Undo :func:`apply_sce` fully; a model without it is returned as it is."""
+    target = _patched(model)
+    if target is not None:
+        target.__dict__.pop(_KEY).detach(target)
+    return model
+
+
+def objective_of(model: nn.Module) -> Objective | None:
+    """The objective that ``model``, or the model inside a wrapper, trains with."""
+    attachment = _attachment_of(model)
+    return None if attachment is None else attachment.objective
+
+
+def last_statistics(model: nn.Module) -> Statistics | None:
+    """Statistics of the latest loss if it was one in ``eval()`` (exact, so ``correct`` is there).
+
+    None after a training loss, whose statistics would cost as much again as the loss: running
+    averages of those are in ``objective_of(model).state.summary()``.
+    """
+    attachment = _attachment_of(model)
+    return None if attachment is None else attachment.statistics
+
+
+@contextmanager
+def lazy_logits(model: nn.Module) -> Iterator[None]:
+    """Inside, ``model(...)`` without labels also returns ``outputs.logits`` as LazyLogits.
+
+    Code that ranks a whole catalogue takes ``outputs.logits.parts()`` and streams the rest.
+    """
+    attachment = _attachment_of(model)
+    if attachment is None:
+        raise ValueError(
+            f"this {type(model).__name__} has no lazy logits; call apply_sce(model, ...) first."
+        )
+    before, attachment.always_lazy = attachment.always_lazy, True
+    try:
+        yield
+    finally:
+        attachment.always_lazy = before
+
+
+class _Head(NamedTuple):
+    """An output head and where the model looks for it."""
+
+    module: Any  # nn.Linear, or what acts as one
+    owner: str  # a name, since a reference to the model would keep it alive in a cycle
+    attribute: str
+
+
+class _LazyHead:
+    """Stands in the head's place during a forward that computes a loss."""
+
+    def __init__(self, head: Any) -> None:
+        self.head = head
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if len(args) == 1 and not kwargs:
+            return LazyLogits.from_head(self.head, args[0])
+        return self.head(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.head, name)
+
+
+class _Attachment:
+    """What :func:`apply_sce` put on one model."""
+
+    def __init__(self, model: PreTrainedModel, objective: Objective) -> None:
+        self.objective = objective
+        self.evaluation = objectives.get("exact")
+        self.statistics: Statistics | None = None
+        self.always_lazy = False
+        self.training = model.training
+        self.weights_loaded = False
+        self.missing_loss = False
+        self.warned: set[str] = set()
+        self.head: _Head | None = None
+        parameters = list(inspect.signature(model.forward).parameters)
+        self.position = {name: i for i, name in enumerate(parameters)}
+        self.had_own_loss = "_loss_function" in model.__dict__
+        self.stock_loss: Callable = model.loss_function
+        model.loss_function = self.loss
+        self.handles = [
+            model.register_forward_pre_hook(self.before_forward, prepend=True, with_kwargs=True),
+            model.register_forward_hook(self.after_forward, with_kwargs=True, always_call=True),
+            model.register_load_state_dict_post_hook(self.after_load),
+        ]
+
+    def detach(self, model: PreTrainedModel) -> None:
+        """Take everything off ``model`` again."""
+        for handle in self.handles:
+            handle.remove()
+        self.unshadow(model)
+        del model._loss_function
+        if self.had_own_loss:
+            model.loss_function = self.stock_loss
+
+    # -- hooks ---------------------------------------------------------------------------------
+
+    def before_forward(self, model: PreTrainedModel, args: tuple, kwargs: dict[str, Any]) -> None:
+        self.unshadow(model)  # a forward that was interrupted may have left it
+        if getattr(model, "_is_replica", False):
+            raise RuntimeError(
+                "apply_sce does not work under torch.nn.DataParallel; start one process for each "
+                "GPU with accelerate launch or torchrun, or show this process a single GPU."
+            )
+        self.training = model.training
+        self.missing_loss = self.given("labels", args, kwargs)
+        if self.missing_loss or self.always_lazy or self.given("shift_labels", args, kwargs):
+            self.shadow(model)
+
+    def shadow(self, model: PreTrainedModel) -> None:
+        if self.head is None or not _is_at_place(self.head, model):
+            head = _find_head(model)
+            _check_linear(head.module)
+            self.head = head
+        owner = model.get_submodule(self.head.owner)
+        owner.__dict__[self.head.attribute] = _LazyHead(self.head.module)
+
+    def unshadow(self, model: PreTrainedModel) -> None:
+        if self.head is not None:
+            model.get_submodule(self.head.owner).__dict__.pop(self.head.attribute, None)
+
+    def given(self, name: str, args: tuple, kwargs: dict[str, Any]) -> bool:
+        position = self.position.get(name, len(args))
+        return kwargs.get(name) is not None or (position < len(args) and args[position] is not None)
+
+    def after_forward(self, model: PreTrainedModel, args: tuple, kwargs: dict, output: Any) -> None:
+        self.unshadow(model)
+        missing, self.missing_loss = self.missing_loss, False
+        if missing and output is not None and self.training and torch.is_grad_enabled():
+            self.warn_once(
+                f"{type(model).__name__} computed its loss from full logits, without the objective "
+                f"{self.objective.name!r}: its forward does not hand the head's output to "
+                "model.loss_function unchanged. The result is the stock loss."
+            )
+
+    def after_load(self, model: PreTrainedModel, incompatible_keys: Any) -> None:
+        self.weights_loaded = True
+
+    # -- the loss ------------------------------------------------------------------------------
+
+    def loss(
+        self,
+        logits: torch.Tensor,
+        labels: torch.Tensor | None,
+        vocab_size: int,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        ignore_index: int = -100,
+        shift_labels: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """Stands in for ``ForCausalLMLoss``, whose arguments and normalisation it has."""
+        post = logits.transform if isinstance(logits, LazyLogits) else None
+        targets = shift_labels
+        if targets is None and labels is not None:
+            targets = nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+        positions = logits.shape[:-1]
+        if (
+            not isinstance(logits, LazyLogits)
+            or post is None
+            or targets is None
+            or targets.numel() != positions.numel()
+            or vocab_size != logits.shape[-1]
+        ):
+            # The stock loss is right for whatever this is, or says what is wrong with it.
+            return self.stock_loss(
+                logits,
+                labels,
+                vocab_size,
+                num_items_in_batch=num_items_in_batch,
+                ignore_index=ignore_index,
+                shift_labels=shift_labels,
+                **kwargs,
+            )
+        self.missing_loss = False
+        objective = self.objective if self.training else self.evaluation
+        if self.training:
+            self.note_new_state()
+
+        def compute(hidden_states: torch.Tensor, linear: Any) -> torch.Tensor:
+            result = objective(
+                hidden_states,
+                linear.weight,
+                targets.reshape(positions).to(hidden_states.device),
+                bias=linear.bias,
+                post=post,
+                ignore_index=ignore_index,
+                num_items_in_batch=num_items_in_batch,
+                return_stats=not self.training,
+            )
+            loss, self.statistics = (result, None) if self.training else result
+            return loss
+
+        loss = _call_inside(logits.head, compute, logits.hidden_states)
+        if loss.requires_grad and not self.training:
+            loss.register_hook(self.note_gradient_in_eval)
+        return loss
+
+    def note_new_state(self) -> None:
+        state = self.objective.state
+        if self.weights_loaded and state is not None and state.is_new and torch.is_grad_enabled():
+            self.warn_once(
+                "weights were loaded into this model but its SCEState starts anew, which is still "
+                "unbiased; add SCECallback() to the Trainer, or call "
+                "objective_of(model).state.load(path), to go on with a saved state."
+            )
+
+    def note_gradient_in_eval(self, gradient: torch.Tensor) -> None:
+        self.warn_once(
+            "this model is being trained in eval mode, where the loss is always exact "
+            f"cross-entropy; call model.train() to train with {self.objective.name!r}."
+        )
+
+    def warn_once(self, message: str) -> None:
+        if message not in self.warned:
+            self.warned.add(message)
+            warnings.warn(message, stacklevel=2)
+
+
+def _patched(model: nn.Module) -> nn.Module | None:
+    """The module inside ``model`` that apply_sce patched."""
+    return next((m for m in model.modules() if _KEY in m.__dict__), None)
+
+
+def _attachment_of(model: nn.Module) -> _Attachment | None:
+    target = _patched(model)
+    return None if target is None else target.__dict__[_KEY]
+
+
+def _find_head(model: PreTrainedModel) -> _Head:
+    """Raises one sentence if there is none."""
+    head = model.get_output_embeddings()
+    if head is None:
+        raise ValueError(
+            f"{type(model).__name__} has no output head (get_output_embeddings() is None); load "
+            "it with AutoModelForCausalLM."
+        )
+    for owner_name, owner in model.named_modules():
+        for name, child in owner._modules.items():
+            if child is head:
+                return _Head(head, owner_name, name)
+    raise ValueError(
+        f"the output head of {type(model).__name__} is not among its submodules; apply_sce needs "
+        "a head that is an attribute of the model or of a part of it."
+    )
+
+
+def _is_at_place(head: _Head, model: PreTrainedModel) -> bool:
+    owner = model.get_submodule(head.owner)
+    is_child = owner._modules.get(head.attribute) is head.module
+    return is_child and model.get_output_embeddings() is head.module
+
+
+def _linear_parts(head: Any) -> list[Any]:
+    """The linear layers of which calling ``head`` calls exactly one.
+
+    PEFT's ModulesToSaveWrapper holds the original layer and a trained one for each adapter.
+    """
+    if hasattr(type(head), "adapter_layer_names") and "modules_to_save" in head._modules:
+        return [head.original_module, *head.modules_to_save.values()]
+    return [head]
+
+
+def _check_linear(head: Any) -> None:
+    """Raise one sentence unless ``head(x)`` is ``x @ weight.T + bias``."""
+    parts = _linear_parts(head)
+    for part in parts:
+        if hasattr(type(part), "adapter_layer_names"):
+            raise ValueError(
+                f"the output head carries an adapter ({type(part).__name__}), which apply_sce does "
+                "not support yet; leave the head out of target_modules (modules_to_save is fine)."
+            )
+        weight = getattr(part, "weight", None)
+        if not (
+            isinstance(weight, torch.Tensor)
+            and weight.dim() == 2
+            and weight.is_floating_point()
+            and (type(part).forward is nn.Linear.forward or _acts_as_linear(part))
+        ):
+            raise ValueError(
+                f"the output head is a {type(part).__name__}, and apply_sce needs a linear layer "
+                "(2-D weight [vocab_size, hidden_size], optional bias, no more than their product)."
+            )
+
+
+def _acts_as_linear(part: Any) -> bool:
+    """Whether a head of another class gives what nn.Linear gives, on a few random inputs."""
+    weight, bias = part.weight, getattr(part, "bias", None)
+    if weight.is_meta:
+        return False
+    noise = torch.Generator().manual_seed(0)
+    x = torch.randn(4, weight.shape[1], generator=noise).to(weight.device, weight.dtype)
+    with torch.no_grad():
+        try:
+            got = part(x)
+        except (RuntimeError, TypeError, ValueError):
+            return False
+        want = nn.functional.linear(x, weight, bias)
+    return got.shape == want.shape and torch.allclose(got, want, rtol=1e-4, atol=1e-5)
+
+
+def _call_inside(
+    head: nn.Module,
+    compute: Callable[[torch.Tensor, Any], torch.Tensor],
+    hidden_states: torch.Tensor,
+) -> torch.Tensor:
+    """``compute(hidden_states, linear)`` in place of the forward of the linear layer that ``head``
+    calls, so that everything hung around that call (gathering, casting, offloading) happens."""
+    saved: list[tuple[Any, str, Any]] = []
+    try:
+        for part in _linear_parts(head):
+            # accelerate's device hooks replace `forward` themselves and keep the layer's own here.
+            slot = "_old_forward" if "_old_forward" in part.__dict__ else "forward"
+            saved.append((part, slot, part.__dict__.get(slot)))
+            part.__dict__[slot] = lambda hidden, part=part: compute(hidden, part)
+        return head(hidden_states)
+    finally:
+        for part, slot, before in saved:
+            if before is None:
+                del part.__dict__[slot]
+            else:
+                part.__dict__[slot] = before

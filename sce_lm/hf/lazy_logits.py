@@ -1,0 +1,454 @@
+"""Logits that are computed only if somebody looks at them.
+
+A :class:`LazyLogits` stands where a causal LM expects the result of its output head. It holds the
+hidden states and the head, and writes down the few things models do next: multiply or divide by a
+number, tanh, change the dtype, slice positions. A loss that knows it reads that record
+(:meth:`LazyLogits.parts`) and never forms ``[..., V]``. Whatever else touches it - argmax, a
+vocabulary crop, numpy, a custom loss - gets the real logits, computed once by the head itself under
+the autocast and gradient modes of the forward pass, and autograd goes on through them as usual.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_map_only
+from torch.utils.hooks import RemovableHandle
+
+from sce_lm.ops.logits import LogitTransform
+
+
+@dataclass(frozen=True, slots=True)
+class HeadParts:
+    """What unformed logits are made of: ``post(hidden_states @ weight.T + bias)``."""
+
+    hidden_states: torch.Tensor
+    """``[..., d]``, after the slicing of positions that the model did on its logits."""
+    weight: torch.Tensor
+    """``[V, d]``, the head's own (no copy)."""
+    bias: torch.Tensor | None
+    """``[V]`` or None."""
+    post: LogitTransform
+    """What the model did to the raw logits."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Modes:
+    """The modes under which the head would have run."""
+
+    device_type: str
+    autocast: torch.dtype | None
+    grad: bool
+    inference: bool
+
+    @classmethod
+    def current(cls, device_type: str) -> _Modes:
+        available = torch.amp.is_autocast_available(device_type)
+        autocast = available and torch.is_autocast_enabled(device_type)
+        return cls(
+            device_type,
+            torch.get_autocast_dtype(device_type) if autocast else None,
+            torch.is_grad_enabled(),
+            torch.is_inference_mode_enabled(),
+        )
+
+    def restored(self) -> ExitStack:
+        """A context in which they hold again."""
+        stack = ExitStack()
+        stack.enter_context(torch.inference_mode(self.inference))
+        stack.enter_context(torch.set_grad_enabled(self.grad))
+        if torch.amp.is_autocast_available(self.device_type):
+            stack.enter_context(
+                torch.autocast(
+                    self.device_type, dtype=self.autocast, enabled=self.autocast is not None
+                )
+            )
+        return stack
+
+
+@dataclass(frozen=True, slots=True)
+class _Source:
+    """Head and modes, shared by all that is derived from one call of the head."""
+
+    head: nn.Linear  # or what acts as one
+    modes: _Modes
+    weight: torch.Tensor
+    weight_version: int | None
+
+    def logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """What the head gives for ``hidden_states``."""
+        weight = self.head.weight
+        if weight is self.weight and _version(weight) != self.weight_version:
+            raise RuntimeError(
+                "the logits of a forward pass were asked for after the output head's weight had "
+                "changed (an optimizer step?); read outputs.logits before that."
+            )
+        with self.modes.restored():
+            return self.head(hidden_states)
+
+
+_Step = tuple[str, Any]
+"""("mul" | "div", scalar), ("tanh", None) or ("to", dtype)."""
+
+
+class LazyLogits(torch.Tensor):
+    """``[..., V]`` logits that are not there yet; a Tensor to everybody else.
+
+    Shape, dtype, device and ``requires_grad`` are answered without computing anything, and so are
+    scaling, tanh, casts, copies and slices of the leading dimensions. ``grad_fn``
+    and ``_base`` are None until the logits exist.
+    """
+
+    _source: _Source
+    _hidden: torch.Tensor
+    _steps: tuple[_Step, ...]
+    _view_of: tuple[LazyLogits, Any] | None
+    _has_views: bool
+    _hooks: OrderedDict[int, Callable]
+    _real: torch.Tensor | None
+
+    @classmethod
+    def _make(
+        cls,
+        hidden: torch.Tensor,
+        steps: tuple[_Step, ...],
+        source: _Source,
+        dtype: torch.dtype,
+        base: tuple[LazyLogits, Any] | None = None,
+    ) -> LazyLogits:
+        # A sharding engine may keep the weight flat or empty between its uses.
+        weight = source.weight
+        vocab_size = weight.shape[0] if weight.dim() == 2 else source.head.out_features
+        weights_need = any(p.requires_grad for p in source.head.parameters())
+        needs_grad = source.modes.grad and (hidden.requires_grad or weights_need)
+        self = torch.Tensor._make_wrapper_subclass(
+            cls,
+            (*hidden.shape[:-1], vocab_size),
+            dtype=dtype,
+            device=hidden.device,
+            requires_grad=needs_grad,
+        )
+        self._source, self._hidden, self._steps = source, hidden, steps
+        self._view_of, self._has_views, self._real = base, False, None
+        self._hooks = OrderedDict()
+        if needs_grad:
+            with torch._C.DisableTorchFunctionSubclass():
+                self.register_hook(_refuse_gradient)
+        return self
+
+    @classmethod
+    def from_head(cls, head: nn.Linear, hidden_states: torch.Tensor) -> LazyLogits:
+        """The lazy form of ``head(hidden_states)``; ``head`` has nn.Linear's weight and bias."""
+        modes = _Modes.current(hidden_states.device.type)
+        dtype = hidden_states.dtype
+        if modes.autocast is not None and dtype != torch.float64:
+            dtype = modes.autocast
+        weight = head.weight
+        return cls._make(hidden_states, (), _Source(head, modes, weight, _version(weight)), dtype)
+
+    @property
+    def head(self) -> nn.Linear:
+        """The module that would compute them."""
+        return self._source.head
+
+    @property
+    def hidden_states(self) -> torch.Tensor:
+        """``[..., d]``, one row for each row of the logits."""
+        return self._hidden
+
+    @property
+    def is_materialised(self) -> bool:
+        """Whether the real logits exist; the record is not valid any more then."""
+        return self._root()._real is not None or self._real is not None
+
+    @property
+    def transform(self) -> LogitTransform | None:
+        """What was recorded, as a LogitTransform; None if it is none or the logits exist."""
+        return None if self.is_materialised else _as_transform(self._steps)
+
+    def parts(self) -> HeadParts:
+        """Hidden states, weight, bias and transform, for code that wants no ``[..., V]``.
+
+        Raises:
+            ValueError: the model did something that is no LogitTransform, or already formed them.
+        """
+        post = self.transform
+        if post is None:
+            done = "were formed already" if self.is_materialised else f"went through {self._steps}"
+            raise ValueError(
+                f"these logits {done}, which no LogitTransform (scale, soft cap) describes; use "
+                "them as an ordinary tensor."
+            )
+        return HeadParts(self._hidden, self.head.weight, getattr(self.head, "bias", None), post)
+
+    def materialise(self) -> torch.Tensor:
+        """The real logits: computed by the head at the first call, the same tensor afterwards."""
+        if self._real is None:
+            if self._view_of is not None:
+                base, index = self._view_of
+                with self._source.modes.restored():
+                    real = base.materialise()[index]
+            else:
+                real = self._source.logits(self._hidden)
+                with self._source.modes.restored():
+                    for kind, value in self._steps:
+                        real = _APPLY[kind](real, value)
+            for hook in self._hooks.values():
+                real.register_hook(hook)
+            self._real = real
+        return self._real
+
+    def _root(self) -> LazyLogits:
+        return self if self._view_of is None else self._view_of[0]._root()
+
+    def _record(self, step: _Step, dtype: torch.dtype) -> LazyLogits:
+        return LazyLogits._make(self._hidden, (*self._steps, step), self._source, dtype)
+
+    def _record_in_place(self, step: _Step) -> LazyLogits | None:
+        # A view and its base share memory: what one of them does the other must see.
+        if self._view_of is not None or self._has_views:
+            return None
+        self._steps = (*self._steps, step)
+        return self
+
+    def _slice(self, index: Any) -> LazyLogits:
+        self._has_views = True
+        return LazyLogits._make(
+            self._hidden[index], self._steps, self._source, self.dtype, base=(self, index)
+        )
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:
+        if self._real is not None:
+            return repr(self._real)
+        return f"LazyLogits(shape={tuple(self.shape)}, dtype={self.dtype}, not computed yet)"
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        handler = _HANDLERS.get(func)
+        if handler is not None:
+            result = handler(func, args, kwargs)
+            if result is not NotImplemented:
+                return result
+        return func(*_real(args), **_real(kwargs))
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        # Reached from C++ only. Autograd is above this point and has seen the wrapper, a leaf whose
+        # hook refuses a gradient: values are right here, and a gradient cannot be lost silently.
+        detached = tree_map_only(LazyLogits, lambda x: x.materialise().detach(), (args, kwargs))
+        return func(*detached[0], **(detached[1] or {}))
+
+
+def _real(tree: Any) -> Any:
+    return tree_map_only(LazyLogits, lambda x: x.materialise(), tree)
+
+
+def _version(tensor: torch.Tensor) -> int | None:
+    return None if tensor.is_inference() else tensor._version
+
+
+def _refuse_gradient(grad: torch.Tensor) -> None:
+    raise RuntimeError(
+        "a gradient arrived at lazy logits from an operation that bypasses __torch_function__ (a "
+        "torch.autograd.Function?); give that operation outputs.logits.materialise() instead."
+    )
+
+
+_APPLY: dict[str, Callable[[torch.Tensor, Any], torch.Tensor]] = {
+    "mul": lambda x, value: x * value,
+    "div": lambda x, value: x / value,
+    "tanh": lambda x, _: torch.tanh(x),
+    "to": lambda x, dtype: x.to(dtype),
+}
+
+
+def _as_transform(steps: tuple[_Step, ...]) -> LogitTransform | None:
+    """``after · tanh(before · x)`` has soft_cap = after, scale = before · after; casts are free."""
+    before, after, capped = 1.0, 1.0, False
+    for kind, value in steps:
+        if kind == "tanh":
+            if capped:
+                return None
+            capped, before, after = True, after, 1.0
+        elif kind == "mul":
+            after *= float(value)
+        elif kind == "div":
+            divisor = float(value)
+            after = after / divisor if divisor else math.nan
+    scale = before * after
+    if not math.isfinite(scale) or scale == 0.0:
+        return None
+    return LogitTransform(scale=scale, soft_cap=abs(after) if capped else None)
+
+
+# ------------------------------------------------------------- what is answered without computing
+# A handler gets (func, args, kwargs) and returns NotImplemented where the logits are needed.
+
+
+def _lazy(x: Any) -> bool:
+    return isinstance(x, LazyLogits) and not x.is_materialised
+
+
+def _scalar(value: Any, like: LazyLogits) -> Any:
+    """A number to be recorded, or None: a Python number or a one-element tensor without grad."""
+    if isinstance(value, (int, float)):
+        return value
+    if (
+        isinstance(value, torch.Tensor)
+        and not isinstance(value, LazyLogits)
+        and value.numel() == 1
+        and value.dim() <= like.dim()
+        and not value.requires_grad
+        and not value.is_complex()
+    ):
+        return value.detach().clone()
+    return None
+
+
+def _scale(kind: str, in_place: bool, func, args, kwargs):
+    if kwargs or len(args) != 2:
+        return NotImplemented
+    x, value = args
+    if kind == "mul" and not in_place and not isinstance(x, LazyLogits):
+        x, value = value, x
+    if not _lazy(x) or (value := _scalar(value, x)) is None:
+        return NotImplemented
+    if in_place:
+        recorded = x._record_in_place((kind, value))
+        return NotImplemented if recorded is None else recorded
+    dtype = torch.result_type(torch.empty(1, dtype=x.dtype), _on_cpu(value))
+    return x._record((kind, value), dtype)
+
+
+def _on_cpu(value: Any) -> Any:
+    return torch.empty(value.shape, dtype=value.dtype) if torch.is_tensor(value) else value
+
+
+def _tanh(in_place: bool, func, args, kwargs):
+    if kwargs or len(args) != 1 or not _lazy(args[0]):
+        return NotImplemented
+    if in_place:
+        recorded = args[0]._record_in_place(("tanh", None))
+        return NotImplemented if recorded is None else recorded
+    return args[0]._record(("tanh", None), args[0].dtype)
+
+
+def _cast(dtype: torch.dtype | None, func, args, kwargs):
+    """``x.float()`` and the like, ``x.to(dtype)``, ``x.to(same device)``, ``x.type(dtype)``."""
+    x, *rest = args
+    if not _lazy(x) or kwargs.keys() - {"dtype"}:
+        return NotImplemented
+    wanted = [*rest, *kwargs.values()]
+    if dtype is None:
+        if len(wanted) != 1:
+            return NotImplemented
+        dtype = wanted[0]
+        if isinstance(dtype, (str, torch.device, int)):
+            same = func is torch.Tensor.to and torch.device(dtype) == x.device
+            return x if same else NotImplemented
+        if isinstance(dtype, torch.Tensor) and dtype.device == x.device:
+            dtype = dtype.dtype
+        if not isinstance(dtype, torch.dtype):
+            return NotImplemented
+    elif wanted:
+        return NotImplemented
+    if not dtype.is_floating_point:
+        return NotImplemented
+    return x if dtype == x.dtype else x._record(("to", dtype), dtype)
+
+
+def _copy(func, args, kwargs):
+    """``clone``, and ``contiguous`` of a view; DDP clones the outputs of a model."""
+    if kwargs or len(args) != 1 or not _lazy(args[0]):
+        return NotImplemented
+    x = args[0]
+    if func is torch.Tensor.contiguous and x._view_of is None:
+        return x
+    return LazyLogits._make(x._hidden, x._steps, x._source, x.dtype)
+
+
+def _getitem(func, args, kwargs):
+    """Integers and slices that leave the vocabulary whole."""
+    x, index = args
+    if not _lazy(x):
+        return NotImplemented
+    entries = index if isinstance(index, tuple) else (index,)
+    for entry in entries:
+        is_number = isinstance(entry, int) and not isinstance(entry, bool)
+        if not (entry is Ellipsis or isinstance(entry, slice) or is_number):
+            return NotImplemented
+    ellipses = [i for i, entry in enumerate(entries) if entry is Ellipsis]
+    missing = x.dim() - (len(entries) - len(ellipses))
+    if missing < 0 or len(ellipses) > 1:
+        return NotImplemented
+    at = ellipses[0] if ellipses else len(entries)
+    by_dimension = (*entries[:at], *[slice(None)] * missing, *entries[at + 1 :])
+    return x._slice(index) if by_dimension[-1] == slice(None) else NotImplemented
+
+
+def _metadata(func, args, kwargs):
+    if not _lazy(args[0]):
+        return NotImplemented
+    with torch._C.DisableTorchFunctionSubclass():
+        return func(*args, **kwargs)
+
+
+def _none_yet(func, args, kwargs):
+    return None if _lazy(args[0]) else NotImplemented
+
+
+def _register_hook(func, args, kwargs):
+    """Kept for the real logits: FSDP hangs hooks on every output, which must not form them."""
+    if not _lazy(args[0]):
+        return NotImplemented
+    x, hook = args
+    handle = RemovableHandle(x._hooks)
+    x._hooks[handle.id] = hook
+    return handle
+
+
+def _named(*names: str) -> list[Callable]:
+    places = (torch, torch.Tensor)
+    return [getattr(place, name) for name in names for place in places if hasattr(place, name)]
+
+
+def _handlers() -> dict[Callable, Callable]:
+    table: dict[Callable, Callable] = {}
+
+    def put(handler: Callable, functions: list[Callable]) -> None:
+        table.update(dict.fromkeys(functions, handler))
+
+    put(partial(_scale, "mul", False), _named("mul", "multiply", "__mul__", "__rmul__"))
+    put(partial(_scale, "mul", True), _named("mul_", "multiply_", "__imul__"))
+    divisions = _named("div", "divide", "true_divide", "__truediv__", "__div__")
+    put(partial(_scale, "div", False), divisions)
+    divisions_in_place = _named("div_", "divide_", "true_divide_", "__itruediv__", "__idiv__")
+    put(partial(_scale, "div", True), divisions_in_place)
+    put(partial(_tanh, False), _named("tanh"))
+    put(partial(_tanh, True), _named("tanh_"))
+    casts = {"float": torch.float32, "double": torch.float64, "half": torch.float16}
+    for name, dtype in {**casts, "bfloat16": torch.bfloat16}.items():
+        put(partial(_cast, dtype), [getattr(torch.Tensor, name)])
+    put(partial(_cast, None), [torch.Tensor.to, torch.Tensor.type, torch.Tensor.type_as])
+    put(_copy, [torch.Tensor.contiguous, *_named("clone")])
+    put(_getitem, [torch.Tensor.__getitem__])
+    put(_register_hook, [torch.Tensor.register_hook])
+    attributes = "shape dtype device ndim requires_grad layout is_cuda is_cpu is_meta itemsize"
+    put(_metadata, [getattr(torch.Tensor, name).__get__ for name in attributes.split()])
+    for name in ("grad_fn", "_base"):
+        put(_none_yet, [vars(torch._C.TensorBase)[name].__get__])
+    put(_metadata, _named("size", "dim", "ndimension", "numel", "nelement", "get_device"))
+    put(_metadata, _named("is_floating_point", "is_complex", "element_size", "__len__"))
+    return table
+
+
+_HANDLERS = _handlers()

@@ -1,0 +1,71 @@
+"""Ranking metrics with one relevant item a user, from the place that item takes in the list.
+
+A *rank* is 1-based: rank 1 is the top of the list. Every metric at k only tells ranks 1..k apart,
+so whatever lies beyond may be written as any rank above k.
+
+Tie rule, everywhere in this package: items are ordered by score, highest first, and items of equal
+score by token id, lowest first. So ``rank = 1 + #{better scored} + #{equally scored with a lower
+id}``. It depends neither on the device nor on the order of computation, and a collapsed model that
+scores all items alike gets the metrics of a constant list instead of a perfect score.
+"""
+
+from torch import Tensor
+
+TIE_RULE = "equal scores are ordered by token id, lowest first"
+
+
+def hit_rate(ranks: Tensor, k: int) -> float:
+    """HR@k = mean_u 1[rank_u <= k].
+
+    Args:
+        ranks: int [users], 1-based ranks of the relevant items; at least one.
+        k: list length.
+    """
+    return (ranks <= k).double().mean().item()
+
+
+def ndcg(ranks: Tensor, k: int) -> float:
+    """NDCG@k = mean_u 1[rank_u <= k] / log2(rank_u + 1); the ideal gain is 1.
+
+    Args:
+        ranks: int [users], 1-based ranks of the relevant items; at least one.
+        k: list length.
+    """
+    return ((ranks <= k) / (ranks.double() + 1).log2()).mean().item()
+
+
+def mrr(ranks: Tensor, k: int) -> float:
+    """MRR@k = mean_u 1[rank_u <= k] / rank_u.
+
+    Args:
+        ranks: int [users], 1-based ranks of the relevant items; at least one.
+        k: list length.
+    """
+    return ((ranks <= k) / ranks.double()).mean().item()
+
+
+def coverage(best_positions: Tensor, k: int) -> float:
+    """coverage@k = |union_u top-k(u)| / |catalogue|: the share of the catalogue that some user is
+    shown.
+
+    Args:
+        best_positions: int [items], the best 1-based position that each item takes in any user's
+            list (anything above k where it takes none), as :func:`update_best_positions` keeps it.
+            Unlike the lists themselves it does not grow with the number of users, and those of
+            several processes merge with ``minimum``.
+        k: list length.
+    """
+    return (best_positions <= k).double().mean().item()
+
+
+def update_best_positions(best_positions: Tensor, top_items: Tensor) -> None:
+    """Lower ``best_positions`` in place by the positions that items take in some users' lists.
+
+    Args:
+        best_positions: int64 [items].
+        top_items: int64 [users, K], indices into ``best_positions``, best first; -1 where a list is
+            shorter than K.
+    """
+    positions = top_items.new_tensor(range(1, top_items.shape[1] + 1)).expand_as(top_items)
+    listed = top_items >= 0
+    best_positions.scatter_reduce_(0, top_items[listed], positions[listed], "amin")

@@ -1,0 +1,68 @@
+"""Items as tokens: a stock Hugging Face tokenizer whose words are raw item ids.
+
+Id 0 is padding, id 1 stands for an unknown item, and the catalogue follows from ``FIRST_ITEM`` on
+in the order given. A catalogue that grows is therefore appended to, and the rows of a trained model
+keep their meaning. There is no beginning-of-sequence token: as in SASRec, the first item of a
+history is context only.
+
+One item id is one word, spaces included, since nothing splits the text. ``tokenizer(ids,
+is_split_into_words=True)`` encodes a history with its attention mask; ``convert_tokens_to_ids`` and
+``convert_ids_to_tokens`` map lists of ids to tokens and back.
+"""
+
+from collections.abc import Iterable
+
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+PAD = "[PAD]"
+UNKNOWN = "[UNK]"
+FIRST_ITEM = 2
+"""Token id of the catalogue's first item."""
+
+
+def build_item_tokenizer(items: Iterable[object]) -> PreTrainedTokenizerFast:
+    """A tokenizer over a catalogue; save and load it as any other.
+
+    Args:
+        items: distinct item ids of any type, taken as ``str(item)``; item i becomes token
+            ``FIRST_ITEM + i``.
+
+    Returns:
+        A tokenizer that pads on the right and knows ``input_ids`` and ``attention_mask`` as a
+        model's inputs.
+
+    Raises:
+        ValueError: no items, an id given twice, an empty id, or one that contains a special token.
+    """
+    names = [str(item) for item in items]
+    if not names:
+        raise ValueError("An item tokenizer needs at least one item, but the catalogue is empty.")
+    for name in names:
+        if not name or PAD in name or UNKNOWN in name:
+            raise ValueError(
+                f"Item id {name!r} cannot be a token: ids must not be empty and must not contain "
+                f"the special tokens {PAD} and {UNKNOWN}; rename the item."
+            )
+    vocabulary = {PAD: 0, UNKNOWN: 1}
+    vocabulary.update((name, FIRST_ITEM + index) for index, name in enumerate(names))
+    if len(vocabulary) < FIRST_ITEM + len(names):
+        raise ValueError(
+            f"The catalogue names {len(names)} items but {len(vocabulary) - FIRST_ITEM} distinct "
+            "ids; give each item once (ids are compared as text, so 1 and '1' are the same)."
+        )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(WordLevel(vocabulary, unk_token=UNKNOWN)),
+        pad_token=PAD,
+        unk_token=UNKNOWN,
+        padding_side="right",
+        model_input_names=["input_ids", "attention_mask"],
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def item_tokens(tokenizer: PreTrainedTokenizerBase) -> range:
+    """Token ids of the catalogue, which is what evaluation ranks: everything after the special
+    tokens."""
+    return range(FIRST_ITEM, len(tokenizer))

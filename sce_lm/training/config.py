@@ -1,0 +1,370 @@
+"""The configuration of a run: one flat frozen dataclass, each field documented and checked once.
+
+A run is described by a YAML file, and each field can be set again on the command line
+(`--field value`), which wins. A mapping is given there as JSON and replaces the one of the file:
+`--objective_options '{"tail_candidates": 2048}'`.
+"""
+
+import dataclasses
+import difflib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
+
+import yaml
+from transformers import HfArgumentParser
+
+EMBEDDED = "embedded"
+
+
+class Options(dict[str, Any]):
+    """A mapping of options; a string is read as JSON, which is how the command line gives one."""
+
+    def __init__(self, given: Any = ()) -> None:
+        if isinstance(given, str):
+            given = json.loads(given)
+            if not isinstance(given, dict):
+                raise ValueError(f"expected a JSON object, got {given!r}")
+        super().__init__(given)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """What to train, on what, with which objective and for how long.
+
+    Raises ValueError, in one sentence, for a field of the wrong type or out of range.
+    """
+
+    task: Literal["lm", "items"] = field(
+        default="lm",
+        metadata={
+            "help": "lm: causal language model on packed text; items: next-item recommender "
+            "whose tokens are items."
+        },
+    )
+    output_dir: str = field(
+        default="runs/default",
+        metadata={"help": "Folder of the run: metrics, curves, checkpoints and the final model."},
+    )
+
+    # The model.
+    model: str | None = field(
+        default=None,
+        metadata={
+            "help": "Hub id or local folder of a causal language model to start from; unset: "
+            "from scratch by model_config."
+        },
+    )
+    model_config: Options = field(
+        default_factory=Options,
+        metadata={
+            "help": "A model from scratch: model_type and any field of that configuration, e.g. "
+            "{model_type: llama, ...}."
+        },
+    )
+    tokenizer: str | None = field(
+        default=None,
+        metadata={
+            "help": "Hub id or local folder of the tokenizer; unset: the model's own, or that "
+            "of the embedded data."
+        },
+    )
+    dtype: Literal["float32", "bfloat16"] = field(
+        default="float32", metadata={"help": "Type in which the parameters are held."}
+    )
+
+    # The data.
+    data: str = field(
+        default=EMBEDDED,
+        metadata={
+            "help": "embedded (made from the installed packages), a local csv, parquet, json or "
+            "text path, or a hub id."
+        },
+    )
+    data_name: str | None = field(
+        default=None,
+        metadata={"help": "Configuration name of a hub data set, e.g. wikitext-2-raw-v1."},
+    )
+    data_options: Options = field(
+        default_factory=Options,
+        metadata={"help": "Options of the embedded data: keyword arguments of its builder."},
+    )
+    held_out: str | None = field(
+        default=None,
+        metadata={
+            "help": "Held-out text: a local path, or the name of a split of the hub data set; "
+            "unset: held_out_fraction."
+        },
+    )
+    held_out_fraction: float = field(
+        default=0.02, metadata={"help": "Share of the documents held out where held_out is unset."}
+    )
+    text_column: str = field(default="text", metadata={"help": "Column with the text."})
+    user_column: str = field(
+        default="user_id", metadata={"help": "Column of the interaction log that says who."}
+    )
+    item_column: str = field(
+        default="item_id", metadata={"help": "Column of the interaction log that says what."}
+    )
+    time_column: str | None = field(
+        default=None,
+        metadata={
+            "help": "Column of the interaction log that says when; unset: rows of a user are in "
+            "the order of the file."
+        },
+    )
+    cache_dir: str = field(
+        default="~/.cache/sce_lm",
+        metadata={"help": "Folder where embedded data and tokenised text are kept between runs."},
+    )
+    sequence_length: int = field(default=512, metadata={"help": "Tokens of a training sequence."})
+
+    # The objective.
+    objective: str = field(
+        default="sce",
+        metadata={
+            "help": "Name of the training objective in sce_lm.objectives, e.g. sce or exact."
+        },
+    )
+    objective_options: Options = field(
+        default_factory=Options,
+        metadata={
+            "help": "Options of the objective, e.g. {tail_candidates: 2048} or {published: true}."
+        },
+    )
+
+    # Optimisation.
+    max_steps: int = field(default=1000, metadata={"help": "Optimiser steps."})
+    per_device_batch_size: int = field(
+        default=8, metadata={"help": "Sequences of one forward pass on one process."}
+    )
+    gradient_accumulation_steps: int = field(
+        default=1, metadata={"help": "Forward and backward passes of one optimiser step."}
+    )
+    learning_rate: float = field(default=0.0003, metadata={"help": "Peak learning rate of AdamW."})
+    weight_decay: float = field(
+        default=0.1,
+        metadata={"help": "Decoupled weight decay of matrices; vectors (norms, biases) have none."},
+    )
+    betas: list[float] = field(
+        default_factory=lambda: [0.9, 0.95], metadata={"help": "The two decay rates of AdamW."}
+    )
+    warmup_steps: int = field(
+        default=100, metadata={"help": "Steps over which the learning rate rises linearly from 0."}
+    )
+    scheduler: Literal[
+        "linear",
+        "cosine",
+        "cosine_with_restarts",
+        "polynomial",
+        "constant",
+        "constant_with_warmup",
+        "inverse_sqrt",
+    ] = field(
+        default="cosine",
+        metadata={"help": "Learning-rate schedule, by its name in transformers.get_scheduler."},
+    )
+    max_grad_norm: float = field(
+        default=1.0,
+        metadata={"help": "Gradients are clipped to this norm; 0: they are not clipped."},
+    )
+    mixed_precision: Literal["no", "bf16", "fp16"] = field(
+        default="no", metadata={"help": "Autocast type of the forward pass."}
+    )
+    gradient_checkpointing: bool = field(
+        default=False,
+        metadata={"help": "Recompute activations in the backward pass to save memory."},
+    )
+    seed: int = field(
+        default=0,
+        metadata={
+            "help": "Seed of the initialisation, the data order, dropout and the objective's noise."
+        },
+    )
+
+    # Evaluation and reports.
+    eval_every: int = field(
+        default=200, metadata={"help": "Steps between evaluations; 0: only at the end."}
+    )
+    eval_batches: int = field(
+        default=0,
+        metadata={
+            "help": "Held-out batches of a language model's evaluation, over all processes; 0: "
+            "all of them."
+        },
+    )
+    eval_users: int = field(
+        default=0,
+        metadata={
+            "help": "Users of a recommender's evaluation, a fixed random sample; 0: all of them."
+        },
+    )
+    log_every: int = field(
+        default=10,
+        metadata={"help": "Steps between records of the loss in metrics.jsonl and the trackers."},
+    )
+    trackers: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Trackers that accelerate knows, e.g. tensorboard or wandb."},
+    )
+
+    # Checkpoints.
+    checkpoint_every: int = field(
+        default=500,
+        metadata={"help": "Steps between checkpoints, with one at the end; 0: none at all."},
+    )
+    checkpoints_to_keep: int = field(
+        default=2, metadata={"help": "The newest so many checkpoints are kept."}
+    )
+    resume: bool = field(
+        default=True,
+        metadata={
+            "help": "Go on from the newest checkpoint in output_dir; false: refuse a folder in use."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        for name, kind in get_type_hints(type(self)).items():
+            object.__setattr__(self, name, _checked(name, kind, getattr(self, name)))
+        for name in (
+            "sequence_length",
+            "max_steps",
+            "per_device_batch_size",
+            "gradient_accumulation_steps",
+        ):
+            self._require(name, getattr(self, name) >= 1, "at least 1")
+        self._require(
+            "sequence_length", self.sequence_length >= 2, "at least 2, a token and the one after it"
+        )
+        for name in ("log_every", "checkpoints_to_keep"):
+            self._require(name, getattr(self, name) >= 1, "at least 1")
+        for name in (
+            "warmup_steps",
+            "eval_every",
+            "eval_batches",
+            "eval_users",
+            "checkpoint_every",
+            "seed",
+        ):
+            self._require(name, getattr(self, name) >= 0, "0 or more")
+        for name in ("weight_decay", "max_grad_norm"):
+            self._require(name, getattr(self, name) >= 0, "0 or more")
+        self._require("learning_rate", self.learning_rate > 0, "above 0")
+        self._require(
+            "betas",
+            len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas),
+            "two numbers in [0, 1)",
+        )
+        self._require("held_out_fraction", 0 < self.held_out_fraction < 1, "between 0 and 1")
+        if self.model is None and "model_type" not in self.model_config:
+            raise ValueError(
+                "Neither model nor model_config is given; expected a model to start from, or "
+                "model_config with a model_type (e.g. {model_type: llama, hidden_size: 256}); "
+                "add one of the two."
+            )
+        if self.model is not None and self.model_config:
+            raise ValueError(
+                f"Both model ({self.model!r}) and model_config are given; a model is either loaded "
+                "or made from scratch; remove one of the two."
+            )
+
+    def _require(self, name: str, holds: bool, expected: str) -> None:
+        if not holds:
+            raise ValueError(f"{name} is {getattr(self, name)!r}; expected {expected}; change it.")
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields as JSON-able values, from which `TrainConfig(**values)` is built again."""
+        return dataclasses.asdict(self)
+
+
+def _checked(name: str, kind: Any, value: Any) -> Any:
+    """`value` as the type of its field (an int passes for a float), or a ValueError."""
+    origin, choices = get_origin(kind), get_args(kind)
+    if kind is float and type(value) is int:
+        return float(value)
+    if kind is Options and isinstance(value, Mapping):
+        return Options(value)
+    if origin is list and isinstance(value, (list, tuple)):
+        return [_checked(name, choices[0], entry) for entry in value]
+    if origin is Literal:
+        # YAML reads a bare `no` as false.
+        if value is False and "no" in choices:
+            return "no"
+        fits = value in choices
+        expected = "one of " + ", ".join(choices)
+    elif choices:
+        fits = type(value) in choices
+        expected = " or ".join("nothing" if c is type(None) else c.__name__ for c in choices)
+    else:
+        fits = type(value) is kind
+        expected = "a mapping" if kind is Options else kind.__name__
+    if not fits:
+        raise ValueError(f"{name} is {value!r}; expected {expected}; correct it.")
+    return value
+
+
+class _Parser(HfArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"The command line is not understood: {message}; see --help.")
+
+
+def parse_config(arguments: Sequence[str]) -> TrainConfig:
+    """The configuration of `[CONFIG.yaml] [--field value ...]`.
+
+    The command line goes over the file, and the file over the defaults. Raises ValueError, in one
+    sentence, for an unknown field (naming the nearest known one), a value of the wrong type or out
+    of range, and a file that is missing or no mapping.
+    """
+    arguments = list(arguments)
+    dataclass_type: Any = TrainConfig
+    parser = _Parser(
+        dataclass_type, allow_abbrev=False, usage="train.py CONFIG.yaml [--field value ...]"
+    )
+    if arguments and not arguments[0].startswith("-"):
+        parser.set_defaults(**_read_yaml(Path(arguments.pop(0))))
+    config, unknown = parser.parse_args_into_dataclasses(
+        arguments, return_remaining_strings=True, look_for_args_file=False
+    )
+    if unknown:
+        if unknown[0].startswith("--"):
+            raise _unknown_field(
+                unknown[0].removeprefix("--").split("=")[0].replace("-", "_"), "the command line"
+            )
+        raise ValueError(
+            f"The command line has {unknown[0]!r} where a --field was expected; remove it."
+        )
+    return config
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(
+            f"There is no configuration file {str(path)!r}; give the path of a YAML file."
+        ) from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{path} cannot be read as YAML ({reason}); correct it.") from None
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise ValueError(
+            f"{path} holds a {type(content).__name__}; expected a mapping of fields; correct it."
+        )
+    names = {f.name for f in fields(TrainConfig)}
+    for name in content:
+        if name not in names:
+            raise _unknown_field(str(name), str(path))
+    return content
+
+
+def _unknown_field(name: str, where: str) -> ValueError:
+    nearest = difflib.get_close_matches(
+        name, [f.name for f in fields(TrainConfig)], n=1, cutoff=0.0
+    )[0]
+    return ValueError(
+        f"{where} sets {name!r}, which is no field of the configuration; did you mean {nearest!r}?"
+    )

@@ -1,0 +1,44 @@
+"""Make `accelerate launch --cpu --num_processes N` start N processes.
+
+On CPUs accelerate leaves the processes to mpirun and, without one, starts a single process and says
+nothing of it. Training would go on with a different batch than was asked for. So the one process
+puts torchrun, which is what accelerate starts on GPUs, in its own place.
+"""
+
+import os
+import sys
+
+import psutil
+from accelerate.commands.config.config_args import ClusterConfig, load_config_from_file
+from accelerate.commands.launch import launch_command_parser
+
+SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+"""Variables by which torchrun and the several kinds of MPI tell a process that it has company."""
+
+
+def start_missing_processes() -> None:
+    """Replace this process by all that `accelerate launch` was asked for, if it started only one.
+
+    Returns if there is nothing to do. Raises ValueError where several machines were asked for.
+    """
+    is_on_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"
+    # accelerate sets an address to meet at only where there is somebody to meet.
+    is_alone = "MASTER_ADDR" in os.environ and not any(name in os.environ for name in SIZES)
+    parent = psutil.Process().parent()
+    command = parent.cmdline() if parent else []
+    if not (is_on_cpu and is_alone and "launch" in command):
+        return
+    asked = launch_command_parser().parse_args(command[command.index("launch") + 1 :])
+    machines, processes = asked.num_machines, asked.num_processes
+    if processes is None:
+        config = load_config_from_file(asked.config_file)
+        assert isinstance(config, ClusterConfig)
+        machines, processes = config.num_machines, config.num_processes
+    if (machines or 1) > 1:
+        raise ValueError(
+            f"accelerate launch was asked for {machines} machines without GPUs, for which it needs "
+            "mpirun; name its hostfile by --mpirun_hostfile, or use torchrun on each machine."
+        )
+    workers = ["--standalone", "--nproc-per-node", str(processes)]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", *workers]
+    os.execv(sys.executable, [*torchrun, *sys.argv])

@@ -1,0 +1,321 @@
+"""The training loop behind scripts/train.py, on one process or several.
+
+A run lives in its folder:
+
+    config.json, objective.json     what was asked for; a later start must ask for the same
+    metrics.jsonl, curves.png       records of training and evaluation, each with its step
+    checkpoints/                    complete states to go on from
+    model/                          the trained model and tokenizer, for from_pretrained
+    summary.json                    the figures at the end; it is there when the run is finished
+
+An optimiser step sums the losses of all its positions, over accumulated batches and processes, and
+divides by their number, as transformers' Trainer does: `num_items_in_batch`.
+"""
+
+import json
+import math
+import os
+import statistics
+import time
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import set_seed
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, get_scheduler
+
+from sce_lm import objectives
+from sce_lm.hf.adapter import apply_sce, remove_sce
+from sce_lm.training.checkpoint import Checkpoints
+from sce_lm.training.config import TrainConfig
+from sce_lm.training.metrics import MetricsLog, read_metrics
+from sce_lm.training.models import build_model
+from sce_lm.training.plots import draw_curves
+from sce_lm.training.sources import build_task
+from sce_lm.training.task import DataOrder, on_device, sum_over_processes
+
+REPORTING_FIELDS = (
+    "output_dir",
+    "cache_dir",
+    "log_every",
+    "trackers",
+    "resume",
+    "checkpoint_every",
+    "checkpoints_to_keep",
+)
+"""Fields that may change when a run is resumed, since no step depends on them."""
+
+
+class Run:
+    """A training run, ready to go: everything that can be refused has been checked.
+
+    Raises ValueError, OSError or TypeError, in one sentence, for a configuration, data, model or
+    run folder that cannot be used.
+    """
+
+    def __init__(self, config: TrainConfig):
+        self.config = config
+        self.folder = Path(config.output_dir)
+        missing = set(config.trackers) - {str(t) for t in get_available_trackers()}
+        if missing:
+            raise ValueError(
+                f"The tracker {missing.pop()!r} is not known to accelerate or not installed; "
+                "install it, or leave it out of trackers."
+            )
+        self.objective = objectives.get(config.objective, **config.objective_options)
+        trackers: list[Any] = [*config.trackers]
+        self.accelerator = Accelerator(
+            mixed_precision=config.mixed_precision,
+            log_with=trackers or None,
+            project_dir=config.output_dir,
+        )
+        self.is_main = self.accelerator.is_main_process
+        self.processes = self.accelerator.num_processes
+        self._check_folder()
+
+        set_seed(config.seed)
+        with self.accelerator.main_process_first():
+            self.task = build_task(config)
+        model = build_model(config, self.task.tokenizer)
+        self.num_parameters = model.num_parameters()
+        apply_sce(model, self.objective)
+        self.model, self.optimizer = self.accelerator.prepare(model, self._optimizer(model))
+        self.scheduler = get_scheduler(
+            config.scheduler,
+            self.optimizer.optimizer,
+            num_warmup_steps=config.warmup_steps,
+            num_training_steps=config.max_steps,
+        )
+        self.accelerator.register_for_checkpointing(self.scheduler)
+        self.order = DataOrder(
+            self.task.num_rows,
+            config.per_device_batch_size,
+            config.gradient_accumulation_steps,
+            config.seed,
+        )
+        # From here on each process draws its own dropout and its own candidates.
+        set_seed(config.seed, device_specific=True)
+
+        self.metrics = MetricsLog(self.folder / "metrics.jsonl")
+        self.checkpoints = Checkpoints(
+            self.folder / "checkpoints",
+            self.accelerator,
+            self.objective,
+            config.checkpoints_to_keep,
+        )
+        self.step = 0
+        newest = self.checkpoints.newest()
+        if newest is not None:
+            self.step = self.checkpoints.load(newest)
+        self.is_finished = (self.folder / "summary.json").exists()
+        if self.is_main and not self.is_finished:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            _write_json(self.folder / "config.json", config.to_dict())
+            _write_json(self.folder / "objective.json", self.objective.to_dict())
+            self.metrics.keep_until(self.step)
+
+    def _check_folder(self) -> None:
+        """Refuse a folder that holds another run."""
+        path = self.folder / "config.json"
+        if not path.exists():
+            return
+        if not self.config.resume:
+            raise ValueError(
+                f"{self.folder} already holds a run and resume is off; choose another "
+                "output_dir, or delete the folder."
+            )
+        before, now = json.loads(path.read_text()), self.config.to_dict()
+        differing = [
+            name
+            for name in sorted({*before, *now} - {*REPORTING_FIELDS})
+            if before.get(name) != now.get(name)
+        ]
+        if differing:
+            changes = ", ".join(f"{n} {before.get(n)!r} -> {now.get(n)!r}" for n in differing)
+            raise ValueError(
+                f"{self.folder} holds a run with another configuration ({changes}); go on "
+                "with the same one, or choose another output_dir."
+            )
+
+    def _optimizer(self, model: PreTrainedModel) -> torch.optim.Optimizer:
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        return torch.optim.AdamW(
+            [
+                {"params": [p for p in parameters if p.dim() >= 2]},
+                {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+            ],
+            lr=self.config.learning_rate,
+            betas=(self.config.betas[0], self.config.betas[1]),
+            weight_decay=self.config.weight_decay,
+        )
+
+    def train(self) -> dict[str, Any]:
+        """Train from where the run stands to its end, and return the summary.
+
+        A finished run is not trained again. Raises FloatingPointError if the loss is not finite.
+        """
+        config = self.config
+        if self.is_finished:
+            return json.loads((self.folder / "summary.json").read_text())
+        if config.trackers:
+            settings = {
+                k: v if isinstance(v, (int, float)) else str(v) for k, v in config.to_dict().items()
+            }
+            self.accelerator.init_trackers("sce_lm", config=settings)
+        bar = tqdm(
+            total=config.max_steps,
+            initial=self.step,
+            desc=f"{config.task} {config.objective}",
+            unit="step",
+            disable=not self.is_main,
+        )
+        shown: dict[str, str] = {}
+        window_seconds, window_steps = 0.0, 0
+        while self.step < config.max_steps:
+            started = time.perf_counter()
+            figures = self._optimizer_step()
+            self.step += 1
+            is_last = self.step == config.max_steps
+            is_logged = is_last or self.step % config.log_every == 0
+            values = {name: value.item() for name, value in figures.items()} if is_logged else {}
+            window_seconds += time.perf_counter() - started
+            window_steps += 1
+            if is_logged:
+                seconds = window_seconds / window_steps
+                self._log_training(values, seconds, shown)
+                window_seconds, window_steps = 0.0, 0
+            if is_last or (config.eval_every and self.step % config.eval_every == 0):
+                held_out = self.evaluate(final=False)
+                self._record(held_out)
+                shown |= {name: f"{held_out[name]:.4f}" for name in self.task.headline}
+            if config.checkpoint_every and (is_last or self.step % config.checkpoint_every == 0):
+                if self.is_main:
+                    self.metrics.sync()
+                self.checkpoints.save(self.step)
+            bar.set_postfix(shown, refresh=False)
+            bar.update()
+        bar.close()
+        summary = self._finish()
+        self.accelerator.end_training()
+        return summary
+
+    def _optimizer_step(self) -> dict[str, torch.Tensor]:
+        """One optimiser step; the figures are on the device, so nothing has waited for it."""
+        rank, device = self.accelerator.process_index, self.accelerator.device
+        rows = self.order.step_batches(self.step, rank, self.processes)
+        batches = [self.task.batch(chosen) for chosen in rows]
+        # The first position of a sequence has no label: labels are shifted inside the model.
+        count = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in batches)
+        num_items = sum_over_processes(self.accelerator, torch.tensor(count))
+
+        self.model.train()
+        total = torch.zeros((), device=device)
+        for index, batch in enumerate(batches):
+            is_last = index == len(batches) - 1
+            with nullcontext() if is_last else self.accelerator.no_sync(self.model):
+                loss = self.model(
+                    **on_device(batch, device),
+                    num_items_in_batch=num_items.clamp(min=1),
+                    use_cache=False,
+                ).loss
+                # Gradients are averaged over the processes, and a sum is wanted.
+                self.accelerator.backward(loss * self.processes)
+            total += loss.detach()
+        limit = self.config.max_grad_norm or math.inf
+        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), limit)
+        learning_rate = self.scheduler.get_last_lr()[0]
+        self.optimizer.step()
+        if not self.accelerator.optimizer_step_was_skipped:
+            self.scheduler.step()
+        self.optimizer.zero_grad()
+        return {
+            "loss": sum_over_processes(self.accelerator, total),
+            "grad_norm": torch.as_tensor(norm),
+            "learning_rate": torch.tensor(learning_rate, dtype=torch.float64),
+            "num_items": num_items,
+        }
+
+    def _log_training(
+        self, values: dict[str, float], seconds: float, shown: dict[str, str]
+    ) -> None:
+        if not math.isfinite(values["loss"]):
+            raise FloatingPointError(
+                f"The loss is {values['loss']} at step {self.step}; lower the learning rate, or "
+                "use bf16 or no mixed precision; checkpoints written so far are kept."
+            )
+        speed = values.pop("num_items") / seconds
+        state = self.objective.state
+        self._record(
+            {
+                "epoch": self.order.epoch(self.step, self.processes),
+                **values,
+                "seconds_per_step": seconds,
+                "tokens_per_second": speed,
+                **{f"objective/{k}": v for k, v in (state.summary() if state else {}).items()},
+            }
+        )
+        shown |= {"loss": f"{values['loss']:.4f}", "tokens/s": f"{speed:,.0f}"}
+
+    def _record(self, figures: dict[str, float]) -> None:
+        """Write figures of this step to metrics.jsonl and the trackers; JSON knows no infinity."""
+        if self.is_main:
+            finite = {k: v if math.isfinite(v) else None for k, v in figures.items()}
+            self.metrics.append({"step": self.step, **finite})
+        if self.config.trackers:
+            self.accelerator.log(figures, step=self.step)
+
+    def evaluate(self, *, final: bool) -> dict[str, float]:
+        """Held-out figures of the model as it is; see the task."""
+        model = self.accelerator.unwrap_model(self.model)
+        model.eval()
+        return self.task.evaluate(model, self.accelerator, final=final)
+
+    def _finish(self) -> dict[str, Any]:
+        """Evaluate, save the model, draw the curves and write the summary."""
+        test = self.evaluate(final=True) if self.task.separate_test else None
+        summary: dict[str, Any] = {}
+        if self.is_main:
+            records = read_metrics(self.metrics.path)
+            training = [record for record in records if "loss" in record]
+            held_out = [r for r in records if self.task.headline[0] in r][-1]
+            summary = {
+                "task": self.config.task,
+                "objective": self.objective.to_dict(),
+                "steps": self.step,
+                "processes": self.processes,
+                "device": str(self.accelerator.device),
+                "parameters": self.num_parameters,
+                "vocabulary": len(self.task.tokenizer),
+                "training_rows": self.task.num_rows,
+                "loss": training[-1]["loss"],
+                "seconds_per_step": statistics.median(r["seconds_per_step"] for r in training),
+                "tokens_per_second": statistics.median(r["tokens_per_second"] for r in training),
+                "held_out": {k: v for k, v in held_out.items() if k != "step"},
+                "test": test or {k: v for k, v in held_out.items() if k != "step"},
+            }
+            model = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+            remove_sce(model).save_pretrained(self.folder / "model")
+            self.task.tokenizer.save_pretrained(self.folder / "model")
+            try:
+                label = f"{self.config.task} {self.config.objective}"
+                curves = self.folder / "curves.png"
+                draw_curves({label: self.folder}, curves, self.task.headline[0])
+            except ImportError:
+                tqdm.write("matplotlib is not installed, so no curves are drawn.")
+            _write_json(self.folder / "summary.json", summary)
+        self.accelerator.wait_for_everyone()
+        return summary
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    """Write a JSON file under a temporary name and rename it."""
+    temporary = path.with_name(f".{path.name}.partial")
+    with temporary.open("w", encoding="utf-8") as file:
+        json.dump(value, file, indent=2)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)

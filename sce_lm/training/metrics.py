@@ -1,0 +1,41 @@
+"""metrics.jsonl: one JSON object a line, each with its step, cut back when a run resumes."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+
+class MetricsLog:
+    """The records of a run, appended line by line by the one process that writes."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def append(self, record: dict[str, Any]) -> None:
+        """Add a record, which has a "step"."""
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+
+    def sync(self) -> None:
+        """Push all records to disk, so that a checkpoint never outlives the records before it."""
+        with self.path.open("a") as file:
+            os.fsync(file.fileno())
+
+    def keep_until(self, step: int) -> None:
+        """Drop the records after `step`, which a resumed run writes again."""
+        kept = [record for record in read_metrics(self.path) if record["step"] <= step]
+        temporary = self.path.with_suffix(".partial")
+        temporary.write_text(
+            "".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8"
+        )
+        temporary.replace(self.path)
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """All complete records of a metrics.jsonl, in order; none if there is no such file."""
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").split("\n")
+    # Text after the last line break is a line that a killed process did not finish.
+    return [json.loads(line) for line in lines[:-1]]

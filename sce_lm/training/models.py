@@ -1,0 +1,100 @@
+"""The model and tokenizer of a run: loaded, or from scratch, and checked to fit each other."""
+
+import difflib
+from typing import Any
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from sce_lm.training.config import TrainConfig
+
+
+def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a hub id or folder; ValueError if there is none."""
+    try:
+        return AutoTokenizer.from_pretrained(source)
+    except Exception as error:  # the hub, the file system and several parsers stand behind this
+        raise _unreadable("tokenizer", source, error) from error
+
+
+def build_model(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """The causal language model that `config` names, with a row for every token.
+
+    Raises ValueError for a model that cannot be read, an unknown model type or field of its
+    configuration, a vocabulary smaller than the tokenizer's, or too few positions.
+    """
+    dtype = getattr(torch, config.dtype)
+    if config.model is not None:
+        try:
+            model = AutoModelForCausalLM.from_pretrained(config.model, dtype=dtype)
+        except Exception as error:  # as above
+            raise _unreadable("model", config.model, error) from error
+    else:
+        model = AutoModelForCausalLM.from_config(_config(config, tokenizer), dtype=dtype)
+    text_config = model.config.get_text_config()
+    embeddings: Any = model.get_input_embeddings()
+    rows = embeddings.weight.shape[0]
+    if rows < len(tokenizer):
+        raise ValueError(
+            f"The model has {rows} token embeddings and the tokenizer {len(tokenizer)} tokens; "
+            "every token needs a row; use the tokenizer that belongs to the model, or set "
+            "vocab_size."
+        )
+    positions = getattr(text_config, "max_position_embeddings", None)
+    if positions is not None and positions < config.sequence_length:
+        raise ValueError(
+            f"sequence_length is {config.sequence_length} and the model has {positions} positions; "
+            "shorten the sequences, or give a model from scratch more max_position_embeddings."
+        )
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return model
+
+
+def _config(config: TrainConfig, tokenizer: PreTrainedTokenizerBase):
+    """The configuration of a model from scratch, its special tokens taken from the tokenizer."""
+    options = dict(config.model_config)
+    model_type = options.pop("model_type")
+    if model_type not in CONFIG_MAPPING:
+        nearest = difflib.get_close_matches(str(model_type), CONFIG_MAPPING.keys(), 1, 0.0)[0]
+        raise ValueError(
+            f"model_config names the model_type {model_type!r}, which transformers does not know; "
+            f"did you mean {nearest!r}?"
+        )
+    # A configuration class takes unknown fields without a word, so a misspelt one would be lost.
+    default = AutoConfig.for_model(model_type)
+    known = {*default.to_dict(), *default.attribute_map}
+    for name in options:
+        if name not in known and not hasattr(default, name):
+            nearest = difflib.get_close_matches(name, known, 1, 0.0)[0]
+            raise ValueError(
+                f"model_config sets {name!r}, which is no field of {model_type}; did you mean "
+                f"{nearest!r}?"
+            )
+    for role in ("bos", "eos", "pad"):
+        options.setdefault(f"{role}_token_id", getattr(tokenizer, f"{role}_token_id"))
+    options.setdefault("vocab_size", len(tokenizer))
+    try:
+        return AutoConfig.for_model(model_type, **options)
+    except Exception as error:  # validation errors of several libraries
+        raise ValueError(
+            f"model_config is not accepted by {model_type} ({_first_line(error)}); correct it."
+        ) from error
+
+
+def _unreadable(what: str, source: str, error: Exception) -> ValueError:
+    return ValueError(
+        f"The {what} {source!r} cannot be loaded ({_first_line(error)}); expected a hub id or a "
+        "folder written by save_pretrained; check the name and that its files are complete."
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0][:300].rstrip(".") or type(error).__name__

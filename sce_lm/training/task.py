@@ -1,0 +1,90 @@
+"""What the loop asks of a task, and the order in which a task's rows are seen.
+
+The order is one endless stream: a fresh permutation of the rows for each epoch, one after the
+other, so that every row is seen and a step may reach over the end of an epoch. A row's place in the
+stream depends on the seed alone. A step takes the next rows of the stream whatever the number of
+processes, and each process its share of them; so the step is the whole data position of a run, and
+two processes see what one would with twice the batch.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+class Task(ABC):
+    """Training rows and held-out evaluation of one kind of training."""
+
+    tokenizer: PreTrainedTokenizerBase
+    """Saved beside the model; its length is the vocabulary."""
+    num_rows: int
+    """Training sequences, at least 1."""
+    headline: tuple[str, ...]
+    """Names of the held-out figures for the progress bar; the first is also drawn as a curve."""
+
+    separate_test: bool
+    """Whether a final evaluation is on other data than those in the course of training."""
+
+    @abstractmethod
+    def batch(self, rows: Sequence[int]) -> dict[str, torch.Tensor]:
+        """A model's inputs for training rows, on the CPU: int64 `[len(rows), length]`, with
+        `labels` (-100 where there is none)."""
+
+    @abstractmethod
+    def evaluate(
+        self, model: PreTrainedModel, accelerator: Accelerator, *, final: bool
+    ) -> dict[str, float]:
+        """Held-out figures of a model in eval mode, the same on every process.
+
+        Args:
+            model: the model itself, not its data-parallel wrapper.
+            accelerator: each process takes its share; all call this together.
+            final: the whole held-out set (a recommender's test items) rather than the part of it
+                that is used in the course of training (the validation items).
+        """
+
+
+class DataOrder:
+    """The rows that each process takes in each step."""
+
+    def __init__(self, num_rows: int, batch_size: int, accumulation: int, seed: int):
+        self.num_rows = num_rows
+        self.batch_size = batch_size
+        self.accumulation = accumulation
+        self.seed = seed
+        self._epoch = -1
+        self._permutation = np.empty(0, dtype=np.int64)
+
+    def step_batches(self, step: int, rank: int, processes: int) -> Iterator[list[int]]:
+        """Row numbers of the accumulated batches of step `step` (0 is the first) on one process."""
+        together = self.batch_size * processes
+        for part in range(self.accumulation):
+            place = (step * self.accumulation + part) * together + rank * self.batch_size
+            yield [self._row(place + i) for i in range(self.batch_size)]
+
+    def epoch(self, step: int, processes: int) -> float:
+        """Epochs seen after `step` steps."""
+        return step * self.accumulation * self.batch_size * processes / self.num_rows
+
+    def _row(self, place: int) -> int:
+        epoch, index = divmod(place, self.num_rows)
+        if epoch != self._epoch:
+            generator = np.random.default_rng([self.seed, epoch])
+            self._epoch, self._permutation = epoch, generator.permutation(self.num_rows)
+        return int(self._permutation[index])
+
+
+def sum_over_processes(accelerator: Accelerator, value: torch.Tensor) -> torch.Tensor:
+    """The sum of every process's tensor, on each of them."""
+    total = accelerator.reduce(value.to(accelerator.device), "sum")
+    assert isinstance(total, torch.Tensor)
+    return total
+
+
+def on_device(batch: dict[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:
+    """The batch on a device."""
+    return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}

@@ -1,0 +1,77 @@
+"""SCEState: counts, averages, files."""
+
+import pytest
+import torch
+
+from sce_lm import SCEState
+
+
+def used_state():
+    state = SCEState()
+    state.begin_call(torch.tensor([1, 1, 4]), 6, seed=1)
+    state.average(variance_plain=0.04, variance_control=0.01, coverage=1.0)
+    return state
+
+
+def test_counts_and_averages():
+    state = used_state()
+    assert state.counts.tolist() == [0, 2, 0, 0, 1, 0]
+    assert state.step == 1
+    assert not state.is_new
+    assert state.prefer_control_variate
+    assert state.summary() == {"coverage": 1.0, "relative_error": pytest.approx(0.1)}
+    for _ in range(50):
+        state.average(variance_plain=0.001)
+    assert not state.prefer_control_variate
+
+
+def test_no_grad_does_not_count():
+    state = used_state()
+    with torch.no_grad():
+        counts, _, counted = state.begin_call(torch.tensor([5]), 6, seed=2)
+    assert not counted
+    assert counts.tolist() == [0, 2, 0, 0, 1, 1]
+    assert state.counts.tolist() == [0, 2, 0, 0, 1, 0]
+
+
+def test_a_seed_that_comes_back_sees_the_past_it_saw():
+    state = SCEState()
+    first = state.begin_call(torch.tensor([1, 2]), 6, seed=1)[0].tolist()
+    state.begin_call(torch.tensor([3]), 6, seed=2)
+    counts, _, counted = state.begin_call(torch.tensor([1, 2]), 6, seed=1)
+    assert not counted
+    assert counts.tolist() == first
+    assert state.counts.tolist() == [0, 1, 1, 1, 0, 0]
+
+
+def test_saved_and_loaded(tmp_path):
+    state = used_state()
+    path = tmp_path / "state.safetensors"
+    state.save(path)
+    assert [p.name for p in tmp_path.iterdir()] == ["state.safetensors"]
+    again = SCEState()
+    assert again.is_new
+    again.load(path)
+    assert again.counts.tolist() == state.counts.tolist()
+    assert (again.step, again.averages) == (state.step, state.averages)
+    SCEState().save(path)
+    again.load(path)
+    assert again.is_new
+    assert again.summary() == {}
+
+
+def test_bad_files_and_other_vocabularies(tmp_path):
+    state = used_state()
+    path = tmp_path / "state.safetensors"
+    state.save(path)
+    with pytest.raises(ValueError, match="an SCEState of its own"):
+        state.begin_call(torch.tensor([1]), 7, seed=3)
+    other = SCEState()
+    other.begin_call(torch.tensor([1]), 9, seed=3)
+    with pytest.raises(ValueError, match="counts 6 classes but this model has 9"):
+        other.load(path)
+    path.write_bytes(path.read_bytes()[:40])
+    with pytest.raises(ValueError, match="not a complete SCEState file"):
+        SCEState().load(path)
+    with pytest.raises(FileNotFoundError):
+        SCEState().load(tmp_path / "none")

@@ -1,0 +1,92 @@
+"""With candidates that cover the catalogue every estimator is exact cross-entropy."""
+
+import pytest
+import torch
+from support.problems import gradients, make_problem, relative_error
+
+from sce_lm import LogitTransform, SCEConfig, objectives
+from sce_lm.objectives.reference import exact_reference
+
+N, V, D = 61, 203, 12
+NO_SHARED = {"shared_labels": False, "shared_frequent": 0}
+COVERING = {
+    "exact": None,
+    "shared": SCEConfig(num_buckets=0, shared_frequent=V, tail_candidates=0),
+    "bucket": SCEConfig(num_buckets=5, bucket_candidates=V, tail_candidates=0, **NO_SHARED),
+    "balanced bucket": SCEConfig(
+        num_buckets=5,
+        bucket_candidates=V,
+        tail_candidates=0,
+        assignment="balanced",
+        **NO_SHARED,
+    ),
+    "tail": SCEConfig(num_buckets=0, tail_candidates=V, control_variate=False, **NO_SHARED),
+    "tail, control": SCEConfig(num_buckets=0, tail_candidates=V, control_variate=True, **NO_SHARED),
+    "all three": SCEConfig(
+        num_buckets=5, bucket_candidates=40, shared_frequent=20, tail_candidates=V
+    ),
+    "all three, control": SCEConfig(
+        num_buckets=5,
+        bucket_candidates=40,
+        shared_frequent=20,
+        tail_candidates=V,
+        control_variate=True,
+    ),
+    "published": SCEConfig.published(num_buckets=3, bucket_positions=N, bucket_candidates=V),
+    "published, mean": SCEConfig.published(
+        num_buckets=3, bucket_positions=N, bucket_candidates=V, reduce="mean"
+    ),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])
+@pytest.mark.parametrize("post", [LogitTransform(), LogitTransform(1.7, 3.0)], ids=["", "cap"])
+@pytest.mark.parametrize("with_bias", [False, True], ids=["", "bias"])
+@pytest.mark.parametrize("name", COVERING)
+def test_covering_candidates_are_exact(name, with_bias, post, dtype):
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-10
+    problem = make_problem(N, V, D, with_bias=with_bias, dtype=torch.float64, spread=2.0)
+    problem.labels[::7] = -100
+    valid = problem.labels != -100
+    exact = exact_reference(
+        problem.hidden[valid], problem.weight, problem.labels[valid], bias=problem.bias, post=post
+    )
+    config = COVERING[name]
+    objective = objectives.get("exact") if config is None else objectives.from_config(config)
+    cast = problem._replace(
+        **{
+            k: None if t is None else t.detach().to(dtype).requires_grad_()
+            for k, t in problem._asdict().items()
+            if k != "labels"
+        }
+    )
+    for reduction, expected in (("mean", exact.mean()), ("sum", exact.sum()), ("none", exact)):
+        loss = objective(*cast[:3], bias=cast.bias, post=post, reduction=reduction)
+        assert loss.dtype == dtype
+        if reduction == "none":
+            assert (loss[~valid] == 0).all()
+            torch.testing.assert_close(
+                loss[valid], expected.to(dtype), rtol=10 * tolerance, atol=tolerance
+            )
+            loss, expected = (
+                (loss * torch.arange(N)).sum(),
+                (expected * torch.arange(N)[valid]).sum(),
+            )
+        assert relative_error(loss, expected) < tolerance
+        pairs = zip(
+            gradients(loss, cast),
+            torch.autograd.grad(expected, problem.parameters, retain_graph=True),
+        )
+        for actual, wanted in pairs:
+            assert relative_error(actual, wanted) < tolerance
+
+
+def test_published_never_exceeds_exact_on_covered_positions():
+    problem = make_problem(N, V, D)
+    exact = exact_reference(*problem[:3], bias=problem.bias)
+    objective = objectives.get("sce", published=True, bucket_candidates=20, alpha=1.0)
+    loss, stats = objective(*problem[:3], bias=problem.bias, reduction="none", return_stats=True)
+    assert 0 < stats.coverage < 1
+    assert stats.coverage == pytest.approx(stats.covered.float().mean().item())
+    assert (loss[stats.covered] <= exact[stats.covered] + 1e-12).all()
+    assert (loss[~stats.covered] == 0).all()

@@ -1,0 +1,182 @@
+"""The corrected partition function is unbiased, and the test that says so can fail.
+
+A problem of 6 positions, 240 classes, 5 times the same label that holds 20-50 % of Z; every case
+has a standard error of at most 0.3 % and no position may be off by more than five of them.
+"""
+
+import dataclasses
+
+import pytest
+import torch
+from support.estimators import measure
+from support.problems import make_problem
+
+import sce_lm.candidates.priority as priority
+import sce_lm.objectives.sce as sce
+import sce_lm.ops.candidate_cross_entropy as core
+from sce_lm import LogitTransform, SCEConfig
+
+V = 240
+PLAIN, CAP = LogitTransform(), LogitTransform(1.2, 12.0)
+STRATA = {
+    "tail": {"num_buckets": 0, "shared_labels": False, "shared_frequent": 0},
+    "buckets": {
+        "num_buckets": 2,
+        "bucket_candidates": 12,
+        "shared_labels": False,
+        "shared_frequent": 0,
+    },
+    "balanced": {
+        "num_buckets": 2,
+        "bucket_candidates": 12,
+        "assignment": "balanced",
+        "shared_labels": False,
+        "shared_frequent": 0,
+    },
+    "all": {"num_buckets": 2, "bucket_candidates": 12, "shared_frequent": 12},
+}
+
+
+def case(post=PLAIN, with_bias=True, spread=0.5):
+    """Six positions whose label is likely to be drawn and holds 20-50 % of Z."""
+    problem = make_problem(6, V, 8, with_bias=with_bias, seed=3, spread=spread)
+    hidden, weight = problem.hidden.detach(), problem.weight.detach().clone()
+    labels = torch.tensor([17, 17, 17, 17, 17, 90])
+    bias = problem.bias.detach() if with_bias else torch.zeros(V, dtype=torch.float64)
+    # Rows for the two labels: a raw logit that gives a position's own label a third of Z, and the
+    # mean of the bias to the other positions.
+    x = hidden @ weight.T + bias
+    x[:, [17, 90]] = -torch.inf
+    own = torch.logsumexp(post(x), dim=1) - 0.7
+    if post.soft_cap is not None:
+        own = post.soft_cap * torch.atanh(own / post.soft_cap)
+    own = own / post.scale
+    for label in (17, 90):
+        target = torch.where(labels == label, own, 1.0) - bias[label]
+        weight[label] = torch.linalg.lstsq(hidden, target[:, None]).solution[:, 0]
+    s = post(hidden @ weight.T + bias)
+    share = torch.softmax(s, dim=1)[torch.arange(6), labels]
+    assert ((share > 0.2) & (share < 0.5)).all()
+    assert not with_bias or bias.mean() > 0.5
+    return problem._replace(weight=weight, labels=labels, bias=bias if with_bias else None)
+
+
+def objective(strata, *, control, m=80, **options):
+    fields = {"tail_candidates": m, "control_variate": control, **STRATA[strata], **options}
+    return sce.SCE(SCEConfig(**fields))
+
+
+def check(estimator, problem, post=PLAIN, draws=1000):
+    bias = measure(estimator, problem, post, draws)
+    assert (bias.standard_error <= 0.003).all()
+    assert bias.is_zero, bias
+
+
+@pytest.mark.parametrize("post", [PLAIN, CAP], ids=["", "cap"])
+@pytest.mark.parametrize("with_bias", [False, True], ids=["", "bias"])
+@pytest.mark.parametrize("control", [False, True], ids=["plain", "control"])
+@pytest.mark.parametrize("strata", STRATA)
+def test_partition_is_unbiased(strata, control, with_bias, post):
+    check(objective(strata, control=control), case(post, with_bias), post)
+
+
+@pytest.mark.parametrize("control", [False, True], ids=["plain", "control"])
+@pytest.mark.parametrize("prior", ["uniform", "labels", "flat labels"])
+def test_every_prior_is_unbiased(prior, control):
+    options = {
+        "uniform": {"prior": "uniform"},
+        "labels": {"prior_power": 1.0, "uniform_floor": 0.5},
+        "flat labels": {"prior_power": 0.0, "uniform_floor": 0.9},
+    }[prior]
+    check(objective("all", control=control, **options), case())
+
+
+@pytest.mark.parametrize("control", [False, True], ids=["plain", "control"])
+@pytest.mark.parametrize("tile", [35, 100])
+def test_tiles_with_thresholds_of_their_own_are_unbiased(tile, control, monkeypatch):
+    def tiled(proposal, size, generator):
+        return priority.priority_sample(proposal, size, generator, tile=tile)
+
+    monkeypatch.setattr(sce, "priority_sample", tiled)
+    check(objective("buckets", control=control), case())
+
+
+def wrong_threshold(proposal, size, generator):
+    """tau is the m-th largest priority instead of the (m+1)-th."""
+    u = torch.rand(len(proposal), generator=generator, dtype=torch.float64)
+    top = torch.topk(proposal - torch.log1p(-u), size)
+    return top.indices, (top.values[-1] - proposal[top.indices]).clamp_min(0)
+
+
+PLANTED = ["c omitted", "tau the m-th", "label twice", "bucket item twice", "mean of b", "offsets"]
+
+
+def plant(error, monkeypatch):
+    """Put one error into the library; returns what to do to the candidates of a draw."""
+    problem_init, block, rows = core._Problem.__init__, core._block, core._Problem.rows
+
+    def init(p, *args):
+        problem_init(p, *args)
+        if error == "bucket item twice":
+            p.tail_weight = args[4].tail_log_weights.exp().expand_as(p.tail_weight)
+        elif error == "mean of b":
+            p.mean_rows[:, -1] = 0.0
+
+    def no_label_mask(*args):
+        nowhere = torch.empty(0, dtype=torch.int64)
+        return block(*args)._replace(is_label=(nowhere, nowhere))
+
+    def narrow(p, ids):
+        """Row offsets that overflow an integer narrower than the table, as int32 would."""
+        width = p.weight.shape[1]
+        offset = ids * width
+        wrapped = torch.where(offset >= 1024, offset - 1024, offset)
+        return rows(p, wrapped // width)
+
+    if error == "c omitted":
+        return lambda c: dataclasses.replace(c, tail_log_weights=0 * c.tail_log_weights)
+    if error == "tau the m-th":
+        monkeypatch.setattr(sce, "priority_sample", wrong_threshold)
+    elif error == "label twice":
+        monkeypatch.setattr(core, "_block", no_label_mask)
+    elif error == "offsets":
+        monkeypatch.setattr(core._Problem, "rows", narrow)
+    else:
+        monkeypatch.setattr(core._Problem, "__init__", init)
+    return lambda c: c
+
+
+@pytest.mark.parametrize("control", [False, True], ids=["plain", "control"])
+@pytest.mark.parametrize("error", PLANTED)
+def test_planted_errors_are_found(error, control, monkeypatch):
+    if error == "mean of b" and not control:
+        control, post = True, CAP  # only the control variate reads the mean: with and without cap
+    else:
+        post = PLAIN
+    # The wrong threshold is off by 1/m of what is sampled: a small m and a wide spread show it.
+    is_tau = error == "tau the m-th"
+    strata, m, draws, spread = ("tail", 3, 8000, 1.0) if is_tau else ("buckets", 80, 1000, 0.5)
+    estimator, problem = objective(strata, control=control, m=m), case(post, spread=spread)
+    bias = measure(estimator, problem, post, draws, plant(error, monkeypatch))
+    assert not bias.is_zero, bias
+
+
+@pytest.mark.parametrize("strata", ["buckets", "all"])
+def test_without_correction_it_is_biased(strata):
+    config = SCEConfig(correction="none", **STRATA[strata])
+    assert not measure(sce.SCE(config), case(), PLAIN, 20).is_zero
+
+
+def test_published_is_a_lower_bound():
+    estimator = sce.SCE(
+        SCEConfig.published(num_buckets=4, bucket_candidates=40, bucket_positions=3)
+    )
+    problem = case()
+    hidden, weight, labels, bias = (t.detach() for t in problem)
+    s = hidden @ weight.T + bias
+    exact = torch.logsumexp(s, dim=1) - s.gather(1, labels[:, None]).squeeze(1)
+    for _ in range(20):
+        loss, stats = estimator(
+            hidden, weight, labels, bias=bias, reduction="none", return_stats=True
+        )
+        assert ((loss < exact - 0.01) | ~stats.covered).all()

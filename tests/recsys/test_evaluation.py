@@ -1,0 +1,345 @@
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+import transformers as tf
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support.data import shared_data
+
+from sce_lm import objectives
+from sce_lm.hf.adapter import apply_sce, objective_of
+from sce_lm.recsys import (
+    build_item_tokenizer,
+    catalogue,
+    evaluate_items,
+    item_tokens,
+    leave_one_out,
+    popularity_scorer,
+    rank_items,
+    read_interactions,
+    user_sequences,
+)
+from sce_lm.recsys.evaluation import head_scores, model_scorer, top_items
+
+VOCABULARY = 50
+ITEMS = range(2, VOCABULARY)
+SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+LLAMA = {**SIZES, "intermediate_size": 32, "num_key_value_heads": 1, "max_position_embeddings": 32}
+
+CONFIGS = {
+    "llama": lambda: tf.LlamaConfig(vocab_size=VOCABULARY, **LLAMA),
+    "qwen3": lambda: tf.Qwen3Config(vocab_size=VOCABULARY, head_dim=8, **LLAMA),
+    "gpt2": lambda: tf.GPT2Config(
+        vocab_size=VOCABULARY, n_embd=16, n_layer=2, n_head=2, n_positions=32
+    ),
+    "gemma2 (soft cap, window)": lambda: tf.Gemma2Config(
+        vocab_size=VOCABULARY, head_dim=8, sliding_window=4, final_logit_softcapping=0.5, **LLAMA
+    ),
+    "phi (bias)": lambda: tf.PhiConfig(
+        vocab_size=VOCABULARY, **{**LLAMA, "num_key_value_heads": None}
+    ),
+    "cohere (scale)": lambda: tf.CohereConfig(vocab_size=VOCABULARY, logit_scale=0.25, **LLAMA),
+    "opt (positions from the mask)": lambda: tf.OPTConfig(
+        vocab_size=VOCABULARY,
+        ffn_dim=32,
+        word_embed_proj_dim=16,
+        max_position_embeddings=32,
+        **SIZES,
+    ),
+    "bloom (ALiBi)": lambda: tf.BloomConfig(
+        vocab_size=VOCABULARY, hidden_size=16, n_layer=2, n_head=2
+    ),
+    "mamba (recurrence)": lambda: tf.MambaConfig(
+        vocab_size=VOCABULARY, hidden_size=16, num_hidden_layers=2, state_size=4
+    ),
+}
+
+
+def build(name: str) -> tf.PreTrainedModel:
+    torch.manual_seed(0)
+    config = CONFIGS[name]()
+    config.pad_token_id, config.bos_token_id, config.eos_token_id = 0, None, None
+    model = tf.AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():  # fresh models are near zero, where mistakes would hide
+        for parameter in model.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    return model
+
+
+def random_users(
+    seed: int, users: int = 23, longest: int = 12
+) -> tuple[list[list[int]], list[int]]:
+    random = np.random.default_rng(seed)
+    histories = [
+        random.integers(2, VOCABULARY, size=random.integers(1, longest + 1)).tolist()
+        for _ in range(users)
+    ]
+    return histories, random.integers(2, VOCABULARY, size=users).tolist()
+
+
+def dense_ranks(scores: torch.Tensor, histories, targets, items: range, mask_seen: bool):
+    """Ranks of the definition, from all scores [users, V]."""
+    ranks = []
+    for row, history, target in zip(scores.tolist(), histories, targets, strict=True):
+        gone = set(history) - {target} if mask_seen else set()
+        better = sum(
+            row[item] > row[target] or (row[item] == row[target] and item < target)
+            for item in items
+            if item not in gone
+        )
+        ranks.append(1 + better)
+    return ranks
+
+
+@torch.no_grad()
+def one_by_one(model: tf.PreTrainedModel, histories) -> torch.Tensor:
+    return torch.stack([model(input_ids=torch.tensor([h])).logits[0, -1] for h in histories])
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_padded_batches_score_as_the_unpadded_model(name):
+    model = build(name)
+    histories, targets = random_users(seed=1)
+    score_tile = model_scorer(model)(histories)
+    streamed = torch.cat([score_tile(0, 7), score_tile(7, VOCABULARY)], dim=1)
+    expected = one_by_one(model, histories)
+    torch.testing.assert_close(streamed, expected, rtol=1e-4, atol=1e-5)
+    ranking = rank_items(
+        model, histories, targets, items=ITEMS, depth=len(ITEMS), batch_size=5, tile_size=11
+    )
+    assert ranking.ranks.tolist() == dense_ranks(expected, histories, targets, ITEMS, True)
+
+
+@pytest.mark.parametrize("mask_seen", [True, False])
+def test_metrics_are_those_of_a_dense_evaluation(mask_seen):
+    model = build("llama")
+    histories, targets = random_users(seed=2, users=40)
+    targets[0] = histories[0][0]  # a repeat purchase stays rankable
+    report = evaluate_items(
+        model,
+        histories,
+        targets,
+        items=ITEMS,
+        k=(3, 10),
+        mask_seen=mask_seen,
+        batch_size=7,
+        tile_size=13,
+        split="test",
+    )
+    scores = one_by_one(model, histories)
+    ranks = dense_ranks(scores, histories, targets, ITEMS, mask_seen)
+    for k in (3, 10):
+        hits = [rank for rank in ranks if rank <= k]
+        assert report[f"hr@{k}"] == pytest.approx(len(hits) / 40)
+        assert report[f"ndcg@{k}"] == pytest.approx(sum(1 / math.log2(r + 1) for r in hits) / 40)
+        assert report[f"mrr@{k}"] == pytest.approx(sum(1 / r for r in hits) / 40)
+        shown = set()
+        for row, history, target in zip(scores, histories, targets, strict=True):
+            row = row.clone()
+            row[:2] = -torch.inf
+            if mask_seen:
+                row[[item for item in history if item != target]] = -torch.inf
+            shown |= set(row.topk(k).indices.tolist())
+        assert report[f"coverage@{k}"] == pytest.approx(len(shown) / len(ITEMS))
+    assert report["users"] == 40
+    assert report["protocol"]["split"] == "test"
+    assert report == json.loads(json.dumps(report))
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.data())
+def test_streamed_ranks_and_lists_equal_dense_ones_with_ties_and_masks(data):
+    vocabulary = data.draw(st.integers(3, 60), label="vocabulary")
+    first = data.draw(st.integers(0, 2), label="first item")
+    items = range(first, vocabulary)
+    users = data.draw(st.integers(1, 6), label="users")
+    depth = data.draw(st.integers(1, len(items)), label="depth")
+    levels = data.draw(st.integers(1, 5), label="distinct scores")
+    mask_seen = data.draw(st.booleans(), label="mask seen")
+    token = st.integers(0, vocabulary - 1)
+    histories = [data.draw(st.lists(token, min_size=1, max_size=90)) for _ in range(users)]
+    targets = [data.draw(st.integers(first, vocabulary - 1)) for _ in range(users)]
+    random = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1), label="seed"))
+    table = torch.from_numpy(random.integers(0, levels, size=(users, vocabulary))).float()
+    row_of = {tuple(history): row for row, history in enumerate(histories)}
+
+    def scorer(batch):
+        rows = table[[row_of[tuple(history.tolist())] for history in batch]]
+        return lambda start, stop: rows[:, start:stop].clone()
+
+    ranking = rank_items(
+        scorer,
+        histories,
+        targets,
+        items=items,
+        depth=depth,
+        mask_seen=mask_seen,
+        batch_size=data.draw(st.integers(1, 7), label="batch size"),
+        tile_size=data.draw(st.integers(1, 70), label="tile size"),
+    )
+    scores = torch.stack([table[row_of[tuple(history)]] for history in histories])
+    dense = dense_ranks(scores, histories, targets, items, mask_seen)
+    assert ranking.ranks.tolist() == [min(rank, depth + 1) for rank in dense]
+
+    best = dict.fromkeys(items, depth + 1)
+    for row, history, target in zip(scores.tolist(), histories, targets, strict=True):
+        gone = set(history) - {target} if mask_seen else set()
+        ordered = sorted((i for i in items if i not in gone), key=lambda i: (-row[i], i))
+        for position, item in enumerate(ordered[:depth], start=1):
+            best[item] = min(best[item], position)
+    assert ranking.best_positions.tolist() == list(best.values())
+
+
+def test_a_model_that_scores_all_items_alike_is_not_rewarded():
+    model = build("llama")
+    with torch.no_grad():
+        model.lm_head.weight.copy_(model.lm_head.weight[:1].expand(VOCABULARY, -1))
+    histories, _ = random_users(seed=3)
+    report = evaluate_items(
+        model, histories, [VOCABULARY - 1] * 23, items=ITEMS, mask_seen=False, tile_size=9
+    )
+    assert report["hr@10"] == 0
+    assert report["coverage@10"] == pytest.approx(10 / len(ITEMS))
+
+
+def test_lists_are_shorter_where_items_run_out():
+    scores = torch.tensor([[0.0, 3.0, 1.0, 2.0], [0.0, 1.0, 2.0, 3.0]])
+    masked = (torch.tensor([0, 0, 1]), torch.tensor([1, 3, 0]))
+    values, tokens = top_items(
+        lambda start, stop: scores[:, start:stop].clone(),
+        range(4),
+        5,
+        masked=masked,
+        tile_size=3,
+    )
+    assert tokens.tolist() == [[2, 0, -1, -1, -1], [3, 2, 1, -1, -1]]
+    assert values[0].tolist() == [1.0, 0.0, -math.inf, -math.inf, -math.inf]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_models_score_in_fp32(dtype):
+    torch.manual_seed(0)
+    hidden, weight, bias = torch.randn(3, 70), torch.randn(40, 70), torch.randn(40)
+    hidden, weight, bias = hidden.to(dtype), weight.to(dtype), bias.to(dtype)
+    with torch.autocast("cpu", torch.bfloat16):
+        scores = head_scores(hidden, weight, bias, lambda raw: raw)(3, 31)
+    assert scores.dtype == torch.float32
+    exact = hidden.double() @ weight[3:31].double().T + bias[3:31].double()
+    torch.testing.assert_close(scores.double(), exact, rtol=1e-5, atol=1e-5)
+
+
+def test_the_model_reads_the_latest_items_but_all_seen_ones_are_masked():
+    model = build("gpt2")
+    histories, targets = random_users(seed=4)
+    ranking = rank_items(
+        model, histories, targets, items=ITEMS, depth=len(ITEMS), max_length=3, batch_size=4
+    )
+    recent = one_by_one(model, [history[-3:] for history in histories])
+    assert ranking.ranks.tolist() == dense_ranks(recent, histories, targets, ITEMS, True)
+
+
+def test_the_model_keeps_its_mode_and_is_evaluated_without_dropout():
+    model = build("gpt2").train()
+    histories, targets = random_users(seed=5)
+    reports = [evaluate_items(model, histories, targets, items=ITEMS) for _ in range(2)]
+    assert model.training
+    assert reports[0] == reports[1] == evaluate_items(model.eval(), histories, targets, items=ITEMS)
+
+
+@pytest.mark.parametrize("trained_with", [None, "exact", "sce"])
+def test_no_logits_are_formed_and_the_model_stays_as_it_was(trained_with, monkeypatch):
+    model = build("llama")
+    if trained_with:
+        apply_sce(model, objectives.get(trained_with))
+    histories, targets = random_users(seed=7)
+    before = evaluate_items(model, histories, targets, items=ITEMS)
+    monkeypatch.setattr(model.lm_head, "forward", lambda hidden: pytest.fail("logits were formed"))
+    assert evaluate_items(model, histories, targets, items=ITEMS) == before
+    objective = objective_of(model)
+    assert (objective and objective.name) == trained_with
+
+
+def test_rankings_of_parts_of_the_users_merge():
+    model = build("llama")
+    histories, targets = random_users(seed=6)
+    whole = rank_items(model, histories, targets, items=ITEMS, depth=5)
+    parts = [
+        rank_items(model, histories[part], targets[part], items=ITEMS, depth=5)
+        for part in (slice(0, 9), slice(9, None))
+    ]
+    assert torch.equal(torch.cat([part.ranks for part in parts]), whole.ranks)
+    merged = torch.minimum(parts[0].best_positions, parts[1].best_positions)
+    assert torch.equal(merged, whole.best_positions)
+
+
+def test_targets_outside_the_catalogue_are_counted_misses():
+    scorer = popularity_scorer([[2, 3, 3]], range(2, 5))
+    report = evaluate_items(scorer, [[2], [2]], [1, 3], items=range(2, 5), k=(1,))
+    assert report["unrankable_targets"] == 1
+    assert report["hr@1"] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"histories": [[3]]}, "1 histories and 2 targets"),
+        ({"histories": [], "targets": []}, "0 histories and 0 targets"),
+        ({"histories": [[3], []]}, "history of user 1 is empty"),
+        ({"k": (10, 100)}, r"k is \(10, 100\), but a list from this catalogue has 1 to 48 items"),
+        ({"items": range(2, 60)}, "up to 59, but scores end at token 49"),
+    ],
+)
+def test_bad_input_is_one_sentence(change, message):
+    arguments = {"histories": [[3], [4, 5]], "targets": [6, 7], "items": ITEMS} | change
+    with pytest.raises(ValueError, match=message):
+        evaluate_items(build("llama"), **arguments)
+
+
+def test_a_diverged_model_is_reported():
+    model = build("llama")
+    with torch.no_grad():
+        model.lm_head.weight[17] = torch.nan
+    with pytest.raises(ValueError, match="the model has diverged"):
+        evaluate_items(model, [[3]], [4], items=ITEMS)
+
+
+@pytest.mark.data
+def test_popularity_on_a_real_log():
+    log = read_interactions(shared_data("amazon-beauty-5core.parquet"))
+    tokenizer = build_item_tokenizer(catalogue(log))
+    items = item_tokens(tokenizer)
+    split = leave_one_out(user_sequences(log, tokenizer))
+    scorer = popularity_scorer(split.train["items"].to_list(), items)
+    histories, targets = split.test["history"].to_list(), split.test["target"].to_list()
+    report = evaluate_items(scorer, histories, targets, items=items, tile_size=5_000)
+
+    # The same by hand for every user: walk down the items by popularity, past those seen.
+    counts = np.bincount(split.train["items"].explode().to_numpy(), minlength=len(tokenizer))
+    by_popularity = sorted(items, key=lambda item: (-counts[item], item))[:300]
+    gains = []
+    for history, target in zip(histories, targets, strict=True):
+        gone = set(history) - {target}
+        shown = [item for item in by_popularity if item not in gone][:10]
+        gains.append(1 / math.log2(shown.index(target) + 2) if target in shown else 0.0)
+    assert report["ndcg@10"] == pytest.approx(sum(gains) / len(gains), abs=1e-12)
+    assert report["hr@10"] == pytest.approx(sum(gain > 0 for gain in gains) / len(gains))
+    assert 0.005 < report["ndcg@10"] < report["hr@10"] < 0.03  # far below any learned model
+    assert report["coverage@10"] < 0.01
+
+
+@pytest.mark.slow
+@pytest.mark.data
+def test_popularity_reaches_the_published_figures():
+    log = read_interactions(shared_data("amazon-beauty-54k.parquet"))
+    tokenizer = build_item_tokenizer(catalogue(log))
+    items = item_tokens(tokenizer)
+    test = leave_one_out(user_sequences(log, tokenizer)).test
+    histories = test["history"].to_list()
+    report = evaluate_items(
+        popularity_scorer(histories, items), histories, test["target"], items=items
+    )
+    assert report["hr@10"] == pytest.approx(0.0088, abs=5e-5)
+    assert report["ndcg@10"] == pytest.approx(0.0038, abs=5e-5)

@@ -1,0 +1,81 @@
+"""SCEConfig: what it refuses, how "auto" resolves, how it prints."""
+
+import dataclasses
+import inspect
+
+import pytest
+
+import sce_lm.config
+from sce_lm import SCEConfig
+from sce_lm.config import SCESizes
+
+REFUSED = {
+    "correction": {"correction": "yes"},
+    "a negative size": {"tail_candidates": -1},
+    "a fractional size": {"num_buckets": 2.5},
+    "a bool as a size": {"tail_candidates": True},
+    "power": {"prior_power": 1.5},
+    "no floor": {"uniform_floor": 0.0},
+    "alpha": {"alpha": 0.0, "assignment": "topk"},
+    "published with correction": {"assignment": "topk"},
+    "mix without topk": {"centers": "mix"},
+    "alpha without topk": {"alpha": 3.0},
+    "reduce without topk": {"reduce": "mean"},
+    "bucket positions without topk": {"bucket_positions": 10},
+    "tail without correction": {"correction": "none", "tail_candidates": 10},
+    "control without correction": {"correction": "none", "control_variate": True},
+    "control without tail": {"tail_candidates": 0, "control_variate": True},
+    "candidates of no bucket": {"num_buckets": 0, "bucket_candidates": 10},
+    "nothing left": {
+        "num_buckets": 0,
+        "tail_candidates": 0,
+        "shared_labels": False,
+        "shared_frequent": 0,
+    },
+}
+
+
+@pytest.mark.parametrize("options", REFUSED.values(), ids=REFUSED)
+def test_refused(options):
+    with pytest.raises(ValueError, match=r"SCEConfig.*(give|choose|use|belong|published)"):
+        SCEConfig(**options)
+
+
+@pytest.mark.parametrize("n", [1, 31, 4096])
+@pytest.mark.parametrize("v", [2, 500, 32_768, 262_144])
+@pytest.mark.parametrize(
+    "config",
+    [
+        SCEConfig(),
+        SCEConfig.published(),
+        SCEConfig.published(mix=False, alpha=8),
+        SCEConfig(correction="none"),
+        SCEConfig(num_buckets=64),
+    ],
+    ids=["default", "published", "random", "uncorrected", "buckets"],
+)
+def test_auto_resolves_within_the_problem(config, n, v):
+    sizes = config.resolve(n, v)
+    assert "auto" not in dataclasses.asdict(sizes).values()
+    assert sizes.bucket_candidates <= v
+    assert sizes.tail_candidates <= v
+    assert sizes.bucket_positions <= n
+    assert sizes.num_buckets >= (config.correction == "none")
+
+
+def test_control_variate_follows_the_past_only_when_auto():
+    assert not SCEConfig().resolve(100, 1000, prefer_control_variate=False).control_variate
+    assert SCEConfig(control_variate=True).resolve(100, 1000, False).control_variate
+    assert not SCEConfig(tail_candidates=0).resolve(100, 1000).control_variate
+
+
+def test_every_field_is_documented_and_printed():
+    source = inspect.getsource(sce_lm.config)
+    for config_class in (SCEConfig, SCESizes):
+        for field in dataclasses.fields(config_class):
+            start = source.index(f"    {field.name}: ")
+            following = source[source.index("\n", start) + 1 :]
+            assert following.lstrip().startswith('"""'), field.name
+    lines = str(SCEConfig(tail_candidates=77)).splitlines()
+    assert len(lines) == len(dataclasses.fields(SCEConfig))
+    assert any(line.split() == ["tail_candidates", "77"] for line in lines)
