@@ -274,8 +274,10 @@ class _Attachment:
                 num_items_in_batch=num_items_in_batch,
                 return_stats=not self.training,
             )
-            loss, self.statistics = (result, None) if self.training else result
-            return loss
+            self.statistics = None
+            if isinstance(result, tuple):
+                result, self.statistics = result
+            return result
 
         loss = _call_inside(logits.head, compute, logits.hidden_states)
         if loss.requires_grad and not self.training:

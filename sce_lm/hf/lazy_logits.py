@@ -14,7 +14,7 @@ import math
 from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -79,12 +79,13 @@ class _Source:
     """Head and modes, shared by all that is derived from one call of the head."""
 
     head: nn.Linear  # or what acts as one
+    hidden_states: torch.Tensor
     modes: _Modes
     weight: torch.Tensor
     weight_version: int | None
 
-    def logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """What the head gives for ``hidden_states``."""
+    def logits(self) -> torch.Tensor:
+        """What the head gives."""
         weight = self.head.weight
         if weight is self.weight and _version(weight) != self.weight_version:
             raise RuntimeError(
@@ -92,19 +93,19 @@ class _Source:
                 "changed (an optimizer step?); read outputs.logits before that."
             )
         with self.modes.restored():
-            return self.head(hidden_states)
+            return self.head(self.hidden_states)
 
 
 _Step = tuple[str, Any]
-"""("mul" | "div", scalar), ("tanh", None) or ("to", dtype)."""
+"""What is done to logits (a key of ``_APPLY``) and with what: a scalar, a dtype, an index, None."""
 
 
 class LazyLogits(torch.Tensor):
     """``[..., V]`` logits that are not there yet; a Tensor to everybody else.
 
     Shape, dtype, device and ``requires_grad`` are answered without computing anything, and so are
-    scaling, tanh, casts, copies and slices of the leading dimensions. ``grad_fn``
-    and ``_base`` are None until the logits exist.
+    scaling, tanh, casts, copies and slices of the leading dimensions. ``grad_fn`` and ``_base`` are
+    None until the logits exist: DDP and FSDP ask every output of a model for them.
     """
 
     _source: _Source
@@ -152,7 +153,9 @@ class LazyLogits(torch.Tensor):
         if modes.autocast is not None and dtype != torch.float64:
             dtype = modes.autocast
         weight = head.weight
-        return cls._make(hidden_states, (), _Source(head, modes, weight, _version(weight)), dtype)
+        return cls._make(
+            hidden_states, (), _Source(head, hidden_states, modes, weight, _version(weight)), dtype
+        )
 
     @property
     def head(self) -> nn.Linear:
@@ -197,7 +200,7 @@ class LazyLogits(torch.Tensor):
                 with self._source.modes.restored():
                     real = base.materialise()[index]
             else:
-                real = self._source.logits(self._hidden)
+                real = self._source.logits()
                 with self._source.modes.restored():
                     for kind, value in self._steps:
                         real = _APPLY[kind](real, value)
@@ -210,19 +213,30 @@ class LazyLogits(torch.Tensor):
         return self if self._view_of is None else self._view_of[0]._root()
 
     def _record(self, step: _Step, dtype: torch.dtype) -> LazyLogits:
-        return LazyLogits._make(self._hidden, (*self._steps, step), self._source, dtype)
+        source = self._source
+        if source.modes.grad and not torch.is_grad_enabled():
+            source = replace(source, modes=replace(source.modes, grad=False))
+        return LazyLogits._make(self._hidden, (*self._steps, step), source, dtype)
 
     def _record_in_place(self, step: _Step) -> LazyLogits | None:
         # A view and its base share memory: what one of them does the other must see.
-        if self._view_of is not None or self._has_views:
+        if self._view_of is not None or self._has_views or not self._tracks_gradients():
             return None
         self._steps = (*self._steps, step)
         return self
 
+    def _tracks_gradients(self) -> bool:
+        """False where torch would let a result share memory with this but not its history."""
+        return torch.is_grad_enabled() or not self._source.modes.grad
+
     def _slice(self, index: Any) -> LazyLogits:
         self._has_views = True
         return LazyLogits._make(
-            self._hidden[index], self._steps, self._source, self.dtype, base=(self, index)
+            self._hidden[index],
+            (*self._steps, ("getitem", index)),
+            self._source,
+            self.dtype,
+            base=(self, index),
         )
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:
@@ -256,7 +270,9 @@ def _version(tensor: torch.Tensor) -> int | None:
     return None if tensor.is_inference() else tensor._version
 
 
-def _refuse_gradient(grad: torch.Tensor) -> None:
+def _refuse_gradient(grad: torch.Tensor | None) -> None:
+    if grad is None:  # such an operation got them but only its other results were used
+        return
     raise RuntimeError(
         "a gradient arrived at lazy logits from an operation that bypasses __torch_function__ (a "
         "torch.autograd.Function?); give that operation outputs.logits.materialise() instead."
@@ -268,11 +284,14 @@ _APPLY: dict[str, Callable[[torch.Tensor, Any], torch.Tensor]] = {
     "div": lambda x, value: x / value,
     "tanh": lambda x, _: torch.tanh(x),
     "to": lambda x, dtype: x.to(dtype),
+    "getitem": lambda x, index: x[index],
+    "clone": lambda x, _: x.clone(),
+    "contiguous": lambda x, _: x.contiguous(),
 }
 
 
 def _as_transform(steps: tuple[_Step, ...]) -> LogitTransform | None:
-    """``after · tanh(before · x)`` has soft_cap = after, scale = before · after; casts are free."""
+    """``after · tanh(before · x)`` has soft_cap = after, scale = before · after."""
     before, after, capped = 1.0, 1.0, False
     for kind, value in steps:
         if kind == "tanh":
@@ -322,10 +341,10 @@ def _scale(kind: str, in_place: bool, func, args, kwargs):
         x, value = value, x
     if not _lazy(x) or (value := _scalar(value, x)) is None:
         return NotImplemented
-    if in_place:
-        recorded = x._record_in_place((kind, value))
-        return NotImplemented if recorded is None else recorded
     dtype = torch.result_type(torch.empty(1, dtype=x.dtype), _on_cpu(value))
+    if in_place:
+        recorded = x._record_in_place((kind, value)) if dtype == x.dtype else None
+        return NotImplemented if recorded is None else recorded
     return x._record((kind, value), dtype)
 
 
@@ -366,20 +385,20 @@ def _cast(dtype: torch.dtype | None, func, args, kwargs):
     return x if dtype == x.dtype else x._record(("to", dtype), dtype)
 
 
-def _copy(func, args, kwargs):
-    """``clone``, and ``contiguous`` of a view; DDP clones the outputs of a model."""
+def _copy(kind: str, func, args, kwargs):
+    """``contiguous`` of a view, and ``clone``, which DDP does to the outputs of a model."""
     if kwargs or len(args) != 1 or not _lazy(args[0]):
         return NotImplemented
     x = args[0]
-    if func is torch.Tensor.contiguous and x._view_of is None:
+    if kind == "contiguous" and x._view_of is None:
         return x
-    return LazyLogits._make(x._hidden, x._steps, x._source, x.dtype)
+    return x._record((kind, None), x.dtype)
 
 
 def _getitem(func, args, kwargs):
     """Integers and slices that leave the vocabulary whole."""
     x, index = args
-    if not _lazy(x):
+    if not _lazy(x) or not x._tracks_gradients():
         return NotImplemented
     entries = index if isinstance(index, tuple) else (index,)
     for entry in entries:
@@ -439,7 +458,8 @@ def _handlers() -> dict[Callable, Callable]:
     for name, dtype in {**casts, "bfloat16": torch.bfloat16}.items():
         put(partial(_cast, dtype), [getattr(torch.Tensor, name)])
     put(partial(_cast, None), [torch.Tensor.to, torch.Tensor.type, torch.Tensor.type_as])
-    put(_copy, [torch.Tensor.contiguous, *_named("clone")])
+    put(partial(_copy, "clone"), _named("clone"))
+    put(partial(_copy, "contiguous"), [torch.Tensor.contiguous])
     put(_getitem, [torch.Tensor.__getitem__])
     put(_register_hook, [torch.Tensor.register_hook])
     attributes = "shape dtype device ndim requires_grad layout is_cuda is_cpu is_meta itemsize"

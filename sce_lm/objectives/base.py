@@ -87,7 +87,7 @@ class Objective(ABC):
         ignore_index: int = -100,
         num_items_in_batch: torch.Tensor | int | None = None,
         return_stats: bool = False,
-    ) -> torch.Tensor | tuple[torch.Tensor, Statistics]:
+    ) -> Any:
         """The loss of ``softmax(post(hidden_states @ weight.T + bias))`` against ``labels``.
 
         Args:
@@ -104,8 +104,8 @@ class Objective(ABC):
             return_stats: also return :class:`Statistics`.
 
         Returns:
-            The loss in fp32 (fp64 for fp64 inputs). If every label is ignored: zeros that are
-            connected to the graph.
+            The loss in fp32 (fp64 for fp64 inputs), or loss and statistics. If every label is
+            ignored: zeros that are connected to the graph.
 
         Raises:
             ValueError: shapes that do not fit, a label outside ``[0, V)``, an unknown reduction.

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from sce_lm.candidates.state import SCEState
 from sce_lm.config import SCEConfig
-from sce_lm.objectives.base import Reduction, Statistics
+from sce_lm.objectives.base import Reduction
 from sce_lm.objectives.sce import SCE
 from sce_lm.ops.logits import LogitTransform
 
@@ -25,7 +27,7 @@ def sce_loss(
     ignore_index: int = -100,
     num_items_in_batch: torch.Tensor | int | None = None,
     return_stats: bool = False,
-) -> torch.Tensor | tuple[torch.Tensor, Statistics]:
+) -> Any:
     """Scalable Cross-Entropy of ``softmax(post(hidden_states @ weight.T + bias))``.
 
     Args:

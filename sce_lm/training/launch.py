@@ -7,6 +7,7 @@ puts torchrun, which is what accelerate starts on GPUs, in its own place.
 
 import os
 import sys
+from pathlib import Path
 
 import psutil
 from accelerate.commands.config.config_args import ClusterConfig, load_config_from_file
@@ -14,6 +15,9 @@ from accelerate.commands.launch import launch_command_parser
 
 SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 """Variables by which torchrun and the several kinds of MPI tell a process that it has company."""
+
+LAUNCHERS = ("launch", "accelerate-launch", "accelerate.commands.launch")
+"""What stands before the options: `accelerate launch`, or one of two other ways to call it."""
 
 
 def start_missing_processes() -> None:
@@ -26,9 +30,10 @@ def start_missing_processes() -> None:
     is_alone = "MASTER_ADDR" in os.environ and not any(name in os.environ for name in SIZES)
     parent = psutil.Process().parent()
     command = parent.cmdline() if parent else []
-    if not (is_on_cpu and is_alone and "launch" in command):
+    launchers = [i for i, a in enumerate(command) if Path(a).name in LAUNCHERS]
+    if not (is_on_cpu and is_alone and launchers):
         return
-    asked = launch_command_parser().parse_args(command[command.index("launch") + 1 :])
+    asked = launch_command_parser().parse_args(command[launchers[0] + 1 :])
     machines, processes = asked.num_machines, asked.num_processes
     if processes is None:
         config = load_config_from_file(asked.config_file)
@@ -39,6 +44,8 @@ def start_missing_processes() -> None:
             f"accelerate launch was asked for {machines} machines without GPUs, for which it needs "
             "mpirun; name its hostfile by --mpirun_hostfile, or use torchrun on each machine."
         )
+    if processes == 1:
+        return
     workers = ["--standalone", "--nproc-per-node", str(processes)]
     torchrun = [sys.executable, "-m", "torch.distributed.run", *workers]
     os.execv(sys.executable, [*torchrun, *sys.argv])

@@ -66,7 +66,7 @@ def read(source: str, split: str, column: str, cache_dir: str, name: str | None 
         cache_dir: folder for the data in Arrow form.
         name: configuration name of the hub data set.
 
-    Raises ValueError for data that cannot be read, a missing column, or no rows.
+    Raises ValueError for data that cannot be read or have no rows, and for a missing column.
     """
     options: dict[str, Any] = {"path": source}
     if is_local(source):
@@ -93,8 +93,6 @@ def read(source: str, split: str, column: str, cache_dir: str, name: str | None 
             f"Column {column!r} of {source} holds {getattr(kind, 'dtype', kind)} values; expected "
             "text; name another by text_column."
         )
-    if not len(documents):
-        raise ValueError(f"{source} has no rows; training needs text; give data that has some.")
     return documents
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pydoc
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,13 @@ from sce_lm.training.metrics import read_metrics
 MODULES = ("argparse", "ast", "asyncio", "collections", "email", "json", "logging", "unittest")
 END_OF_TEXT = "<|endoftext|>"
 
+ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
+"""Environment of a program that computes with one thread, as the tests here do themselves."""
+
 
 def documentation() -> list[str]:
     """The documentation of some modules of the standard library, one text a module."""
-    return [pydoc.plain(pydoc.render_doc(name)) for name in MODULES]
+    return [pydoc.plain(pydoc.render_doc(name))[:20_000] for name in MODULES]
 
 
 def write_text(folder: Path) -> tuple[Path, Path]:

@@ -1,0 +1,1 @@
+"""Configuration, data, loop and checkpoints behind scripts/train.py."""

@@ -1,0 +1,38 @@
+"""Evaluate the model of a finished run, exactly, whatever objective it was trained with.
+
+    python scripts/evaluate.py RUN_DIR
+    accelerate launch --num_processes 2 scripts/evaluate.py RUN_DIR
+
+Prints JSON: a language model's nll (nats a token), perplexity and accuracy on the held-out text, or
+a recommender's ndcg, hr, mrr and coverage at 10 for the test items, over the whole catalogue with
+seen items masked.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from accelerate import Accelerator
+
+from sce_lm.training.evaluation import evaluate_run
+from sce_lm.training.launch import start_missing_processes
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Evaluate the model of a finished run.")
+    parser.add_argument("run", type=Path, help="folder of a run of scripts/train.py")
+    folder = parser.parse_args().run
+    try:
+        start_missing_processes()
+        accelerator = Accelerator()
+        figures = evaluate_run(folder, accelerator)
+    except (ValueError, OSError) as error:
+        sys.exit(f"evaluate.py: {error}")
+    if accelerator.is_main_process:
+        print(json.dumps(figures, indent=2))
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main()

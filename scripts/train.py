@@ -1,0 +1,33 @@
+"""Train a causal language model or a recommender on item tokens.
+
+    python scripts/train.py CONFIG.yaml [--field value ...]
+    accelerate launch --num_processes 2 scripts/train.py CONFIG.yaml [--field value ...]
+
+A run that was stopped goes on when the same command is given again. `--help` lists the fields.
+"""
+
+import json
+import sys
+
+from sce_lm.training.config import parse_config
+from sce_lm.training.launch import start_missing_processes
+from sce_lm.training.loop import Run
+
+
+def main() -> None:
+    try:
+        start_missing_processes()
+        run = Run(parse_config(sys.argv[1:]))
+    except (ValueError, OSError) as error:
+        sys.exit(f"train.py: {error}")
+    try:
+        summary = run.train()
+    except FloatingPointError as error:
+        sys.exit(f"train.py: {error}")
+    if run.is_main:
+        print(json.dumps(summary, indent=2))
+        print(f"The run is in {run.folder}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,89 @@
+"""YAML below, command line above, and one sentence for whatever does not fit."""
+
+import dataclasses
+
+import pytest
+
+from sce_lm.training.config import TrainConfig, parse_config
+
+MODEL = "model_config: {model_type: llama, hidden_size: 64}\n"
+
+
+def write(tmp_path, text):
+    path = tmp_path / "config.yaml"
+    path.write_text(text)
+    return str(path)
+
+
+def test_the_command_line_goes_over_the_file_and_the_file_over_the_defaults(tmp_path):
+    path = write(tmp_path, MODEL + "learning_rate: 1e-3\nmax_steps: 7\nwarmup_steps: 3\n")
+    config = parse_config([path, "--max_steps", "9", "--betas", "0.9", "0.98"])
+    assert (config.learning_rate, config.max_steps, config.warmup_steps) == (1e-3, 9, 3)
+    assert config.betas == [0.9, 0.98]
+    assert config.sequence_length == TrainConfig(model="any").sequence_length
+
+
+def test_values_are_read_as_the_type_of_their_field(tmp_path):
+    text = MODEL + "mixed_precision: no\nmax_grad_norm: 1\nresume: false\nheld_out: null\n"
+    options = ["--objective_options", '{"tail_candidates": 64}', "--gradient_checkpointing"]
+    config = parse_config([write(tmp_path, text), *options])
+    assert config.mixed_precision == "no"
+    assert isinstance(config.max_grad_norm, float)
+    assert config.resume is False
+    assert config.held_out is None
+    assert config.objective_options == {"tail_candidates": 64}
+    assert config.gradient_checkpointing is True
+
+
+def test_the_dictionary_form_builds_the_same_configuration(tmp_path):
+    config = parse_config([write(tmp_path, MODEL), "--trackers", "tensorboard"])
+    assert TrainConfig(**config.to_dict()) == config
+
+
+def test_every_field_is_documented():
+    assert all(field.metadata["help"] for field in dataclasses.fields(TrainConfig))
+
+
+@pytest.mark.parametrize(
+    ("text", "arguments", "message"),
+    [
+        ("max_step: 3\n", [], "'max_step'.*did you mean 'max_steps'"),
+        ("", ["--learning-rte", "1"], "'learning_rte'.*did you mean 'learning_rate'"),
+        ("", ["--max_steps", "many"], "max_steps.*invalid int value: 'many'"),
+        ("max_steps: [3]\n", [], r"max_steps is \[3\]; expected int"),
+        ("max_steps: 2.5\n", [], "max_steps is 2.5; expected int"),
+        ("max_steps: 0\n", [], "max_steps is 0; expected at least 1"),
+        ("resume: maybe\n", [], "resume"),
+        ("task: sort\n", [], "task.*'sort'"),
+        ("betas: [0.9]\n", [], "betas.*two numbers"),
+        ("betas: [0.9, high]\n", [], "betas is 'high'; expected float"),
+        ("scheduler: sine\n", [], "scheduler.*cosine"),
+        ("held_out_fraction: 1\n", [], "held_out_fraction is 1.0; expected between 0 and 1"),
+        ("objective_options: 3\n", [], "objective_options is 3; expected a mapping"),
+        ("", ["--objective_options", "{oops"], "objective_options.*'{oops'"),
+        ("", ["stray"], "'stray' where a --field was expected"),
+        ("model: gpt2\n", [], "Both model .'gpt2'. and model_config"),
+    ],
+)
+def test_what_does_not_fit_is_refused(tmp_path, text, arguments, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        parse_config([write(tmp_path, MODEL + text), *arguments])
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("- a list\n", "holds a list; expected a mapping"),
+        ("a: [unclosed\n", "cannot be read as YAML"),
+        ("", "Neither model nor model_config"),
+    ],
+)
+def test_a_file_that_is_no_configuration_is_refused(tmp_path, text, message):
+    with pytest.raises(ValueError, match=message):
+        parse_config([write(tmp_path, text)])
+
+
+def test_a_missing_file_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="There is no configuration file"):
+        parse_config([str(tmp_path / "none.yaml")])
