@@ -217,12 +217,15 @@ class _Problem:
         return h if self.bias is None else torch.nn.functional.pad(h, (0, 1), value=1.0)
 
     def blocks(self):
-        """(start, stop) in the working order, sorted by bucket; as equal as the budget allows."""
-        total = len(self.order)
-        most = max(1, BLOCK_ELEMENTS // max(self.num_dense + self.bucket_size, 1))
-        count = -(-total // most)
+        """(start, stop, buffer for raw logits) of positions in the working order, sorted by bucket.
+
+        Blocks are as equal as the budget allows, and all use one piece of memory.
+        """
+        total, columns = len(self.order), self.num_dense + self.bucket_size
+        count = -(-total // max(1, BLOCK_ELEMENTS // max(columns, 1)))
         edges = [total * i // count for i in range(count + 1)]
-        return pairwise(edges)
+        buffer = self.dense_rows.new_empty(max(b - a for a, b in pairwise(edges)), columns)
+        return [(a, b, buffer[: b - a]) for a, b in pairwise(edges)]
 
     def fragments(self, start: int, stop: int):
         """(bucket, first row, end row) of the buckets in a block, rows counted from its start."""
@@ -314,11 +317,10 @@ class _Block(NamedTuple):
     """``[n]`` 1 where the label lies in R."""
 
 
-def _block(p: _Problem, hidden, labels, start: int, stop: int) -> _Block:
+def _block(p: _Problem, hidden, labels, start: int, stop: int, x: torch.Tensor) -> _Block:
     at = p.order[start:stop]
     h, y, bucket = p.extend(hidden[at]), labels[at], p.bucket_of[at]
     label_rows = p.rows(y)
-    x = h.new_empty(len(h), p.num_dense + p.bucket_size)
     torch.mm(h, p.dense_rows.T, out=x[:, : p.num_dense])
     for k, low, high in p.fragments(start, stop):
         torch.mm(h[low:high], p.rows(p.items[k]).T, out=x[low:high, p.num_dense :])
@@ -371,8 +373,8 @@ def _pass(hidden, weight, bias, labels, candidates, post, position_weight, needs
     log_partition = torch.empty_like(losses)
     num_clamped = torch.zeros((), dtype=torch.int64, device=hidden.device)
 
-    for start, stop in p.blocks():
-        b = _block(p, hidden, labels, start, stop)
+    for start, stop, buffer in p.blocks():
+        b = _block(p, hidden, labels, start, stop, buffer)
         x, w = b.x, _of(p.tail_weight, b.bucket)
         control = _Control(p, b, w, post) if with_control else None  # before x is overwritten
 

@@ -7,17 +7,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoModelForCausalLM
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from sce_lm import apply_sce, objectives
+from sce_lm.hf.adapter import lazy_logits
 from sce_lm.training import loss_cost
 from sce_lm.training.config import TrainConfig
 from sce_lm.training.loop import Run
 from sce_lm.training.loss_cost import LossCost
 from sce_lm.training.plots import draw_curves
-from sce_lm.training.task import DataOrder, Task
+from sce_lm.training.task import DataOrder, Task, on_device
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,46 @@ class Comparison:
         Console(width=110).print(table)
 
 
+def save_loss_inputs(
+    model: PreTrainedModel, batch: dict[str, torch.Tensor], path: Path
+) -> dict[str, Any]:
+    """Write what enters the head for one batch of causal language modelling.
+
+    Args:
+        model: patched by ``apply_sce``; its transform of the logits must be a LogitTransform.
+        batch: its inputs, with ``labels``.
+        path: safetensors file to write.
+
+    Returns:
+        The problem's ``positions``, ``vocab_size``, ``width`` and ``dtype``.
+    """
+    inputs = on_device(batch, model.device)
+    labels = inputs.pop("labels")[:, 1:]
+    model.eval()
+    with torch.no_grad(), lazy_logits(model):
+        parts = model(**inputs, use_cache=False).logits.parts()
+    valid = labels != -100
+    tensors = {
+        "hidden_states": parts.hidden_states[:, :-1][valid],
+        "weight": parts.weight.detach(),
+        "labels": labels[valid],
+    }
+    if parts.bias is not None:
+        tensors["bias"] = parts.bias.detach()
+    save_file(
+        {name: tensor.cpu().contiguous() for name, tensor in tensors.items()},
+        path,
+        metadata={"post": json.dumps(dataclasses.asdict(parts.post))},
+    )
+    vocab_size, width = parts.weight.shape
+    return {
+        "positions": int(valid.sum()),
+        "vocab_size": vocab_size,
+        "width": width,
+        "dtype": str(parts.weight.dtype).removeprefix("torch."),
+    }
+
+
 def compare(config: TrainConfig, methods: Mapping[str, Method], folder: Path) -> Comparison:
     """Train ``config`` with each method in turn and measure each loss in a process of its own.
 
@@ -92,7 +135,7 @@ def compare(config: TrainConfig, methods: Mapping[str, Method], folder: Path) ->
     order = DataOrder(task.num_rows, config.per_device_batch_size, 1, config.seed)
     inputs = folder / "loss_inputs.safetensors"
     batch = task.batch(next(order.step_batches(0, 0, 1)))
-    measured = loss_cost.save_loss_inputs(trained, batch, inputs)
+    measured = save_loss_inputs(trained, batch, inputs)
     asked = {"stock": {"name": loss_cost.STOCK}} | {
         label: objectives.get(method.objective, **method.options).to_dict()
         for label, method in methods.items()

@@ -23,13 +23,9 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch.nn.functional import cross_entropy
-from transformers import PreTrainedModel
 
 from sce_lm import LogitTransform, objectives
-from sce_lm.hf.adapter import lazy_logits
-from sce_lm.training.task import on_device
 
 STOCK = "stock"
 """Name of plain cross-entropy over logits that are kept, as transformers computes it."""
@@ -47,51 +43,12 @@ class LossCost:
     """The loss of the last pass, in nats."""
 
 
-def save_loss_inputs(
-    model: PreTrainedModel, batch: dict[str, torch.Tensor], path: Path
-) -> dict[str, Any]:
-    """Write what enters the head for one batch of causal language modelling.
-
-    Args:
-        model: patched by ``apply_sce``; its transform of the logits must be a LogitTransform.
-        batch: its inputs, with ``labels``.
-        path: safetensors file to write.
-
-    Returns:
-        The problem's ``positions``, ``vocab_size``, ``width`` and ``dtype``.
-    """
-    inputs = on_device(batch, model.device)
-    labels = inputs.pop("labels")[:, 1:]
-    model.eval()
-    with torch.no_grad(), lazy_logits(model):
-        parts = model(**inputs, use_cache=False).logits.parts()
-    valid = labels != -100
-    tensors = {
-        "hidden_states": parts.hidden_states[:, :-1][valid],
-        "weight": parts.weight.detach(),
-        "labels": labels[valid],
-    }
-    if parts.bias is not None:
-        tensors["bias"] = parts.bias.detach()
-    save_file(
-        {name: tensor.cpu().contiguous() for name, tensor in tensors.items()},
-        path,
-        metadata={"post": json.dumps(asdict(parts.post))},
-    )
-    vocab_size, width = parts.weight.shape
-    return {
-        "positions": int(valid.sum()),
-        "vocab_size": vocab_size,
-        "width": width,
-        "dtype": str(parts.weight.dtype).removeprefix("torch."),
-    }
-
-
 def measure(path: Path, method: dict[str, Any]) -> LossCost:
     """Run :func:`_measure_here` in a new process.
 
     Args:
-        path: what :func:`save_loss_inputs` wrote.
+        path: safetensors file with ``hidden_states [N, d]``, ``weight [V, d]``, ``labels [N]``, perhaps
+            ``bias [V]``, and the metadata ``post``: a LogitTransform's fields as JSON.
         method: ``Objective.to_dict()``, or ``{"name": "stock"}``.
     """
     command = [sys.executable, "-m", "sce_lm.training.loss_cost", str(path), json.dumps(method)]
@@ -180,7 +137,7 @@ def _synchronise(device: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Measure one loss on saved inputs.")
-    parser.add_argument("inputs", type=Path, help="file written by save_loss_inputs")
+    parser.add_argument("inputs", type=Path, help="safetensors file, see measure")
     parser.add_argument("method", type=json.loads, help="JSON: name and options of the objective")
     arguments = parser.parse_args()
     print(json.dumps(asdict(_measure_here(arguments.inputs, arguments.method))))

@@ -1,0 +1,90 @@
+"""The comparison behind the demo, on a small model and real text."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from support.models import tiny_batch, tiny_model
+
+from sce_lm import apply_sce, objectives
+from sce_lm.training import loss_cost
+from sce_lm.training.comparison import Method, compare, save_loss_inputs
+from sce_lm.training.config import parse_config
+
+
+def test_loss_inputs_reproduce_the_models_loss(tmp_path):
+    """What is measured is the head's real work: Gemma 2's soft cap, ignored labels left out."""
+    batch = tiny_batch()
+    batch["labels"][:, 3] = -100
+    model = apply_sce(tiny_model("gemma2"), objectives.get("exact"))
+    path = tmp_path / "inputs.safetensors"
+    sizes = save_loss_inputs(model, batch, path)
+    with torch.no_grad():
+        expected = model.eval()(**batch).loss.item()
+    assert sizes["positions"] == int((batch["labels"][:, 1:] != -100).sum())
+    for method in ({"name": "stock"}, {"name": "exact"}, {"name": "sce", "tail_candidates": 10**6}):
+        cost = loss_cost._measure_here(path, method, repeats=1)
+        assert cost.loss == pytest.approx(expected, rel=1e-5)
+        assert cost.seconds > 0
+        assert cost.peak_mib >= 0
+
+
+def test_peak_memory_is_that_of_the_logits(tmp_path):
+    """Stock keeps [N, V] logits, exact and SCE do not: the figures must tell them apart."""
+    n, v, d = 2048, 16_384, 16
+    generator = torch.Generator().manual_seed(0)
+    path = tmp_path / "inputs.safetensors"
+    save_file(
+        {
+            "hidden_states": torch.randn(n, d, generator=generator),
+            "weight": torch.randn(v, d, generator=generator) / 4,
+            "labels": torch.randint(0, v, (n,), generator=generator),
+        },
+        path,
+        metadata={"post": '{"scale": 1.0, "soft_cap": null}'},
+    )
+    logits = n * v * 4 / 2**20
+    assert loss_cost.measure(path, {"name": "stock"}).peak_mib > 1.5 * logits
+    sce = {"name": "sce", "tail_candidates": 512, "shared_labels": False, "shared_frequent": 0}
+    assert loss_cost.measure(path, sce).peak_mib < logits
+    with pytest.raises(RuntimeError, match="no option 'tails'"):
+        loss_cost.measure(path, {"name": "sce", "tails": 3})
+
+
+def test_compare_trains_each_and_writes_the_figures(tmp_path, capsys):
+    config = parse_config(
+        [
+            "examples/configs/lm_embedded.yaml",
+            *("--cache_dir", str(tmp_path / "cache")),
+            *(
+                "--data_options",
+                '{"packages": ["stdlib"], "max_bytes": 300000, "vocab_size": 2048}',
+            ),
+            *(
+                "--model_config",
+                '{"model_type": "llama", "hidden_size": 16, "intermediate_size": 32,'
+                ' "num_hidden_layers": 1, "num_attention_heads": 2, "max_position_embeddings": 64}',
+            ),
+            *("--sequence_length", "32", "--per_device_batch_size", "4", "--max_steps", "6"),
+            *("--warmup_steps", "1", "--eval_every", "3", "--checkpoint_every", "0"),
+        ]
+    )
+    methods = {
+        "exact": Method("exact"),
+        "published SCE": Method("sce", {"published": True}),
+        "corrected SCE": Method("sce", {"tail_candidates": 4096}),
+    }
+    result = compare(config, methods, tmp_path / "out")
+    assert set(result.costs) == {"stock", *methods}
+    assert result.costs["stock"].loss == pytest.approx(result.costs["exact"].loss, rel=1e-5)
+    nll = {label: s["test"]["nll"] for label, s in result.summaries.items()}
+    assert nll["corrected SCE"] == pytest.approx(nll["exact"], rel=1e-4)  # its tail covers V
+    assert nll["published SCE"] != pytest.approx(nll["exact"], rel=1e-4)
+    written = json.loads((tmp_path / "out" / "comparison.json").read_text())
+    assert written["summaries"]["exact"]["test"]["nll"] == nll["exact"]
+    assert result.curves.read_bytes().startswith(b"\x89PNG")
+    result.print("title", {"nll": "held-out NLL"})
+    assert f"{nll['exact']:.4f}" in capsys.readouterr().out
+    again = compare(config, methods, tmp_path / "out")  # nothing is trained twice
+    assert again.summaries == result.summaries
