@@ -47,8 +47,8 @@ def measure(path: Path, method: dict[str, Any]) -> LossCost:
     """Run :func:`_measure_here` in a new process.
 
     Args:
-        path: safetensors file with ``hidden_states [N, d]``, ``weight [V, d]``, ``labels [N]``, perhaps
-            ``bias [V]``, and the metadata ``post``: a LogitTransform's fields as JSON.
+        path: safetensors file with ``hidden_states [N, d]``, ``weight [V, d]``, ``labels [N]``,
+            perhaps ``bias [V]``, and the metadata ``post``: a LogitTransform's fields as JSON.
         method: ``Objective.to_dict()``, or ``{"name": "stock"}``.
     """
     command = [sys.executable, "-m", "sce_lm.training.loss_cost", str(path), json.dumps(method)]
