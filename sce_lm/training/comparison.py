@@ -13,8 +13,8 @@ from rich.table import Table
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from sce_lm import apply_sce, objectives
-from sce_lm.hf.adapter import lazy_logits
+from sce_lm import objectives
+from sce_lm.hf.adapter import apply_sce, lazy_logits
 from sce_lm.training import loss_cost
 from sce_lm.training.config import TrainConfig
 from sce_lm.training.loop import Run

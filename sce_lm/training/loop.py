@@ -67,6 +67,11 @@ class Run:
                 "install it, or leave it out of trackers."
             )
         self.objective = objectives.get(config.objective, **config.objective_options)
+        if getattr(self.objective.config, "sparse_grad", False):
+            raise ValueError(
+                "objective_options sets sparse_grad, and training is by AdamW, which takes dense "
+                "gradients; leave it out, or use sce_loss with SparseAdam in a loop of your own."
+            )
         trackers: list[Any] = [*config.trackers]
         self.accelerator = Accelerator(
             mixed_precision=config.mixed_precision,

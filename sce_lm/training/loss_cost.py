@@ -25,7 +25,8 @@ import torch
 from safetensors import safe_open
 from torch.nn.functional import cross_entropy
 
-from sce_lm import LogitTransform, objectives
+from sce_lm import objectives
+from sce_lm.ops.logits import LogitTransform
 
 STOCK = "stock"
 """Name of plain cross-entropy over logits that are kept, as transformers computes it."""
