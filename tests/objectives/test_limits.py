@@ -20,6 +20,16 @@ COVERING = {
         assignment="balanced",
         **NO_SHARED,
     ),
+    "shared, control": SCEConfig(
+        num_buckets=0, shared_frequent=V, tail_candidates=V, control_variate=True
+    ),
+    "bucket, control": SCEConfig(
+        num_buckets=5,
+        bucket_candidates=V,
+        tail_candidates=V,
+        control_variate=True,
+        **NO_SHARED,
+    ),
     "tail": SCEConfig(num_buckets=0, tail_candidates=V, control_variate=False, **NO_SHARED),
     "tail, control": SCEConfig(num_buckets=0, tail_candidates=V, control_variate=True, **NO_SHARED),
     "all three": SCEConfig(
