@@ -64,7 +64,8 @@ class SCEConfig:
     """Share of the proposal spread evenly over the catalogue, in (0, 1]; bounds the weights. The
     frequent classes are kept with certainty, so what is sampled is rare: 0.3 instead of 0.1 raised
     the cosine of dL/dW from 0.66 to 0.79 on a recommender with 63,121 items and from 0.9968 to
-    0.9977 on a language model with 32,768 tokens, each after 100 steps from scratch."""
+    0.9977 on a language model with 32,768 tokens, each after 100 steps from scratch, and from
+    0.9959 to 0.9976 on Gemma 3 270M."""
 
     control_variate: bool | Auto = "auto"
     """Take the tail's part that is known in closed form out of the sample (Jensen control
