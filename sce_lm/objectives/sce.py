@@ -89,44 +89,56 @@ class SCE(Objective):
             post=inputs.post,
             position_weight=inputs.position_weight,
         )
-        products = len(candidates.shared) + len(candidates.tail)
+        products = self._products(candidates, num_positions, vocab_size)
+        relative_error = self._relative_error(inputs, candidates, result.log_partition, counted)
+        if counted:
+            self.state.average(coverage=1.0, products_per_position=products)
+        return result.loss, Statistics(
+            num_valid=num_positions,
+            products_per_position=products,
+            relative_error=relative_error,
+        )
+
+    def _products(self, candidates: Candidates, num_positions: int, vocab_size: int) -> float:
+        """Inner products a position: the lists, the catalogue scan and the k-means steps."""
+        products = float(len(candidates.shared) + len(candidates.tail))
         if candidates.bucket_items is not None:
             buckets, own = candidates.bucket_items.shape
             fitted = min(1.0, KMEANS_POSITIONS_PER_BUCKET * buckets / num_positions)
             scan = buckets * vocab_size / num_positions
             products += own + scan + buckets * (KMEANS_STEPS * fitted + 1)
+        return products
 
-        relative_error = None
+    @torch.no_grad()
+    def _relative_error(
+        self, inputs: HeadInputs, candidates: Candidates, log_partition: torch.Tensor, counted: bool
+    ) -> torch.Tensor | None:
+        """The tail's relative error ``[N]`` if it was asked for; now and then the state's averages
+        of the variance with and without control variate are brought up to date."""
         monitors = counted and (self.state.step - 1) % MONITOR_EVERY == 0
-        if len(candidates.tail) and (monitors or inputs.want_statistics):
-            chosen = None
-            if not inputs.want_statistics:
-                count = min(num_positions, MONITOR_POSITIONS)
-                chosen = torch.linspace(0, num_positions - 1, count).long().to(counts.device)
-            with torch.no_grad():
-                plain, control = candidate_variance(
-                    inputs.hidden,
-                    inputs.weight,
-                    inputs.labels,
-                    candidates,
-                    result.log_partition,
-                    bias=inputs.bias,
-                    post=inputs.post,
-                    positions=chosen,
-                )
-            if inputs.want_statistics:
-                relative_error = (control if sizes.control_variate else plain).sqrt()
-            if monitors:
-                self.state.average(
-                    variance_plain=float(plain.mean()), variance_control=float(control.mean())
-                )
-        if counted:
-            self.state.average(coverage=1.0, products_per_position=float(products))
-        return result.loss, Statistics(
-            num_valid=num_positions,
-            products_per_position=float(products),
-            relative_error=relative_error,
+        wanted = inputs.want_statistics
+        if not len(candidates.tail) or not (monitors or wanted):
+            return None
+        positions = None
+        if not wanted:
+            count = min(len(inputs.labels), MONITOR_POSITIONS)
+            spread = torch.linspace(0, len(inputs.labels) - 1, count)
+            positions = spread.long().to(inputs.labels.device)
+        plain, control = candidate_variance(
+            inputs.hidden,
+            inputs.weight,
+            inputs.labels,
+            candidates,
+            log_partition,
+            bias=inputs.bias,
+            post=inputs.post,
+            positions=positions,
         )
+        if monitors:
+            self.state.average(
+                variance_plain=float(plain.mean()), variance_control=float(control.mean())
+            )
+        return (control if candidates.control_variate else plain).sqrt() if wanted else None
 
     def _choose(self, inputs: HeadInputs, sizes: SCESizes, counts, seed: int) -> Candidates:
         """The three strata of one call."""

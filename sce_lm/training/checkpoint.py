@@ -22,6 +22,7 @@ from pathlib import Path
 
 from accelerate import Accelerator
 
+from sce_lm.hf.callback import state_file
 from sce_lm.objectives.base import Objective
 
 MANIFEST = "checkpoint.json"
@@ -84,7 +85,7 @@ class Checkpoints:
         return manifest["step"]
 
     def _objective_state(self, folder: Path) -> Path:
-        return folder / f"sce_state_rank{self.accelerator.process_index}.safetensors"
+        return state_file(folder, self.accelerator.process_index)
 
 
 def verify(checkpoint: Path) -> None:
