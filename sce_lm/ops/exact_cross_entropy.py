@@ -5,7 +5,8 @@
 The logits exist for one block of positions at a time. With a scalar reduction the gradients are
 taken in the forward pass from that same block, ``(softmax - onehot) · g'``, so nothing of size
 ``[N, V]`` outlives a block and no product is done twice; with a loss per position the backward
-pass computes the block again. The gradient of W is summed in fp32 and cast once.
+pass computes the block again. The gradient of W is summed in fp32 and cast once. A weight in half
+precision is widened a tile of classes at a time.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from sce_lm.ops.logits import LogitTransform
 
 BLOCK_ELEMENTS = 2**24
 """Logits held at a time (64 MiB in fp32)."""
+TILE_ELEMENTS = 2**22
+"""Elements of a half-precision weight widened at a time (16 MiB in fp32)."""
 
 
 def compute_dtype(*tensors: torch.Tensor | None) -> torch.dtype:
@@ -65,19 +68,22 @@ def exact_cross_entropy(
 def _stream(hidden, weight, bias, labels, post, position_weight, needs, dtype):
     """One pass over blocks of positions: losses, hits and, where ``needs`` says so, gradients."""
     num_positions, vocab_size = hidden.shape[0], weight.shape[0]
-    w = weight.to(dtype)
     needs_hidden, needs_weight, needs_bias = needs
     losses = hidden.new_empty(num_positions, dtype=dtype)
     correct = hidden.new_empty(num_positions, dtype=torch.bool)
-    grad_hidden = torch.empty_like(hidden, dtype=dtype) if needs_hidden else None
-    grad_weight = torch.zeros_like(w) if needs_weight else None
-    grad_bias = w.new_zeros(vocab_size) if needs_bias else None
+    grad_hidden = torch.zeros_like(hidden, dtype=dtype) if needs_hidden else None
+    grad_weight = torch.zeros_like(weight, dtype=dtype) if needs_weight else None
+    grad_bias = hidden.new_zeros(vocab_size, dtype=dtype) if needs_bias else None
 
     block = max(1, min(num_positions, BLOCK_ELEMENTS // vocab_size))
     for start in range(0, num_positions, block):
         rows = slice(start, min(start + block, num_positions))
         h, y = hidden[rows].to(dtype), labels[rows, None]
-        s = h @ w.T if bias is None else torch.addmm(bias.to(dtype), h, w.T)
+        s = h.new_empty(len(h), vocab_size)
+        for classes, w in _tiles(weight, dtype):
+            torch.mm(h, w.T, out=s[:, classes])
+        if bias is not None:
+            s += bias.to(dtype)
         if post != LogitTransform():
             s = post(s)
         slope = post.slope(s)
@@ -93,12 +99,22 @@ def _stream(hidden, weight, bias, labels, post, position_weight, needs, dtype):
         p.div_(total).scatter_add_(1, y, -torch.ones_like(total))
         p.mul_(slope).mul_(per_row)
         if grad_hidden is not None:
-            torch.mm(p, w, out=grad_hidden[rows])
+            for classes, w in _tiles(weight, dtype):
+                grad_hidden[rows].addmm_(p[:, classes], w)
         if grad_weight is not None:
             grad_weight.addmm_(p.T, h)
         if grad_bias is not None:
             grad_bias += p.sum(dim=0)
     return losses, correct, (grad_hidden, grad_weight, grad_bias)
+
+
+def _tiles(weight: torch.Tensor, dtype: torch.dtype):
+    """(slice of classes, their rows in ``dtype``); the whole weight where it has that dtype."""
+    vocab_size, width = weight.shape
+    tile = vocab_size if weight.dtype == dtype else max(1, TILE_ELEMENTS // width)
+    for start in range(0, vocab_size, tile):
+        classes = slice(start, start + tile)
+        yield classes, weight[classes].to(dtype)
 
 
 class _ExactCrossEntropy(torch.autograd.Function):
