@@ -135,6 +135,26 @@ def test_no_logits_are_allocated(name, training, monkeypatch):
     assert counts[1] == 0
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_covering_sce_equals_stock(name):
+    """SCE whose strata cover the vocabulary: scale, cap, bias, ties and router loss go through."""
+    config = SCEConfig(
+        num_buckets=3,
+        bucket_candidates=20,
+        shared_frequent=10,
+        tail_candidates=VOCAB_SIZE,
+        control_variate=True,
+    )
+    stock, patched = tiny_model(name), apply_sce(tiny_model(name), config)
+    batch = tiny_batch()
+    expected, loss = stock(**batch).loss, patched(**batch).loss
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
+    expected.backward()
+    loss.backward()
+    assert objective_of(patched).state.step == 1
+    assert_same_gradients(patched, stock)
+
+
 def test_corrected_sce_trains_and_eval_is_exact():
     stock, patched = tiny_model("llama"), apply_sce(tiny_model("llama"), SCEConfig())
     batch = tiny_batch()
