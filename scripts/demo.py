@@ -26,9 +26,9 @@ LANGUAGE_MODEL = {
     "log_every": 5,
 }
 RECOMMENDER = {
-    "max_steps": 100,
-    "warmup_steps": 10,
-    "eval_every": 25,
+    "max_steps": 200,
+    "warmup_steps": 20,
+    "eval_every": 50,
     "eval_users": 2000,
     "checkpoint_every": 0,
     "log_every": 5,

@@ -10,12 +10,19 @@ from sce_lm.recsys.data import (
     training_dataset,
     user_sequences,
 )
-from sce_lm.recsys.evaluation import ItemRanking, evaluate_items, popularity_scorer, rank_items
+from sce_lm.recsys.evaluation import (
+    ItemRanking,
+    Scorer,
+    evaluate_items,
+    popularity_scorer,
+    rank_items,
+)
 from sce_lm.recsys.tokenizer import build_item_tokenizer, item_tokens
 
 __all__ = [
     "ItemRanking",
     "LeaveOneOut",
+    "Scorer",
     "build_item_tokenizer",
     "catalogue",
     "evaluate_items",

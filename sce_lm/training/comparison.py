@@ -43,6 +43,8 @@ class Comparison:
     """The loss alone, by label; "stock" is plain cross-entropy."""
     measured: dict[str, Any]
     """Positions, vocabulary, width and dtype at which the costs hold."""
+    baselines: dict[str, dict[str, float]]
+    """Held-out figures of methods that need no training."""
     curves: Path
     """The plot."""
 
@@ -60,6 +62,8 @@ class Comparison:
             else:
                 held_out = [f"{summary['test'][name]:.4f}" for name in figures]
                 table.add_row(label, f"{summary['seconds_per_step']:.2f}", *cells, *held_out)
+        for label, held_out in self.baselines.items():
+            table.add_row(label, "", "", "", *(f"{held_out[name]:.4f}" for name in figures))
         Console(width=110).print(table)
 
 
@@ -145,7 +149,7 @@ def compare(config: TrainConfig, methods: Mapping[str, Method], folder: Path) ->
 
     curves = folder / "curves.png"
     draw_curves(runs, curves, task.headline[0])
-    comparison = Comparison(summaries, costs, measured, curves)
+    comparison = Comparison(summaries, costs, measured, task.baselines(), curves)
     (folder / "comparison.json").write_text(
         json.dumps(dataclasses.asdict(comparison) | {"curves": str(curves)}, indent=2)
     )

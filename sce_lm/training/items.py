@@ -11,6 +11,7 @@ import polars as pl
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from torch import nn
 from transformers import DataCollatorForSeq2Seq, PreTrainedModel, PreTrainedTokenizerBase
 
 from sce_lm import recsys
@@ -57,31 +58,49 @@ class ItemsTask(Task):
         Where `eval_users` bounds the evaluation, a random sample of users is taken, the same each
         time; coverage is then that of their lists.
         """
-        frame = self.split.test if final else self.split.validation
-        if self.config.eval_users and self.config.eval_users < len(frame):
-            generator = np.random.default_rng(self.config.seed)
-            sample = generator.choice(len(frame), self.config.eval_users, replace=False)
-            frame = frame[np.sort(sample)]
+        frame = self._evaluated_users(final)
         share = frame[accelerator.process_index :: accelerator.num_processes]
         items = recsys.item_tokens(self.tokenizer)
         ranks = torch.empty(0, dtype=torch.int64)
         best_positions = torch.full((len(items),), DEPTH + 1)
         if len(share):
-            ranking = recsys.rank_items(
-                model,
-                share["history"].to_list(),
-                share["target"].to_list(),
-                items=items,
-                depth=DEPTH,
-                max_length=self.config.sequence_length,
-            )
+            ranking = self._rank(model, share)
             ranks, best_positions = ranking.ranks, ranking.best_positions
         ranks = torch.tensor(gather_object(ranks.tolist()))
         together = accelerator.gather(best_positions[None].to(accelerator.device))
         assert isinstance(together, torch.Tensor)
-        return {
-            f"ndcg@{DEPTH}": metrics.ndcg(ranks, DEPTH),
-            f"hr@{DEPTH}": metrics.hit_rate(ranks, DEPTH),
-            f"mrr@{DEPTH}": metrics.mrr(ranks, DEPTH),
-            f"coverage@{DEPTH}": metrics.coverage(together.amin(0).cpu(), DEPTH),
-        }
+        return _figures(ranks, together.amin(0).cpu())
+
+    def baselines(self) -> dict[str, dict[str, float]]:
+        """Popularity, counted over all but the test items, on the users of the final evaluation."""
+        past = self.split.test["history"].to_list()
+        scorer = recsys.popularity_scorer(past, recsys.item_tokens(self.tokenizer))
+        ranking = self._rank(scorer, self._evaluated_users(final=True))
+        return {"popularity": _figures(ranking.ranks, ranking.best_positions)}
+
+    def _evaluated_users(self, final: bool) -> pl.DataFrame:
+        frame = self.split.test if final else self.split.validation
+        if self.config.eval_users and self.config.eval_users < len(frame):
+            generator = np.random.default_rng(self.config.seed)
+            sample = generator.choice(len(frame), self.config.eval_users, replace=False)
+            frame = frame[np.sort(sample)]
+        return frame
+
+    def _rank(self, model: nn.Module | recsys.Scorer, frame: pl.DataFrame) -> recsys.ItemRanking:
+        return recsys.rank_items(
+            model,
+            frame["history"].to_list(),
+            frame["target"].to_list(),
+            items=recsys.item_tokens(self.tokenizer),
+            depth=DEPTH,
+            max_length=self.config.sequence_length,
+        )
+
+
+def _figures(ranks: torch.Tensor, best_positions: torch.Tensor) -> dict[str, float]:
+    return {
+        f"ndcg@{DEPTH}": metrics.ndcg(ranks, DEPTH),
+        f"hr@{DEPTH}": metrics.hit_rate(ranks, DEPTH),
+        f"mrr@{DEPTH}": metrics.mrr(ranks, DEPTH),
+        f"coverage@{DEPTH}": metrics.coverage(best_positions, DEPTH),
+    }

@@ -47,6 +47,10 @@ class Task(ABC):
                 that is used in the course of training (the validation items).
         """
 
+    def baselines(self) -> dict[str, dict[str, float]]:
+        """Final held-out figures, by name, of methods that need no training; none by default."""
+        return {}
+
 
 class DataOrder:
     """The rows that each process takes in each step."""

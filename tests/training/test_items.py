@@ -1,6 +1,7 @@
 """The items task on real call sequences: the same figures as the evaluation of recsys."""
 
 import json
+from collections import Counter
 
 import polars as pl
 import pytest
@@ -14,6 +15,7 @@ from sce_lm.hf import apply_sce
 from sce_lm.objectives import get
 from sce_lm.training.config import TrainConfig
 from sce_lm.training.evaluation import evaluate_run
+from sce_lm.training.items import ItemsTask
 from sce_lm.training.loop import Run
 from sce_lm.training.metrics import read_metrics
 
@@ -74,6 +76,22 @@ def test_a_recommender_is_trained_evaluated_and_saved(tmp_path):
     )
     assert {name: report[name] for name in summary["test"]} == pytest.approx(summary["test"])
     assert evaluate_run(run.folder, Accelerator()) == pytest.approx(summary["test"])
+
+
+def test_the_baseline_is_popularity_on_the_same_users(tmp_path):
+    task = Run(TrainConfig(**items_fields(tmp_path, eval_users=50))).task
+    assert isinstance(task, ItemsTask)
+    users = task._evaluated_users(final=True)
+    assert len(users) == 50
+    items = recsys.item_tokens(task.tokenizer)
+    counts = Counter(task.split.test["history"].explode().to_list())
+    by_popularity = sorted(items, key=lambda token: (-counts[token], token))
+    hits = 0
+    for history, target in users.select("history", "target").rows():
+        listed = [t for t in by_popularity[:200] if t not in history or t == target][:10]
+        hits += target in listed
+    assert task.baselines()["popularity"]["hr@10"] == pytest.approx(hits / 50)
+    assert hits > 0
 
 
 def test_a_batch_is_padded_and_its_padding_has_no_label(tmp_path):
