@@ -138,6 +138,7 @@ class _LazyHead:
     def __init__(self, head: Any) -> None:
         self.head = head
 
+    @torch.compiler.disable
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if len(args) == 1 and not kwargs:
             return LazyLogits.from_head(self.head, args[0])
@@ -164,7 +165,7 @@ class _Attachment:
         self.position = {name: i for i, name in enumerate(parameters)}
         self.had_own_loss = "_loss_function" in model.__dict__
         self.stock_loss: Callable = model.loss_function
-        model.loss_function = self.loss
+        model.loss_function = self.loss  # pyright: ignore[reportAttributeAccessIssue]
         self.handles = [
             model.register_forward_pre_hook(self.before_forward, prepend=True, with_kwargs=True),
             model.register_forward_hook(self.after_forward, with_kwargs=True, always_call=True),
@@ -225,6 +226,7 @@ class _Attachment:
 
     # -- the loss ------------------------------------------------------------------------------
 
+    @torch.compiler.disable
     def loss(
         self,
         logits: torch.Tensor,

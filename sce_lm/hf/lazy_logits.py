@@ -245,6 +245,7 @@ class LazyLogits(torch.Tensor):
         return f"LazyLogits(shape={tuple(self.shape)}, dtype={self.dtype}, not computed yet)"
 
     @classmethod
+    @torch.compiler.disable
     def __torch_function__(cls, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         handler = _HANDLERS.get(func)

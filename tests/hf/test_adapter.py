@@ -638,3 +638,26 @@ def test_data_parallel_replica_is_refused():
     model._is_replica = True
     with pytest.raises(RuntimeError, match="torchrun"):
         model(**tiny_batch())
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "granite", "mixtral"])
+def test_compiled_model_equals_stock(name):
+    """The graph breaks at the head, what is traced after it stays lazy, and the loss is ours."""
+    torch._dynamo.reset()
+    stock, patched = exact_pair(name)
+    batch = tiny_batch()
+    batch["labels"][:, 3] = -100
+    compiled = torch.compile(patched, backend="aot_eager")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*without the objective.*")
+        loss = compiled(**batch).loss
+    expected = stock(**batch).loss
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
+    loss.backward()
+    expected.backward()
+    assert_same_gradients(patched, stock)
+    patched.eval()
+    stock.eval()
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(**batch).loss, stock(**batch).loss)
+    assert last_statistics(patched).correct is not None
