@@ -34,6 +34,10 @@ def priority_sample(
     Returns:
         ``[m]`` int64 ids and ``[m]`` fp64 log-weights c >= 0.
     """
+    available = torch.isfinite(log_proposal)
+    if size >= int(available.sum()):
+        ids = available.nonzero().squeeze(1)
+        return ids, log_proposal.new_zeros(len(ids))
     pieces = log_proposal.split(tile)
     if len(pieces) == 1:
         return _sample_tile(log_proposal, size, generator)

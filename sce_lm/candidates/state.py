@@ -79,16 +79,16 @@ class SCEState:
         if seed in self._recent:
             return *self._replay(seed), False
         prefer = self.prefer_control_variate
-        counts = torch.is_grad_enabled() and not _inside_backward()
-        if counts:
+        counted = torch.is_grad_enabled() and not _inside_backward()
+        if counted:
             self.step += 1
             current = _add(self.counts, labels, 1)
         else:
             current = _add(self.counts.clone(), labels, 1)
-        self._recent[seed] = _Call(labels.clone(), prefer, counts)
+        self._recent[seed] = _Call(labels.clone(), prefer, counted)
         if len(self._recent) > REMEMBERED_CALLS:
             self._recent.popitem(last=False)
-        return current, prefer, counts
+        return current, prefer, counted
 
     def _replay(self, seed: int) -> tuple[torch.Tensor, bool]:
         """Counts and choice as the call with this seed saw them."""

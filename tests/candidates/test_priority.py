@@ -26,7 +26,16 @@ def test_sample_is_distinct_allowed_and_weighted(size, m, tile, seed):
     assert (c >= 0).all()
     if tile >= size:
         assert len(ids) == min(m, available)
-        assert m < available or (c == 0).all()
+    if m >= available:  # whatever the tiles
+        assert sorted(ids.tolist()) == torch.isfinite(proposal).nonzero().squeeze(1).tolist()
+        assert (c == 0).all()
+
+
+@pytest.mark.parametrize("tile", [10, 3], ids=["whole", "tiles"])
+def test_nothing_is_drawn_where_every_class_is_left_out(tile):
+    proposal = torch.full((10,), -torch.inf, dtype=torch.float64)
+    ids, c = priority_sample(proposal, 4, torch.Generator().manual_seed(0), tile=tile)
+    assert len(ids) == len(c) == 0
 
 
 @pytest.mark.parametrize("tile", [1000, 13], ids=["whole", "tiles"])
