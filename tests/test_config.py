@@ -79,3 +79,20 @@ def test_every_field_is_documented_and_printed():
     lines = str(SCEConfig(tail_candidates=77)).splitlines()
     assert len(lines) == len(dataclasses.fields(SCEConfig))
     assert any(line.split() == ["tail_candidates", "77"] for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("n", "v", "buckets", "candidates", "tail"),
+    [
+        (4096, 50_000, 0, 0, 2048),
+        (8192, 262_144, 64, 3072, 1024),
+        (2048, 151_936, 55, 1024, 1024),
+        (512, 70_000, 16, 1024, 1024),
+        (100_000, 100_000, 64, 4096, 1024),
+        (4096, 10_000_000, 0, 0, 2048),
+    ],
+)
+def test_auto_sizes(n, v, buckets, candidates, tail):
+    sizes = SCEConfig().resolve(n, v)
+    assert (sizes.num_buckets, sizes.bucket_candidates) == (buckets, candidates)
+    assert (sizes.shared_frequent, sizes.tail_candidates) == (1024, tail)

@@ -1,29 +1,48 @@
 """`SCEState`: what an objective remembers between calls, and how it is saved.
 
-It is no module and no part of the model: label counts (the tail's prior and the frequent list)
-and running averages that choose the control variate and feed the logs. It is local to a process.
+It is no module and no part of the model: label counts (the tail's prior and the frequent list;
+8 bytes a class, and 4 more for a catalogue that is sampled by :mod:`weight classes
+<sce_lm.candidates.weight_classes>`),
+running averages that choose the control variate and feed the logs, and what else a method learns
+over its calls (``memory``). It is local to a process.
 
 A call under gradient checkpointing runs twice, and the second run must see the counts of the
 first. The state keeps the labels of the latest calls, keyed by their seed, and takes later calls'
-labels out again when a seed comes back. Calls without gradients do not count.
+labels out again when a seed comes back; what a call read from ``memory`` it keeps through
+:meth:`once`. Calls without gradients do not count.
 """
 
 from __future__ import annotations
 
 import os
 from collections import OrderedDict
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from sce_lm.candidates.row_sum import RowSum
+from sce_lm.candidates.weight_classes import WeightClasses
+
 REMEMBERED_CALLS = 64
 """Calls that can be replayed: a backward pass comes at most this many calls after its forward."""
 AVERAGE_DECAY = 0.9
 """Weight of the past in the running averages."""
-_AVERAGES = ("variance_plain", "variance_control", "coverage", "products_per_position")
+_MEMORY = "memory."
+"""Prefix of the memory's tensors in a saved file."""
+_AVERAGES = (
+    "variance_plain",
+    "variance_control",
+    "coverage",
+    "products_per_position",
+    "distinct_cached",
+)
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -31,6 +50,7 @@ class _Call:
     labels: torch.Tensor
     prefer_control_variate: bool
     counted: bool
+    read: dict[str, object] = field(default_factory=dict)
 
 
 class SCEState:
@@ -46,6 +66,13 @@ class SCEState:
         """Calls that counted."""
         self.averages: dict[str, float] = {}
         """Running averages over those calls."""
+        self.memory: dict[str, torch.Tensor] = {}
+        """What a method learns besides, by name, for instance how often each class was drawn."""
+        self.row_sum = RowSum()
+        """The sum of the head's rows, for heads that are frozen or trained row by row."""
+        self._num_labels = 0
+        self._frequent: torch.Tensor | None = None
+        self._classes: WeightClasses | None = None
         self._recent: OrderedDict[int, _Call] = OrderedDict()
 
     @property
@@ -82,6 +109,7 @@ class SCEState:
         counted = torch.is_grad_enabled() and not _inside_backward()
         if counted:
             self.step += 1
+            self._num_labels += len(labels)
             current = _add(self.counts, labels, 1)
         else:
             current = _add(self.counts.clone(), labels, 1)
@@ -102,6 +130,42 @@ class SCEState:
         if not call.counted:
             _add(counts, call.labels, 1)
         return counts, call.prefer_control_variate
+
+    def once(self, seed: int, name: str, read: Callable[[], T]) -> T:
+        """What ``read()`` gave in the first run of the call with this seed: its replay sees the
+        memory as that run saw it. After :meth:`begin_call`; the result is kept for as long as the
+        call can be replayed, so it should be small."""
+        found = self._recent[seed].read
+        if name not in found:
+            found[name] = read()
+        return found[name]  # pyright: ignore[reportReturnType]
+
+    def most_frequent(self, counts: torch.Tensor, labels: torch.Tensor, size: int) -> torch.Tensor:
+        """The ``size`` classes with the largest ``counts``, those of :meth:`begin_call`.
+
+        Only this call's labels have gained since the call before, so they and the classes that
+        were frequent then are all that can be: no pass over the catalogue.
+        """
+        known = self._frequent
+        if known is None or len(known) != size:
+            found = torch.topk(counts, size).indices
+        else:
+            pool = torch.unique(torch.cat([known.to(labels.device), labels]))
+            found = pool[torch.topk(counts[pool], size).indices]
+        if counts is self.counts:
+            self._frequent = found
+        return found
+
+    def weight_classes(self, counts: torch.Tensor) -> WeightClasses:
+        """The catalogue sorted by ``counts``, those of :meth:`begin_call` or of earlier calls."""
+        if counts is not self.counts and self.is_new:
+            return WeightClasses.build(counts, 0)
+        if self._classes is None or self._classes.is_due(self._num_labels):
+            self._classes = WeightClasses.build(counts, self._num_labels)
+        if self._classes.order.device != counts.device:  # loaded from a file
+            order = self._classes.order.to(counts.device)
+            self._classes = replace(self._classes, order=order)
+        return self._classes
 
     def average(self, **values: float) -> None:
         """Fold one call's figures into the running averages."""
@@ -129,10 +193,22 @@ class SCEState:
                 "counts": counts.cpu().contiguous(),
                 "step": torch.tensor(self.step),
                 "averages": torch.tensor(averages, dtype=torch.float64),
+                **{_MEMORY + name: t.cpu().contiguous() for name, t in self.memory.items()},
+                **self._lists(),
             },
             temporary,
         )
         os.replace(temporary, path)
+
+    def _lists(self) -> dict[str, torch.Tensor]:
+        """What is derived from past counts, and would come out otherwise from today's."""
+        lists = {}
+        if self._frequent is not None:
+            lists["frequent"] = self._frequent.cpu()
+        if self._classes is not None:
+            fields = vars(self._classes)
+            lists |= {f"classes.{k}": torch.as_tensor(v).cpu() for k, v in fields.items()}
+        return lists
 
     def load(self, path: str | os.PathLike) -> None:
         """Take over a saved state.
@@ -157,6 +233,20 @@ class SCEState:
         self.counts = counts if counts.numel() else None
         self.step = step
         self.averages = {k: v for k, v in zip(_AVERAGES, averages) if v == v}
+        self.memory = {
+            name.removeprefix(_MEMORY): t for name, t in saved.items() if name.startswith(_MEMORY)
+        }
+        self._num_labels = int(counts.sum())
+        self._frequent = saved.get("frequent")
+        fields = {
+            k.removeprefix("classes."): t for k, t in saved.items() if k.startswith("classes.")
+        }
+        if fields:
+            fields["num_labels"] = int(fields["num_labels"])
+            self._classes = WeightClasses(**fields)
+        else:
+            self._classes = None
+        self.row_sum.forget()
         self._recent.clear()
 
 

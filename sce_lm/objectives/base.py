@@ -117,7 +117,8 @@ class Objective(ABC):
         valid = (flat_labels != ignore_index).nonzero().squeeze(1)
         num_valid = valid.numel()
         if num_valid == 0:
-            loss = connected_zero(hidden_states, weight, bias).to(dtype)
+            is_sparse = getattr(self.config, "sparse_grad", False)
+            loss = connected_zero(hidden_states, weight, bias, is_sparse).to(dtype)
             if reduction == "none":
                 loss = loss + hidden_states.new_zeros(labels.shape, dtype=dtype)
             return (loss, Statistics(num_valid=0)) if return_stats else loss
@@ -161,9 +162,13 @@ def scatter_to(labels: torch.Tensor, valid: torch.Tensor, values: torch.Tensor) 
     return full.index_copy(0, valid, values).reshape(labels.shape)
 
 
-def connected_zero(*tensors: torch.Tensor | None) -> torch.Tensor:
-    """0 that depends on every tensor, so that ranks without labels still join the backward pass."""
-    return torch.stack([t[:0].sum().float() for t in tensors if t is not None]).sum()
+def connected_zero(hidden, weight, bias, is_sparse: bool) -> torch.Tensor:
+    """0 that depends on every input, so that ranks without labels still join the backward pass;
+    ``is_sparse`` keeps the gradient of the weight row-sparse."""
+    nothing = torch.empty(0, dtype=torch.int64, device=weight.device)
+    rows = torch.nn.functional.embedding(nothing, weight, sparse=is_sparse)
+    parts = [hidden[:0], rows] + ([] if bias is None else [bias[:0]])
+    return torch.stack([part.sum().float() for part in parts]).sum()
 
 
 def check_inputs(hidden_states, weight, labels, bias, reduction, ignore_index) -> None:

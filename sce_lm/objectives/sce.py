@@ -9,7 +9,8 @@ Corrected: three disjoint strata for each position, whose sums add up to an unbi
 
 * shared: the batch's labels and the most frequent classes, with certainty;
 * bucket: the top classes at the centre of the position's k-means bucket, with certainty;
-* tail: a priority sample (Duffield, Lund, Thorup 2007) of everything else, one for all positions.
+* tail: a priority sample (Duffield, Lund, Thorup 2007) of everything else, one for all positions;
+  of large catalogues a Poisson sample with the same inclusion probabilities.
 
 The tail's control variate is Jensen's tangent. With m the mean raw logit over the rest R, known
 from the mean of W's rows, ``sum_{j in R} (x_j - m) = 0``, so
@@ -48,6 +49,8 @@ from sce_lm.ops.candidate_cross_entropy import (
 from sce_lm.ops.catalogue_scan import catalogue_topk
 from sce_lm.ops.exact_cross_entropy import compute_dtype
 
+LARGE_CATALOGUE = 2**18
+"""Classes above which the tail is a Poisson sample, drawn in time that does not depend on V."""
 MONITOR_EVERY = 8
 """Calls between two measurements of the tail's variance."""
 MONITOR_POSITIONS = 256
@@ -141,44 +144,63 @@ class SCE(Objective):
         return (control if candidates.control_variate else plain).sqrt() if wanted else None
 
     def _choose(self, inputs: HeadInputs, sizes: SCESizes, counts, seed: int) -> Candidates:
-        """The three strata of one call."""
-        config, weight, device = self.config, inputs.weight, inputs.labels.device
-        listed = [torch.topk(counts, sizes.shared_frequent).indices]
-        if config.shared_labels:
-            listed.append(inputs.labels)
-        shared = torch.unique(torch.cat(listed))
-
+        """The three strata of one call; a replay gets the lists of its first run."""
+        config, weight = self.config, inputs.weight
+        shared, tail, log_weights = self.state.once(
+            seed, "lists", lambda: self._draw(inputs, sizes, counts, seed)
+        )
         items = bucket_of = None
         own = min(sizes.bucket_candidates, len(weight) - len(shared))
         if own > 0:
             centers, bucket_of = kmeans_buckets(
                 inputs.hidden.to(compute_dtype(inputs.hidden)),
                 sizes.num_buckets,
-                stream(seed, "buckets", device),
+                stream(seed, "buckets", inputs.labels.device),
                 balanced=config.assignment == "balanced",
             )
             items = catalogue_topk(centers, weight, own, bias=inputs.bias, excluded=shared)
-
-        tail = shared.new_empty(0)
-        log_weights = torch.zeros(0, dtype=torch.float64, device=device)
-        if sizes.tail_candidates:
-            if config.prior == "labels":
-                proposal = log_label_prior(counts, config.prior_power, config.uniform_floor)
-            else:
-                proposal = torch.zeros(len(weight), dtype=torch.float64, device=device)
-            proposal[shared] = -torch.inf
-            tail, log_weights = priority_sample(
-                proposal, sizes.tail_candidates, stream(seed, "tail", device)
-            )
+        needs_mean = sizes.control_variate and len(tail) > 0
         return Candidates(
             shared,
             tail,
             log_weights,
             items,
             bucket_of,
+            row_sum=self.state.row_sum.of(weight, inputs.bias) if needs_mean else None,
             control_variate=sizes.control_variate,
             sparse_grad=config.sparse_grad,
         )
+
+    def _draw(self, inputs: HeadInputs, sizes: SCESizes, counts, seed: int):
+        """The shared list, and the tail with its log-weights."""
+        config, labels, vocab_size = self.config, inputs.labels, len(inputs.weight)
+        listed = [labels[:0]]
+        if sizes.shared_frequent:
+            listed.append(self.state.most_frequent(counts, labels, sizes.shared_frequent))
+        if config.shared_labels:
+            listed.append(labels)
+        shared = torch.unique(torch.cat(listed))
+        noise = stream(seed, "tail", labels.device)
+        if not sizes.tail_candidates:
+            none = torch.zeros(0, dtype=torch.float64, device=labels.device)
+            return shared, shared[:0], none
+        is_flat = config.prior == "uniform"
+        if vocab_size > LARGE_CATALOGUE:
+            tail, log_weights = self.state.weight_classes(counts).sample(
+                sizes.tail_candidates,
+                counts,
+                shared,
+                noise,
+                power=config.prior_power,
+                uniform_floor=1.0 if is_flat else config.uniform_floor,
+            )
+            return shared, tail, log_weights
+        if is_flat:
+            proposal = torch.zeros(vocab_size, dtype=torch.float64, device=labels.device)
+        else:
+            proposal = log_label_prior(counts, config.prior_power, config.uniform_floor)
+        proposal[shared] = -torch.inf
+        return shared, *priority_sample(proposal, sizes.tail_candidates, noise)
 
     # -- published ---------------------------------------------------------------------------
 

@@ -2,34 +2,42 @@ r"""Candidate cross-entropy: the one numeric core behind every approximate loss.
 
 A position t sums over three disjoint lists and its label:
 
-    Zhat_t = exp s_ty + sum_{j in S + B(t)} exp s_tj + sum_{j in T \ B(t)} exp(c_j + s_tj),   j != y
+    Zhat_t = exp s_ty + sum_{j in S + B(t)} exp s_tj + sum_{j in T \ B(t)} w_j exp s_tj,   j != y
     loss_t = log Zhat_t - s_ty
 
 S is shared and certain, B(t) belongs to the position's bucket and is certain, T is a sample with
-log-weights c. With the control variate (module :mod:`sce_lm.objectives.sce` has its source) let
+weights w = exp c. With the control variate (module :mod:`sce_lm.objectives.sce` has its source) let
 R = everything outside S and B(t), and m_t the mean raw logit over R, known from the row sum of W.
 The tangent of exp(g(x)) at m sums to ``|R| exp g(m)`` over R, so only its error is sampled:
 
-    Zhat_t += e0·|R| - e0·( A0 + g'(m)·(A1 - m·A0) ),     e0 = exp g(m)
-    A0 = sum_{T \ B, != y} exp(c_j)     + [y in R]
-    A1 = sum_{T \ B, != y} exp(c_j) x_j + [y in R] x_y
+    Zhat_t += e0·(|R| - A0 - g'(m)·(A1 - m·A0)),     e0 = exp g(m)
+    A0 = sum_{T \ B, != y} w_j     + [y in R]
+    A1 = sum_{T \ B, != y} w_j x_j + [y in R] x_y
 
-which makes R's part ``e0·(|R| + sum exp(c)·phi + [y in R]·phi_y)``, ``phi = exp(g(x) - g(m)) - 1
+which makes R's part ``e0·(|R| + sum w·phi + [y in R]·phi_y)``, ``phi = exp(g(x) - g(m)) - 1
 - g'(m)(x - m)``, written in sums that a shift by the row's largest logit keeps in range: no
 exponential here exceeds 1, so a delta of 95 is harmless, and the cancellation in a small phi stays
-at rounding size beside ``|R|·e0``. That is why no ``log phi`` is taken. Where the sampled part
-would push Zhat below the terms that were actually seen (possible with a soft cap, whose phi may be
-negative), those terms alone are used and the position is counted as clamped.
+at rounding size beside ``|R|·e0``. That is why no ``log phi`` is taken. A0 and A1 are linear in h,
+so they cost one product a position: ``sum w_j x_j = h·(sum w_j W_j)``, one row a bucket. Where the
+sampled part would push Zhat below the terms that were actually seen (possible with a soft cap,
+whose phi may be negative), those terms alone are used and the position is counted as clamped.
 
 Gradients, for a weight p_t on each position's loss (p/Zhat times):
 
-    lists, x_j:  exp(c_j)·exp(s_j)·g'(x_j)  - [control, j in T] e0·g'(m)·exp(c_j)
+    lists, x_j:  w_j·exp(s_j)·g'(x_j)       - [control, j in T] e0·g'(m)·w_j
     label, x_y:  (exp(s_y) - Zhat)·g'(x_y)  - [control, y in R] e0·g'(m)
     mean,  m:    e0·( g'(m)·|R| - (g'(m)² + g''(m))·(A1 - m·A0) )
 
 They are taken in the forward pass for a scalar loss, block of positions by block, and recomputed
-for a loss per position: no ``[N, K]`` logits are kept. The gradient of W is summed in fp32 over
-the rows that were touched, and cast once. A bias is one more column of W, met by a 1 in h.
+for a loss per position or for a second backward pass: no ``[N, K]`` logits are kept. Only exp(s)
+itself is held for a block, and passed over four times: largest, shift, exp, and the weighted sum.
+Weights of classes scale the candidates' rows, and weights of positions scale h, before and after
+the products instead; the control's second term has rank one a bucket and is added there too. The
+gradient of W is summed in fp32 over the rows that were touched, and cast once. A bias is one more
+column of W, met by a 1 in h.
+
+Positions are sorted by bucket; each block's buckets are multiplied together, in groups of sizes
+so alike that padding them to the largest adds at most a tenth.
 """
 
 from __future__ import annotations
@@ -43,9 +51,13 @@ from torch.autograd.function import once_differentiable
 
 from sce_lm.ops.exact_cross_entropy import compute_dtype
 from sce_lm.ops.logits import LogitTransform
+from sce_lm.ops.memory import large_empty, row_sum
 
 BLOCK_ELEMENTS = 2**21
-"""Logits of a block of positions (8 MiB in fp32; about three such buffers are live)."""
+"""Logits of a block of positions (8 MiB in fp32), and half the elements of the rows of W that
+its buckets hold."""
+PADDING = 1.1
+"""Rows of a group of buckets, padding included, over its positions: at most this."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +79,12 @@ class Candidates:
     """``[n_b, K_b]`` int64, ascending in each row."""
     bucket_of: torch.Tensor | None = None
     """``[N]`` int64: the bucket of each position."""
+    bucket_log_weights: torch.Tensor | None = None
+    """``[n_b, K_b]`` log-weights of ``bucket_items``; None: all 0. -inf marks an empty slot, whose
+    id repeats the slot's before it."""
+    row_sum: torch.Tensor | None = None
+    """``[d]`` (``[d + 1]`` with a bias) sum of the rows of W, where the caller keeps it up to date;
+    None: it is read off W. Used by the control variate only."""
     control_variate: bool = False
     """Take the known part of the tail out of the sample."""
     sparse_grad: bool = False
@@ -145,23 +163,64 @@ def candidate_variance(
     control = torch.zeros_like(plain)
     if p.num_tail == 0:
         return plain, control
+    for start in range(0, len(p.items), p.most_buckets):
+        buckets = slice(start, start + p.most_buckets)
+        p.set_means(buckets, p.bucket_rows(p.items[buckets]))
+    w = p.dense_weight[p.tail]
+    factor = (w * (w - 1.0)).clamp_min_(0.0)
     step = max(1, BLOCK_ELEMENTS // p.num_tail)
     for start in range(0, len(chosen), step):
         at = chosen[start : start + step]
         h, bucket = p.extend(hidden[at]), p.bucket_of[at]
         x = h @ p.dense_rows[p.tail].T
-        w = _of(p.tail_weight, bucket)
         column = p.label_column[at].unsqueeze(1) - p.num_shared
-        is_label = torch.arange(p.num_tail, device=x.device) == column
-        factor = (w * (w - 1.0)).clamp_min(0.0).masked_fill(is_label, 0.0)
+        left_out = torch.arange(p.num_tail, device=x.device) == column
+        if p.own_tail is not None:
+            left_out |= p.own_tail[bucket]
         shift = log_partition[at].unsqueeze(1)
-        f = (post(x) - shift).exp()
         mean = torch.linalg.vecdot(h, _of(p.mean_rows, bucket)).unsqueeze(1)
         g_mean = post(mean)
         tangent = (g_mean - shift).exp() * (1.0 + post.slope(g_mean) * (x - mean))
-        plain[start : start + step] = (factor * f.square()).sum(dim=1)
-        control[start : start + step] = (factor * (f - tangent).square()).sum(dim=1)
+        f = (post(x) - shift).exp().masked_fill_(left_out, 0.0)
+        tangent.masked_fill_(left_out, 0.0)
+        plain[start : start + step] = f.square() @ factor
+        control[start : start + step] = (f - tangent).square() @ factor
     return plain, control
+
+
+class _Group(NamedTuple):
+    """Buckets of a block that are multiplied together."""
+
+    rows: slice
+    """Their positions, rows of the block."""
+    buckets: slice
+    """Their place in the block's list of buckets."""
+    longest: int
+    """Positions of the largest."""
+    slot: torch.Tensor | None
+    """``[n]`` place of each position in ``[buckets · longest]``; None: no padding."""
+
+    def pad(self, x: torch.Tensor) -> torch.Tensor:
+        """``[n, ...]`` of the group's positions as ``[buckets, longest, ...]``, 0 in between."""
+        shape = (self.buckets.stop - self.buckets.start, self.longest)
+        if self.slot is None:
+            return x.unflatten(0, shape)
+        padded = x.new_zeros(shape[0] * shape[1], *x.shape[1:])
+        return padded.index_copy_(0, self.slot, x).unflatten(0, shape)
+
+    def unpad(self, x: torch.Tensor) -> torch.Tensor:
+        """The inverse of :meth:`pad`."""
+        x = x.flatten(0, 1)
+        return x if self.slot is None else x[self.slot]
+
+
+class _Span(NamedTuple):
+    """A block of positions before anything is computed."""
+
+    start: int
+    stop: int
+    buckets: list[int]
+    groups: list[_Group]
 
 
 class _Problem:
@@ -169,40 +228,59 @@ class _Problem:
 
     def __init__(self, hidden, weight, bias, labels, candidates, dtype, with_mean):
         self.weight, self.bias, self.dtype = weight, bias, dtype
+        self.num_positions = len(labels)
         self.num_shared, self.num_tail = len(candidates.shared), len(candidates.tail)
         self.tail = slice(self.num_shared, self.num_shared + self.num_tail)
         self.num_dense = self.num_shared + self.num_tail
         self.dense = torch.cat([candidates.shared, candidates.tail])
         self.dense_rows = self.rows(self.dense)
-        self.tail_weight = candidates.tail_log_weights.to(dtype).exp().unsqueeze(0)
+        self.dense_weight = self.dense_rows.new_ones(self.num_dense)
+        self.dense_weight[self.tail] = candidates.tail_log_weights.to(dtype).exp()
 
         # The column of each label among the dense candidates, -1 where it is not there.
         ordered, order = torch.sort(self.dense)
         slot, found = _find(labels, ordered)
         self.label_column = torch.where(found, order[slot] if self.num_dense else slot, -1)
 
+        self.order = self.own_tail = self.item_weight = None
+        tail_weight = self.dense_weight[self.tail].unsqueeze(0)
         if candidates.bucket_items is None or candidates.bucket_of is None:
             self.items = self.dense.new_empty(1, 0)
             self.bucket_of = torch.zeros_like(labels)
-            self.order = torch.arange(len(labels), device=labels.device)
         else:
             self.items, self.bucket_of = candidates.bucket_items, candidates.bucket_of
-            self.order = torch.argsort(self.bucket_of, stable=True)
-            # One row of tail weights a bucket, 0 where the item is in the bucket's own list.
+            if candidates.bucket_log_weights is not None:
+                self.item_weight = candidates.bucket_log_weights.to(dtype).exp()
+            # Tail items that a bucket's own list holds with certainty.
             tails = candidates.tail.expand(len(self.items), -1).contiguous()
-            self.tail_weight = self.tail_weight.masked_fill(_find(tails, self.items)[1], 0.0)
+            self.own_tail = _find(tails, self.items)[1]
+            tail_weight = tail_weight.masked_fill(self.own_tail, 0.0)
         self.bucket_size = self.items.shape[1]
-        sizes = torch.bincount(self.bucket_of, minlength=len(self.items))
-        self.bounds = [0, *sizes.cumsum(0).tolist()]
+        self.num_columns = self.num_dense + self.bucket_size
+        ones = self.dense_weight.new_ones(self.bucket_size)
+        self.column_weight = torch.cat([self.dense_weight, ones])
 
         self.rest_size = len(weight) - self.num_shared - self.bucket_size
+        row_elements = max(1, self.bucket_size * self.dense_rows.shape[1])
+        self.most_buckets = max(1, 2 * BLOCK_ELEMENTS // row_elements)
+        """Buckets whose rows are held at a time."""
         if with_mean:
-            total = weight.sum(dim=0, dtype=dtype)
-            if bias is not None:
-                total = torch.cat([total, bias.sum(dtype=dtype).unsqueeze(0)])
-            known = self.dense_rows[: self.num_shared].sum(dim=0)
-            own = torch.stack([self.rows(row).sum(dim=0) for row in self.items])
-            self.mean_rows = (total - known - own) / max(self.rest_size, 1)
+            total = candidates.row_sum
+            total = row_sum(weight, bias) if total is None else total
+            self.rest_total = total - self.dense_rows[: self.num_shared].sum(dim=0)
+            self.mean_rows = self.dense_rows.new_empty(len(self.items), len(total))
+            """``[n_b, d]`` mean of the rows of R; blocks fill in those of their buckets."""
+            self.tail_weight = tail_weight
+            """``[n_b, m]`` w, 0 where the item is in the bucket's own list."""
+            self.tail_total = tail_weight.sum(dim=1)
+            self.tail_rows = tail_weight @ self.dense_rows[self.tail]
+            if self.bucket_size == 0:
+                self.set_means(slice(0, 1), self.dense_rows.new_zeros(1, 0, len(total)))
+
+    def set_means(self, buckets: list[int] | slice, item_rows: torch.Tensor) -> None:
+        """Fill in the mean rows of some buckets from the rows ``[b, K_b, d]`` of their lists."""
+        rest = self.rest_total - item_rows.sum(dim=1)
+        self.mean_rows[buckets] = (rest / max(self.rest_size, 1)).to(self.dtype)
 
     def rows(self, ids: torch.Tensor) -> torch.Tensor:
         """Rows of W, with the bias as one more column."""
@@ -211,100 +289,89 @@ class _Problem:
             return rows
         return torch.cat([rows, self.bias[ids, None].to(self.dtype)], dim=1)
 
+    def bucket_rows(self, items: torch.Tensor) -> torch.Tensor:
+        """``[b, K_b, d]`` rows of ``items [b, K_b]``."""
+        return self.rows(items.reshape(-1)).unflatten(0, items.shape)
+
     def extend(self, hidden: torch.Tensor) -> torch.Tensor:
         """Hidden states, with a 1 that meets the bias."""
         h = hidden.to(self.dtype)
         return h if self.bias is None else torch.nn.functional.pad(h, (0, 1), value=1.0)
 
-    def blocks(self):
-        """(start, stop, buffer for raw logits) of positions in the working order, sorted by bucket.
+    def spans(self) -> list[_Span]:
+        """Blocks of positions within the memory budget; fixes the working order.
 
-        Blocks are as equal as the budget allows, and all use one piece of memory.
+        With buckets: parts of at most a block each, in descending order of size.
         """
-        total, columns = len(self.order), self.num_dense + self.bucket_size
-        count = -(-total // max(1, BLOCK_ELEMENTS // max(columns, 1)))
-        edges = [total * i // count for i in range(count + 1)]
-        buffer = self.dense_rows.new_empty(max(b - a for a, b in pairwise(edges)), columns)
-        return [(a, b, buffer[: b - a]) for a, b in pairwise(edges)]
-
-    def fragments(self, start: int, stop: int):
-        """(bucket, first row, end row) of the buckets in a block, rows counted from its start."""
+        limit = max(1, BLOCK_ELEMENTS // max(self.num_columns, 1))
         if self.bucket_size == 0:
-            return
-        for bucket, (low, high) in enumerate(pairwise(self.bounds)):
-            low, high = max(low, start), min(high, stop)
-            if low < high:
-                yield bucket, low - start, high - start
+            edges = _equal_parts(0, self.num_positions, limit)
+            return [_Span(a, b, [], []) for a, b in pairwise(edges)]
+        sizes = torch.bincount(self.bucket_of, minlength=len(self.items))
+        bounds = [0, *sizes.cumsum(0).tolist()]
+        parts = [
+            (low, high, bucket)
+            for bucket, (start, stop) in enumerate(pairwise(bounds))
+            for low, high in pairwise(_equal_parts(start, stop, limit))
+        ]
+        parts.sort(key=lambda part: part[0] - part[1])
+        by_bucket = torch.argsort(self.bucket_of, stable=True)
+        self.order = torch.cat([by_bucket[low:high] for low, high, _ in parts])
+
+        spans, start, taken = [], 0, []
+        for low, high, bucket in [*parts, (0, limit, -1)]:
+            full = (
+                sum(size for size, _ in taken) + high - low > limit
+                or len(taken) == self.most_buckets
+            )
+            if taken and full:
+                lengths, buckets = zip(*taken)
+                stop = start + sum(lengths)
+                groups = _groups(lengths, self.bucket_of.device)
+                spans.append(_Span(start, stop, list(buckets), groups))
+                start, taken = stop, []
+            taken.append((high - low, bucket))
+        return spans
 
 
-class _Gradients:
-    """Sums of one call's gradients: hidden states, touched rows of W, and the mean row."""
+def _equal_parts(start: int, stop: int, limit: int) -> list[int]:
+    """Edges of parts of at most ``limit``, as equal as they can be; ``[start]`` if it is empty."""
+    count = -(-(stop - start) // limit)
+    return [start, *(start + (stop - start) * (i + 1) // count for i in range(count))]
 
-    def __init__(self, p: _Problem, labels, with_hidden, with_weight):
-        self.p = p
-        width = p.dense_rows.shape[1]
-        self.with_hidden, self.with_weight = with_hidden, with_weight
-        self.hidden = p.dense_rows.new_empty(len(labels) if with_hidden else 0, width)
-        touched = torch.cat([p.dense, labels, p.items.reshape(-1)]) if with_weight else labels[:0]
-        self.ids = torch.unique(touched)
-        self.rows = p.dense_rows.new_zeros(len(self.ids), width)
-        self.dense = p.dense_rows.new_zeros(p.num_dense if with_weight else 0, width)
-        self.mean = p.dense_rows.new_zeros(len(p.items), width)
-        self.everywhere = p.dense_rows.new_zeros(width)
 
-    def slots(self, ids: torch.Tensor) -> torch.Tensor:
-        return torch.searchsorted(self.ids, ids)
-
-    def add(self, block: _Block, grad, grad_label, grad_mean) -> None:
-        """Take in a block's gradients with respect to raw logits, weights of positions included."""
-        p, h = self.p, block.h
-        dense, own = grad[:, : p.num_dense], grad[:, p.num_dense :]
-        fragments = list(p.fragments(block.start, block.stop))
-        if self.with_hidden:
-            out = torch.mm(dense, p.dense_rows)
-            for k, low, high in fragments:
-                out[low:high].addmm_(own[low:high], p.rows(p.items[k]))
-            out.addcmul_(grad_label.unsqueeze(1), block.label_rows)
-            if grad_mean is not None:
-                out.addcmul_(grad_mean.unsqueeze(1), _of(p.mean_rows, block.bucket))
-            self.hidden[block.at] = out
-        if self.with_weight:
-            self.dense.addmm_(dense.T, h)
-            for k, low, high in fragments:
-                self.rows.index_add_(0, self.slots(p.items[k]), own[low:high].T @ h[low:high])
-            self.rows.index_add_(0, self.slots(block.y), grad_label.unsqueeze(1) * h)
-            if grad_mean is not None:
-                self.mean.index_add_(0, block.bucket, grad_mean.unsqueeze(1) * h)
-
-    def finish(self, through_mean: bool) -> None:
-        """Bring the dense lists and the mean's gradient to the rows.
-
-        Every row of W has its share ``mean_k / |R|`` in the mean of each bucket k, except the
-        shared ones, and except a bucket's own items in that bucket's mean.
-        """
-        if not self.with_weight:
-            return
-        p = self.p
-        self.rows.index_add_(0, self.slots(p.dense), self.dense)
-        if through_mean:
-            share = self.mean / max(p.rest_size, 1)
-            self.everywhere = share.sum(dim=0)
-            self.rows += self.everywhere
-            self.rows[self.slots(p.dense[: p.num_shared])] -= self.everywhere
-            for k, items in enumerate(p.items):
-                self.rows[self.slots(items)] -= share[k]
+def _groups(lengths: tuple[int, ...], device: torch.device) -> list[_Group]:
+    """Runs of buckets, in descending order of length, whose padding stays within ``PADDING``."""
+    groups, first, row = [], 0, 0
+    while first < len(lengths):
+        longest, total, last = lengths[first], 0, first
+        while last < len(lengths) and (
+            (last + 1 - first) * longest <= PADDING * (total + lengths[last])
+        ):
+            total += lengths[last]
+            last += 1
+        slot = None
+        if total < longest * (last - first):
+            length = torch.tensor(lengths[first:last]).unsqueeze(1)
+            slot = (torch.arange(longest) < length).flatten().nonzero().squeeze(1).to(device)
+        groups.append(_Group(slice(row, row + total), slice(first, last), longest, slot))
+        first, row = last, row + total
+    return groups
 
 
 class _Block(NamedTuple):
     """One block of positions and its raw logits."""
 
-    start: int
-    stop: int
-    at: torch.Tensor
+    at: torch.Tensor | slice
     """``[n]`` which positions."""
     h: torch.Tensor
     y: torch.Tensor
     bucket: torch.Tensor
+    groups: list[_Group]
+    items: torch.Tensor
+    """``[b, K_b]`` lists of the block's buckets."""
+    item_rows: torch.Tensor
+    """``[b, K_b, d]``"""
     label_rows: torch.Tensor
     """``[n, d]`` rows of W at the labels."""
     label_raw: torch.Tensor
@@ -315,16 +382,24 @@ class _Block(NamedTuple):
     """(rows, columns) of ``x`` at which the candidate is the label."""
     outside: torch.Tensor
     """``[n]`` 1 where the label lies in R."""
+    label_weight: torch.Tensor
+    """``[n]`` w of the label where it was drawn and is not in the bucket's own list, else 0."""
 
 
-def _block(p: _Problem, hidden, labels, start: int, stop: int, x: torch.Tensor) -> _Block:
-    at = p.order[start:stop]
-    h, y, bucket = p.extend(hidden[at]), labels[at], p.bucket_of[at]
-    label_rows = p.rows(y)
+def _block(p: _Problem, hidden, labels, span: _Span, x: torch.Tensor, with_mean: bool) -> _Block:
+    at = slice(span.start, span.stop)
+    if p.order is not None:
+        at = p.order[at]
+    h, y, bucket, column = p.extend(hidden[at]), labels[at], p.bucket_of[at], p.label_column[at]
     torch.mm(h, p.dense_rows.T, out=x[:, : p.num_dense])
-    for k, low, high in p.fragments(start, stop):
-        torch.mm(h[low:high], p.rows(p.items[k]).T, out=x[low:high, p.num_dense :])
-    column = p.label_column[at]
+    items = p.items[span.buckets]
+    item_rows = p.bucket_rows(items)
+    if with_mean and span.buckets:
+        p.set_means(span.buckets, item_rows)
+    for group in span.groups:
+        own = torch.bmm(group.pad(h[group.rows]), item_rows[group.buckets].mT)
+        x[group.rows, p.num_dense :] = group.unpad(own)
+
     slot, is_own = _find(y.unsqueeze(1), p.items[bucket])
     slot, is_own = slot.squeeze(1), is_own.squeeze(1)
     in_dense, in_bucket = (column >= 0).nonzero().squeeze(1), is_own.nonzero().squeeze(1)
@@ -334,21 +409,27 @@ def _block(p: _Problem, hidden, labels, start: int, stop: int, x: torch.Tensor) 
     )
     is_shared = (column >= 0) & (column < p.num_shared)
     outside = (~is_shared & ~is_own).to(p.dtype)
+    drawn = (column >= p.num_shared) & ~is_own
+    label_weight = p.column_weight[column.clamp_min(0)] * drawn if p.num_dense else 0.0 * outside
+    label_rows = p.rows(y)
     label_raw = torch.linalg.vecdot(h, label_rows)
-    return _Block(start, stop, at, h, y, bucket, label_rows, label_raw, x, is_label, outside)
+    return _Block(
+        at, h, y, bucket, span.groups, items, item_rows,
+        label_rows, label_raw, x, is_label, outside, label_weight,
+    )  # fmt: skip
 
 
 class _Control:
     """The control variate of one block: the mean logit over R and the tangent's sampled sums."""
 
-    def __init__(self, p: _Problem, b: _Block, w: torch.Tensor, post: LogitTransform) -> None:
+    def __init__(self, p: _Problem, b: _Block, post: LogitTransform) -> None:
         self.rest_size = p.rest_size
         mean = torch.linalg.vecdot(b.h, _of(p.mean_rows, b.bucket))
         self.g_mean = post(mean)
         self.slope, self.curvature = post.slope(self.g_mean), post.curvature(self.g_mean)
-        x_label, w_label = _at_label(b.x[:, p.tail], w, b, p)
-        self.a0 = w.sum(dim=1) + b.outside - w_label
-        a1 = _weighted(b.x[:, p.tail], w) + b.outside * b.label_raw - w_label * x_label
+        label_share = b.outside - b.label_weight
+        self.a0 = _of(p.tail_total, b.bucket) + label_share
+        a1 = torch.linalg.vecdot(b.h, _of(p.tail_rows, b.bucket)) + label_share * b.label_raw
         self.spread = a1 - mean * self.a0
         self.e0 = torch.zeros_like(mean)
 
@@ -364,42 +445,125 @@ class _Control:
         return self.e0 * (self.slope * self.rest_size - bend * self.spread)
 
 
+class _Gradients:
+    """Sums of one call's gradients: hidden states, touched rows of W, and the mean row."""
+
+    def __init__(self, p: _Problem, labels, with_hidden, with_weight):
+        self.p = p
+        width = p.dense_rows.shape[1]
+        self.with_hidden, self.with_weight = with_hidden, with_weight
+        if with_hidden:
+            self.hidden = p.dense_rows.new_empty(len(labels), width)
+            # Products with the candidates' rows meet their weights here.
+            self.weighted_rows = p.dense_rows * p.dense_weight.unsqueeze(1)
+        if with_weight:
+            self.ids = torch.unique(torch.cat([p.dense, labels, p.items.reshape(-1)]))
+            shape = (len(self.ids), width)
+            self.rows = large_empty(shape, p.dtype, labels.device).zero_()
+            self.dense = torch.zeros_like(p.dense_rows)
+            self.pull = p.dense_rows.new_zeros(len(p.items), width)
+            self.mean = torch.zeros_like(self.pull)
+            self.everywhere = p.dense_rows.new_zeros(width)
+
+    def slots(self, ids: torch.Tensor) -> torch.Tensor:
+        return torch.searchsorted(self.ids, ids)
+
+    def add(self, block: _Block, e, list_factor, label_grad, pull, mean_grad) -> None:
+        """Take in a block. All but ``e [n, S + m + K_b]`` are ``[n]`` or None, and hold the weights
+        of positions; the weights of dense candidates are still to be applied."""
+        p, h = self.p, block.h
+        dense, own = e[:, : p.num_dense], e[:, p.num_dense :]
+        if self.with_hidden:
+            is_slice = isinstance(block.at, slice)
+            out = self.hidden[block.at] if is_slice else torch.empty_like(h)
+            torch.mm(dense, self.weighted_rows, out=out)
+            for group in block.groups:
+                back = torch.bmm(group.pad(own[group.rows]), block.item_rows[group.buckets])
+                out[group.rows] += group.unpad(back)
+            out *= list_factor.unsqueeze(1)
+            out.addcmul_(label_grad.unsqueeze(1), block.label_rows)
+            if pull is not None:
+                out.addcmul_(pull.unsqueeze(1), _of(p.tail_rows, block.bucket), value=-1.0)
+                out.addcmul_(mean_grad.unsqueeze(1), _of(p.mean_rows, block.bucket))
+            if not is_slice:
+                self.hidden.index_copy_(0, block.at, out)
+        if self.with_weight:
+            scaled = h * list_factor.unsqueeze(1)
+            self.dense.addmm_(dense.T, scaled)
+            for group in block.groups:
+                rows = torch.bmm(group.pad(own[group.rows]).mT, group.pad(scaled[group.rows]))
+                slots = self.slots(block.items[group.buckets].reshape(-1))
+                self.rows.index_add_(0, slots, rows.flatten(0, 1))
+            torch.mul(h, label_grad.unsqueeze(1), out=scaled)
+            self.rows.index_add_(0, self.slots(block.y), scaled)
+            if pull is not None:
+                _add_by_bucket(self.pull, block.bucket, pull, h)
+                _add_by_bucket(self.mean, block.bucket, mean_grad, h)
+
+    def finish(self, with_control: bool, through_mean: bool) -> None:
+        """Bring the dense lists and the mean's gradient to the rows.
+
+        Every row of W has its share ``mean_k / |R|`` in the mean of each bucket k, except the
+        shared ones, and except a bucket's own items in that bucket's mean.
+        """
+        if not self.with_weight:
+            return
+        p = self.p
+        self.dense *= p.dense_weight.unsqueeze(1)
+        if with_control:
+            self.dense[p.tail].addmm_(p.tail_weight.T, self.pull, alpha=-1.0)
+        self.rows.index_add_(0, self.slots(p.dense), self.dense)
+        if through_mean:
+            share = self.mean / max(p.rest_size, 1)
+            self.everywhere = share.sum(dim=0)
+            self.rows += self.everywhere
+            self.rows[self.slots(p.dense[: p.num_shared])] -= self.everywhere
+            if p.bucket_size:
+                holds = share.new_zeros(len(self.ids), len(share))
+                holds.scatter_(0, self.slots(p.items).T, 1.0)
+                self.rows.addmm_(holds, share, alpha=-1.0)
+
+
 def _pass(hidden, weight, bias, labels, candidates, post, position_weight, needs, dtype):
     """Losses, log Zhat and clamped positions; with ``needs`` = (hidden, weight), gradients."""
     with_control = candidates.control_variate
     p = _Problem(hidden, weight, bias, labels, candidates, dtype, with_control)
+    spans = p.spans()
     gradients = _Gradients(p, labels, *needs)
     losses = hidden.new_empty(len(hidden), dtype=dtype)
     log_partition = torch.empty_like(losses)
     num_clamped = torch.zeros((), dtype=torch.int64, device=hidden.device)
+    buffer = losses.new_empty(max(span.stop - span.start for span in spans), p.num_columns)
 
-    for start, stop, buffer in p.blocks():
-        b = _block(p, hidden, labels, start, stop, buffer)
-        x, w = b.x, _of(p.tail_weight, b.bucket)
-        control = _Control(p, b, w, post) if with_control else None  # before x is overwritten
-
+    for span in spans:
+        x = buffer[: span.stop - span.start]
+        b = _block(p, hidden, labels, span, x, with_control)
+        control = _Control(p, b, post) if with_control else None
         label_s = post(b.label_raw)
-        s = post(x) if post.soft_cap is not None else x.mul_(post.scale)
+        s = post.apply_(b.x)
         slope = post.slope(s)
         shift = torch.maximum(label_s, s.amax(dim=1)) if s.shape[1] else label_s
         if control is not None and p.rest_size:
             shift = torch.maximum(shift, control.g_mean)
         e = s.sub_(shift.unsqueeze(1)).exp_()
         e[b.is_label] = 0.0
+        if p.own_tail is not None:
+            e[:, p.tail].masked_fill_(p.own_tail[b.bucket], 0.0)
+        if p.item_weight is not None:
+            e[:, p.num_dense :] *= p.item_weight[b.bucket]
         e_label = (label_s - shift).exp()
-        e_tail = e[:, p.tail]
 
-        z = e.sum(dim=1) + e_label + _weighted(e_tail, w - 1.0)
+        z = e @ p.column_weight + e_label
         if control is not None:
             known = control.known_part(shift)
             if post.soft_cap is not None:
-                present = (w > 0).to(dtype)
-                seen = e.sum(dim=1) + e_label + _weighted(e_tail, present - 1.0)
+                seen = e.sum(dim=1) + e_label
                 clamped = z + known < seen
                 num_clamped += clamped.sum()
                 z, known = torch.where(clamped, seen, z), known.masked_fill(clamped, 0.0)
                 control.e0 = control.e0.masked_fill(clamped, 0.0)
-                w = torch.where(clamped.unsqueeze(1), present, w)
+                unweighted = torch.where(clamped.unsqueeze(1), 1.0 / p.dense_weight[p.tail], 1.0)
+                e[:, p.tail] *= unweighted
             z = z + known
         log_z = z.log() + shift
         losses[b.at], log_partition[b.at] = log_z - label_s, log_z
@@ -408,20 +572,20 @@ def _pass(hidden, weight, bias, labels, candidates, post, position_weight, needs
 
         per_row = position_weight if position_weight.dim() == 0 else position_weight[b.at]
         per_row = per_row / z
-        e_tail *= w
-        grad = e.mul_(slope)
-        grad_label = (e_label - z) * post.slope(label_s)
-        grad_mean = None
+        list_factor = per_row
+        if torch.is_tensor(slope):
+            e *= slope
+        else:
+            list_factor = per_row * slope
+        label_grad = (e_label - z) * post.slope(label_s)
+        pull = mean_grad = None
         if control is not None:
             pull = control.e0 * control.slope
-            grad[:, p.tail].addcmul_(pull.unsqueeze(1), w, value=-1.0)
-            grad[b.is_label] = 0.0
-            grad_label = grad_label - pull * b.outside
-            grad_mean = control.mean_gradient() * per_row
-        grad *= per_row.unsqueeze(1)
-        gradients.add(b, grad, grad_label * per_row, grad_mean)
+            label_grad = label_grad + pull * (b.label_weight - b.outside)
+            pull, mean_grad = pull * per_row, control.mean_gradient() * per_row
+        gradients.add(b, e, list_factor, label_grad * per_row, pull, mean_grad)
 
-    gradients.finish(through_mean=with_control and not candidates.sparse_grad)
+    gradients.finish(with_control, through_mean=with_control and not candidates.sparse_grad)
     return losses, log_partition, num_clamped, gradients
 
 
@@ -432,16 +596,16 @@ class _CandidateCrossEntropy(torch.autograd.Function):
         ctx.needs = (needs[0], needs[1] or needs[2])
         ctx.candidates, ctx.post = candidates, post
         ctx.dtype = compute_dtype(hidden, weight)
-        ctx.scalar = position_weight is not None
-        now = ctx.needs if ctx.scalar else (False, False)
+        ctx.position_weight = position_weight
+        now = ctx.needs if position_weight is not None else (False, False)
         losses, log_partition, num_clamped, gradients = _pass(
             hidden, weight, bias, labels, candidates, post, position_weight, now, ctx.dtype
         )
         ctx.mark_non_differentiable(log_partition, num_clamped)
         ctx.save_for_backward(hidden, weight, bias, labels)
-        if not ctx.scalar:
-            return losses, log_partition, num_clamped
         ctx.gradients = gradients if any(now) else None
+        if position_weight is None:
+            return losses, log_partition, num_clamped
         return (losses * position_weight).sum(), log_partition, num_clamped
 
     @staticmethod
@@ -449,40 +613,43 @@ class _CandidateCrossEntropy(torch.autograd.Function):
     def backward(ctx, *grad_outputs):
         hidden, weight, bias, labels = ctx.saved_tensors
         factor = grad_outputs[0].to(ctx.dtype)
-        gradients = ctx.gradients if ctx.scalar else None
+        # Gradients of the forward pass are scaled in place, so they serve once.
+        gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:
+            if ctx.position_weight is not None:
+                factor = factor * ctx.position_weight
             gradients = _pass(
                 hidden, weight, bias, labels, ctx.candidates, ctx.post, factor, ctx.needs, ctx.dtype
             )[3]
-            factor = torch.ones_like(factor[0])
+            factor = None
         width = weight.shape[1]
         grad_hidden = grad_weight = grad_bias = None
         if ctx.needs_input_grad[0]:
-            grad_hidden = (gradients.hidden[:, :width] * factor).to(hidden.dtype)
+            grad_hidden = gradients.hidden if factor is None else gradients.hidden.mul_(factor)
+            grad_hidden = grad_hidden[:, :width].to(hidden.dtype)
         if ctx.needs[1]:
-            rows, everywhere = gradients.rows * factor, gradients.everywhere * factor
-            if ctx.needs_input_grad[1]:
-                grad_weight = _at_rows(
-                    weight,
-                    gradients.ids,
-                    rows[:, :width],
-                    everywhere[:width],
-                    sparse=ctx.candidates.sparse_grad,
+            ids, rows, everywhere = gradients.ids, gradients.rows, gradients.everywhere
+            if factor is not None:
+                rows, everywhere = rows.mul_(factor), everywhere * factor
+            if ctx.needs_input_grad[1] and ctx.candidates.sparse_grad:
+                grad_weight = torch.sparse_coo_tensor(
+                    ids.unsqueeze(0),
+                    rows[:, :width].to(weight.dtype),
+                    weight.shape,
+                    is_coalesced=True,
+                    check_invariants=False,
                 )
+            elif ctx.needs_input_grad[1]:
+                grad_weight = _at_rows(weight, ids, rows[:, :width], everywhere[:width])
             if bias is not None and ctx.needs_input_grad[2]:
-                grad_bias = _at_rows(bias, gradients.ids, rows[:, width], everywhere[width])
+                grad_bias = _at_rows(bias, ids, rows[:, width], everywhere[width])
         return grad_hidden, grad_weight, grad_bias, None, None, None, None, None
 
 
-def _at_rows(like, ids, rows, everywhere, *, sparse: bool = False) -> torch.Tensor:
+def _at_rows(like, ids, rows, everywhere) -> torch.Tensor:
     """``rows`` at ``ids`` and ``everywhere`` at all others, in the dtype and shape of ``like``."""
-    rows = rows.to(like.dtype)
-    if sparse:
-        return torch.sparse_coo_tensor(
-            ids.unsqueeze(0), rows, like.shape, is_coalesced=True, check_invariants=False
-        )
-    full = everywhere.to(like.dtype).expand_as(like).clone(memory_format=torch.contiguous_format)
-    return full.index_copy_(0, ids, rows)
+    full = large_empty(like.shape, like.dtype, like.device).copy_(everywhere)
+    return full.index_copy_(0, ids, rows.to(like.dtype))
 
 
 def _of(table: torch.Tensor, bucket: torch.Tensor) -> torch.Tensor:
@@ -490,20 +657,12 @@ def _of(table: torch.Tensor, bucket: torch.Tensor) -> torch.Tensor:
     return table if len(table) == 1 else table[bucket]
 
 
-def _weighted(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
-    """Sum over columns of x·w, for w ``[n, m]`` or ``[1, m]``."""
-    return x @ w[0] if len(w) == 1 else torch.linalg.vecdot(x, w)
-
-
-def _at_label(x_tail, w, b: _Block, p: _Problem) -> tuple[torch.Tensor, torch.Tensor]:
-    """Raw logit and weight of the label's own tail column, ``[n]``; 0 where it was not drawn."""
-    column = p.label_column[b.at] - p.num_shared
-    drawn = column >= 0
-    if p.num_tail == 0:
-        return torch.zeros_like(b.label_raw), torch.zeros_like(b.label_raw)
-    column = column.clamp_min(0).unsqueeze(1)
-    weight = w.expand(len(x_tail), -1).gather(1, column).squeeze(1) * drawn
-    return x_tail.gather(1, column).squeeze(1) * drawn, weight
+def _add_by_bucket(table, bucket, coefficient, h) -> None:
+    """Add ``coefficient · h`` of each position to its bucket's row."""
+    if len(table) == 1:
+        table[0] += coefficient @ h
+    else:
+        table.index_add_(0, bucket, coefficient.unsqueeze(1) * h)
 
 
 def _find(ids: torch.Tensor, ascending: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,12 +1,17 @@
-"""Exact cross-entropy of a linear head, streamed over positions.
+"""Exact cross-entropy of a linear head, streamed.
 
     loss_t = log sum_j exp(s_tj) - s_{t,y_t},      s = g(h W' + b)
 
-The logits exist for one block of positions at a time. With a scalar reduction the gradients are
-taken in the forward pass from that same block, ``(softmax - onehot) · g'``, so nothing of size
-``[N, V]`` outlives a block and no product is done twice; with a loss per position the backward
-pass computes the block again. The gradient of W is summed in fp32 and cast once. A weight in half
-precision is widened a tile of classes at a time.
+Gradients: G = (softmax - onehot)·g';  dL/dh = G W,  dL/dW = G' h, times each position's weight.
+
+By tiles of classes: the running maximum and sum of every position make its ``log Z``. A frozen
+head's dL/dh is summed in the same pass, rescaled whenever the maximum moves; for a trained one a
+second pass, in backward, computes the logits again, and each row of dL/dW is finished within its
+tile, in fp32, and written once: 8·N·V·d operations, and no memory but a tile.
+
+By blocks of positions: where a block of logits over all classes holds enough positions to keep
+the products busy, and dL/dW may be summed in place, gradients come from those very logits: 6·N·V·d
+operations. It serves fp32 and fp64 weights, a scalar loss and no soft cap.
 """
 
 from __future__ import annotations
@@ -17,11 +22,16 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from sce_lm.ops.logits import LogitTransform
+from sce_lm.ops.memory import large_empty
 
-BLOCK_ELEMENTS = 2**24
-"""Logits held at a time (64 MiB in fp32)."""
-TILE_ELEMENTS = 2**22
-"""Elements of a half-precision weight widened at a time (16 MiB in fp32)."""
+BLOCK_ELEMENTS = 3 * 2**23
+"""Logits held at a time by blocks of positions (96 MiB in fp32)."""
+MIN_BLOCK = 64
+"""Positions below which a block is not worth it."""
+TILE_CLASSES = 2048
+"""Classes of a tile."""
+TILE_POSITIONS = 1024
+"""Positions multiplied with a tile at a time (8 MiB of logits in fp32)."""
 
 
 def compute_dtype(*tensors: torch.Tensor | None) -> torch.dtype:
@@ -56,95 +66,269 @@ def exact_cross_entropy(
         labels: ``[N]`` int64 in ``[0, V)`` (checked by the caller; there is no ignored label here).
         bias: ``[V]`` or None.
         post: the map from raw logits to softmax logits.
-        position_weight: 0-dim tensor. Given: ``loss`` is the sum over positions times this and the
-            gradients are taken in the forward pass. None: ``loss`` is ``[N]``.
+        position_weight: 0-dim or ``[N]`` tensor. Given: ``loss`` is the sum of losses times this.
+            None: ``loss`` is ``[N]``, minus the labels' log-probabilities.
     """
-    loss, correct = _ExactCrossEntropy.apply(
-        hidden, weight, bias, labels, post, position_weight, torch.is_grad_enabled()
+    return ExactLoss(
+        *_ExactCrossEntropy.apply(
+            hidden, weight, bias, labels, post, position_weight, torch.is_grad_enabled()
+        )
     )
-    return ExactLoss(loss, correct)
 
 
-def _stream(hidden, weight, bias, labels, post, position_weight, needs, dtype):
-    """One pass over blocks of positions: losses, hits and, where ``needs`` says so, gradients."""
-    num_positions, vocab_size = hidden.shape[0], weight.shape[0]
-    needs_hidden, needs_weight, needs_bias = needs
-    losses = hidden.new_empty(num_positions, dtype=dtype)
-    correct = hidden.new_empty(num_positions, dtype=torch.bool)
-    grad_hidden = torch.zeros_like(hidden, dtype=dtype) if needs_hidden else None
-    grad_weight = torch.zeros_like(weight, dtype=dtype) if needs_weight else None
-    grad_bias = hidden.new_zeros(vocab_size, dtype=dtype) if needs_bias else None
+class ExactScores(NamedTuple):
+    """What :func:`exact_scores` returns."""
 
-    block = max(1, min(num_positions, BLOCK_ELEMENTS // vocab_size))
-    for start in range(0, num_positions, block):
-        rows = slice(start, min(start + block, num_positions))
-        h, y = hidden[rows].to(dtype), labels[rows, None]
-        s = h.new_empty(len(h), vocab_size)
-        for classes, w in _tiles(weight, dtype):
-            torch.mm(h, w.T, out=s[:, classes])
+    log_probability: torch.Tensor
+    """``[N]`` of the labels."""
+    correct: torch.Tensor
+    """``[N]`` bool: the label has the largest logit (first one, if several tie)."""
+    top: torch.Tensor
+    """``[N, k]`` int64: the classes with the largest logits, in descending order."""
+
+
+@torch.no_grad()
+def exact_scores(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    *,
+    top_k: int,
+    bias: torch.Tensor | None = None,
+    post: LogitTransform = LogitTransform(),
+) -> ExactScores:
+    """Log-probabilities of the labels and the ``top_k >= 1`` best classes, in one pass and without
+    gradient. Arguments as for :func:`exact_cross_entropy`."""
+    scan = _Streamed(hidden, weight, bias, labels, post).scan(top_k=top_k)
+    assert scan.top is not None
+    return ExactScores(scan.label_logit - scan.log_z, scan.correct, scan.top)
+
+
+class _Scan(NamedTuple):
+    """What one pass over the classes finds, ``[N]`` each."""
+
+    log_z: torch.Tensor
+    label_logit: torch.Tensor
+    correct: torch.Tensor
+    grad_hidden: torch.Tensor | None
+    """``[N, d]`` sum_j softmax_j g'_j W_j, if asked for."""
+    top: torch.Tensor | None
+
+
+class _Streamed:
+    """The two passes over tiles of classes."""
+
+    def __init__(self, hidden, weight, bias, labels, post):
+        self.hidden, self.weight, self.bias, self.labels, self.post = (
+            hidden, weight, bias, labels, post,
+        )  # fmt: skip
+        self.dtype = compute_dtype(hidden, weight)
+        self.blocks = [
+            slice(start, min(start + TILE_POSITIONS, len(hidden)))
+            for start in range(0, len(hidden), TILE_POSITIONS)
+        ]
+
+    def tiles(self):
+        """(slice of classes, their rows in the computing dtype, their bias)."""
+        for start in range(0, len(self.weight), TILE_CLASSES):
+            classes = slice(start, min(start + TILE_CLASSES, len(self.weight)))
+            bias = None if self.bias is None else self.bias[classes].to(self.dtype)
+            yield classes, self.weight[classes].to(self.dtype), bias
+
+    def logits(self, h, w, bias, buffer):
+        """``[n, tile]`` s, in a corner of ``buffer``."""
+        x = buffer[: len(h), : len(w)]
+        torch.mm(h, w.T, out=x)
         if bias is not None:
-            s += bias.to(dtype)
-        if post != LogitTransform():
-            s = post(s)
-        slope = post.slope(s)
-        top, argmax = s.max(dim=1, keepdim=True)
-        label_logit = s.gather(1, y)
-        correct[rows] = (argmax == y).squeeze(1)
-        p = s.sub_(top).exp_()
-        total = p.sum(dim=1, keepdim=True)
-        losses[rows] = (total.log() + top - label_logit).squeeze(1)
-        if not any(needs):
-            continue
-        per_row = position_weight if position_weight.dim() == 0 else position_weight[rows, None]
-        p.div_(total).scatter_add_(1, y, -torch.ones_like(total))
-        p.mul_(slope).mul_(per_row)
+            x += bias
+        return self.post.apply_(x)
+
+    def new_buffer(self) -> torch.Tensor:
+        return self.hidden.new_empty(
+            self.blocks[0].stop, min(TILE_CLASSES, len(self.weight)), dtype=self.dtype
+        )
+
+    def scan(self, with_grad_hidden: bool = False, top_k: int = 0) -> _Scan:
+        count = len(self.hidden)
+        hidden, buffer = self.hidden.to(self.dtype), self.new_buffer()
+        best = hidden.new_full((count,), -torch.inf)
+        best_class = torch.zeros_like(self.labels)
+        total, label_logit = torch.zeros_like(best), torch.zeros_like(best)
+        grad = torch.zeros_like(hidden) if with_grad_hidden else None
+        top_values = hidden.new_empty(count, 0)
+        top_classes = self.labels.new_empty(count, 0)
+        for classes, w, bias in self.tiles():
+            found = []
+            for rows in self.blocks:
+                s = self.logits(hidden[rows], w, bias, buffer)
+                if top_k:
+                    found.append(torch.topk(s, min(top_k, s.shape[1]), dim=1))
+                column, is_here = _column(self.labels[rows], classes)
+                label = s.gather(1, column.unsqueeze(1)).squeeze(1)
+                label_logit[rows] = torch.where(is_here, label, label_logit[rows])
+                value, index = s.max(dim=1)
+                before = best[rows]
+                best_class[rows] = torch.where(
+                    value > before, index + classes.start, best_class[rows]
+                )
+                now = torch.maximum(before, value)
+                shrink = (before - now).exp()
+                slope = self.post.slope(s) if grad is not None else 1.0
+                e = s.sub_(now.unsqueeze(1)).exp_()
+                total[rows] = total[rows] * shrink + e.sum(dim=1)
+                best[rows] = now
+                if grad is not None:
+                    e = e * slope if torch.is_tensor(slope) else e
+                    grad[rows] *= shrink.unsqueeze(1)
+                    grad[rows].addmm_(e, w)
+            if top_k:
+                values = torch.cat([top_values, torch.cat([f.values for f in found])], dim=1)
+                indices = torch.cat([f.indices for f in found]) + classes.start
+                indices = torch.cat([top_classes, indices], dim=1)
+                top_values, kept = torch.topk(values, min(top_k, values.shape[1]), dim=1)
+                top_classes = indices.gather(1, kept)
+        if grad is not None:
+            slope = 1.0 if self.post.soft_cap is not None else self.post.slope(total)
+            grad.mul_((slope / total).unsqueeze(1))
+        return _Scan(
+            best + total.log(),
+            label_logit,
+            best_class == self.labels,
+            grad,
+            top_classes if top_k else None,
+        )
+
+    def gradients(self, log_z, position_weight, needs):
+        """dL/dh, dL/dW, dL/db for the loss ``sum_t position_weight_t · loss_t``."""
+        needs_hidden, needs_weight, needs_bias = needs
+        hidden, buffer = self.hidden.to(self.dtype), self.new_buffer()
+        grad_hidden = torch.zeros_like(hidden) if needs_hidden else None
+        grad_weight = grad_bias = None
+        if needs_weight:
+            like = self.weight
+            grad_weight = large_empty(like.shape, like.dtype, like.device)
+            weighted = hidden * position_weight.unsqueeze(1)
+            rows_gradient = hidden.new_empty(TILE_CLASSES, hidden.shape[1])
+        if needs_bias:
+            grad_bias = self.bias.new_empty(self.bias.shape, dtype=self.dtype)
+        for classes, w, bias in self.tiles():
+            for rows in self.blocks:
+                s = self.logits(hidden[rows], w, bias, buffer)
+                slope = self.post.slope(s)
+                g = s.sub_(log_z[rows].unsqueeze(1)).exp_()
+                column, is_here = _column(self.labels[rows], classes)
+                g.scatter_add_(1, column.unsqueeze(1), -is_here.to(g.dtype).unsqueeze(1))
+                g *= slope
+                if grad_hidden is not None:
+                    grad_hidden[rows].addmm_(g, w)
+                keep = 0.0 if rows.start == 0 else 1.0
+                if grad_weight is not None:
+                    out = rows_gradient[: len(w)]
+                    torch.addmm(out, g.T, weighted[rows], beta=keep, out=out)
+                if grad_bias is not None:
+                    share = position_weight[rows]
+                    out = grad_bias[classes]
+                    torch.addmv(out, g.T, share, beta=keep, out=out)
+            if grad_weight is not None:
+                grad_weight[classes] = rows_gradient[: len(w)]
         if grad_hidden is not None:
-            for classes, w in _tiles(weight, dtype):
-                grad_hidden[rows].addmm_(p[:, classes], w)
-        if grad_weight is not None:
-            grad_weight.addmm_(p.T, h)
+            grad_hidden *= position_weight.unsqueeze(1)
+        return grad_hidden, grad_weight, grad_bias
+
+
+def _column(labels: torch.Tensor, classes: slice) -> tuple[torch.Tensor, torch.Tensor]:
+    """Column of each label in a tile, and whether it lies there (column 0 where it does not)."""
+    is_here = (labels >= classes.start) & (labels < classes.stop)
+    return (labels - classes.start).masked_fill(~is_here, 0), is_here
+
+
+def _by_blocks(hidden, weight, bias, labels, post, position_weight, needs):
+    """Losses ``[N]``, hits ``[N]`` and gradients, a block of positions over all classes at a time.
+
+    The factors of positions scale h and the products, never the block.
+    """
+    count, vocab_size = len(hidden), len(weight)
+    needs_hidden, _, needs_bias = needs
+    dtype = compute_dtype(hidden, weight)
+    losses = hidden.new_empty(count, dtype=dtype)
+    correct = torch.empty_like(labels, dtype=torch.bool)
+    grad_hidden = torch.empty_like(hidden, dtype=dtype) if needs_hidden else None
+    grad_weight = large_empty(weight.shape, dtype, weight.device)
+    grad_bias = hidden.new_zeros(vocab_size, dtype=dtype) if needs_bias else None
+    block = min(count, BLOCK_ELEMENTS // vocab_size)
+    buffer = losses.new_empty(block, vocab_size)
+    for start in range(0, count, block):
+        rows = slice(start, min(start + block, count))
+        h, y = hidden[rows].to(dtype), labels[rows, None]
+        s = torch.mm(h, weight.T, out=buffer[: len(h)])
+        if bias is not None:
+            s += bias
+        best, best_class = post.apply_(s).max(dim=1, keepdim=True)
+        label_logit = s.gather(1, y)
+        p = torch.softmax(s, dim=1, out=s)  # row by row, so it may write over its input
+        log_z = best - p.gather(1, best_class).log()
+        losses[rows] = (log_z - label_logit).squeeze(1)
+        correct[rows] = (best_class == y).squeeze(1)
+
+        share = position_weight if position_weight.dim() == 0 else position_weight[rows, None]
+        factor = share * post.slope(log_z)
+        p.scatter_add_(1, y, torch.full_like(log_z, -1.0))
+        if grad_hidden is not None:
+            torch.mm(p, weight, out=grad_hidden[rows]).mul_(factor)
+        torch.addmm(grad_weight, p.T, h * factor, beta=float(start > 0), out=grad_weight)
         if grad_bias is not None:
-            grad_bias += p.sum(dim=0)
+            grad_bias += p.T @ factor.expand(len(h), 1).squeeze(1)
     return losses, correct, (grad_hidden, grad_weight, grad_bias)
-
-
-def _tiles(weight: torch.Tensor, dtype: torch.dtype):
-    """(slice of classes, their rows in ``dtype``); the whole weight where it has that dtype."""
-    vocab_size, width = weight.shape
-    tile = vocab_size if weight.dtype == dtype else max(1, TILE_ELEMENTS // width)
-    for start in range(0, vocab_size, tile):
-        classes = slice(start, start + tile)
-        yield classes, weight[classes].to(dtype)
 
 
 class _ExactCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, labels, post, position_weight, grad_enabled):
         dtype = compute_dtype(hidden, weight)
-        ctx.needs = tuple(grad_enabled and n for n in ctx.needs_input_grad[:3])
-        ctx.post, ctx.dtype, ctx.scalar = post, dtype, position_weight is not None
-        ctx.input_dtypes = tuple(t.dtype if t is not None else None for t in (hidden, weight, bias))
-        needs_now = ctx.needs if ctx.scalar else (False, False, False)
-        losses, correct, gradients = _stream(
-            hidden, weight, bias, labels, post, position_weight, needs_now, dtype
-        )
+        needs = tuple(grad_enabled and n for n in ctx.needs_input_grad[:3])
+        ctx.needs, ctx.post, ctx.position_weight = needs, post, position_weight
+        ctx.gradients = None
+        is_scalar = position_weight is not None
+        fits = min(len(hidden), MIN_BLOCK) * len(weight) <= BLOCK_ELEMENTS
+        if is_scalar and needs[1] and weight.dtype == dtype and post.soft_cap is None and fits:
+            losses, correct, ctx.gradients = _by_blocks(
+                hidden, weight, bias, labels, post, position_weight, needs
+            )
+            log_z = None
+        else:
+            streamed = _Streamed(hidden, weight, bias, labels, post)
+            only_hidden = is_scalar and needs == (True, False, False)
+            scan = streamed.scan(with_grad_hidden=only_hidden)
+            log_z, correct = scan.log_z, scan.correct
+            losses = log_z - scan.label_logit
+            if scan.grad_hidden is not None:
+                pull = post.slope(scan.label_logit)
+                pull = pull if torch.is_tensor(pull) else torch.full_like(losses, pull)
+                grad = scan.grad_hidden.addcmul_(
+                    pull.unsqueeze(1), weight[labels].to(dtype), value=-1.0
+                )
+                grad *= position_weight if position_weight.dim() == 0 else position_weight[:, None]
+                ctx.gradients = (grad, None, None)
         ctx.mark_non_differentiable(correct)
-        if ctx.scalar:
-            ctx.save_for_backward(*gradients)
-            return losses.sum() * position_weight, correct
-        ctx.save_for_backward(hidden, weight, bias, labels)
-        return losses, correct
+        ctx.save_for_backward(hidden, weight, bias, labels, log_z)
+        return (losses * position_weight).sum() if is_scalar else losses, correct
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *grad_outputs):
-        grad_loss = grad_outputs[0].to(ctx.dtype)
-        if ctx.scalar:
-            gradients = [g * grad_loss if g is not None else None for g in ctx.saved_tensors]
+        hidden, weight, bias, labels, log_z = ctx.saved_tensors
+        factor = grad_outputs[0].to(compute_dtype(hidden, weight))
+        # Gradients of the forward pass are scaled in place, so they serve once.
+        gradients, ctx.gradients = ctx.gradients, None
+        if gradients is not None:
+            gradients = [g if g is None else g.mul_(factor) for g in gradients]
         else:
-            hidden, weight, bias, labels = ctx.saved_tensors
-            gradients = _stream(
-                hidden, weight, bias, labels, ctx.post, grad_loss, ctx.needs, ctx.dtype
-            )[2]
-        cast = [g if g is None else g.to(t) for g, t in zip(gradients, ctx.input_dtypes)]
+            streamed = _Streamed(hidden, weight, bias, labels, ctx.post)
+            if log_z is None:
+                log_z = streamed.scan().log_z
+            if ctx.position_weight is not None:
+                factor = factor * ctx.position_weight
+            gradients = streamed.gradients(log_z, factor.expand(len(labels)), ctx.needs)
+        inputs = (hidden, weight, bias)
+        cast = [g if g is None else g.to(t.dtype) for g, t in zip(gradients, inputs)]
         return *cast, None, None, None, None

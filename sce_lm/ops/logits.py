@@ -40,6 +40,12 @@ class LogitTransform:
             return x if self.scale == 1.0 else x * self.scale
         return self.soft_cap * torch.tanh(x * (self.scale / self.soft_cap))
 
+    def apply_(self, x: torch.Tensor) -> torch.Tensor:
+        """g(x), written over ``x``."""
+        if self.soft_cap is None:
+            return x if self.scale == 1.0 else x.mul_(self.scale)
+        return x.mul_(self.scale / self.soft_cap).tanh_().mul_(self.soft_cap)
+
     def slope(self, s: torch.Tensor) -> torch.Tensor | float:
         """g'(x), written in terms of the result ``s = g(x)``: ``scale · (1 - (s / soft_cap)²)``."""
         if self.soft_cap is None:

@@ -143,13 +143,33 @@ class TrainConfig:
     gradient_accumulation_steps: int = field(
         default=1, metadata={"help": "Forward and backward passes of one optimiser step."}
     )
+    optimizer: Literal["adamw", "sparse_adam", "rowwise_adagrad"] = field(
+        default="adamw",
+        metadata={
+            "help": "adamw: everything by AdamW. The others train the item matrix (input embedding "
+            "and head) by the rows that a step meets, and the rest by AdamW; they need an "
+            "objective with sparse_grad. Optimiser state of the item matrix: adamw and sparse_adam "
+            "8 bytes a parameter, 2*V*d floats; rowwise_adagrad 4 bytes an item, V floats."
+        },
+    )
     learning_rate: float = field(default=0.0003, metadata={"help": "Peak learning rate of AdamW."})
+    sparse_learning_rate: float | None = field(
+        default=None,
+        metadata={
+            "help": "Peak learning rate of the item matrix where it is trained by rows, on the "
+            "same schedule; unset: learning_rate."
+        },
+    )
     weight_decay: float = field(
         default=0.1,
-        metadata={"help": "Decoupled weight decay of matrices; vectors (norms, biases) have none."},
+        metadata={
+            "help": "Decoupled weight decay of matrices; vectors (norms, biases) and an item "
+            "matrix that is trained by rows have none."
+        },
     )
     betas: list[float] = field(
-        default_factory=lambda: [0.9, 0.95], metadata={"help": "The two decay rates of AdamW."}
+        default_factory=lambda: [0.9, 0.95],
+        metadata={"help": "The two decay rates of AdamW and sparse_adam."},
     )
     warmup_steps: int = field(
         default=100, metadata={"help": "Steps over which the learning rate rises linearly from 0."}
@@ -252,12 +272,25 @@ class TrainConfig:
         for name in ("weight_decay", "max_grad_norm"):
             self._require(name, getattr(self, name) >= 0, "0 or more")
         self._require("learning_rate", self.learning_rate > 0, "above 0")
+        rate = self.sparse_learning_rate
+        self._require("sparse_learning_rate", rate is None or rate > 0, "above 0")
         self._require(
             "betas",
             len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas),
             "two numbers in [0, 1)",
         )
         self._require("held_out_fraction", 0 < self.held_out_fraction < 1, "between 0 and 1")
+        if self.optimizer == "adamw" and rate is not None:
+            raise ValueError(
+                f"sparse_learning_rate is {rate} and the optimizer is adamw, which has one rate "
+                "for all; leave it out, or choose optimizer sparse_adam or rowwise_adagrad."
+            )
+        if self.optimizer != "adamw" and self.dtype != "float32":
+            raise ValueError(
+                f"dtype is {self.dtype!r} and the optimizer {self.optimizer}, whose small steps "
+                'that precision rounds away; use dtype "float32", with mixed_precision "bf16" for '
+                "speed."
+            )
         if self.model is None and "model_type" not in self.model_config:
             raise ValueError(
                 "Neither model nor model_config is given; expected a model to start from, or "
@@ -282,7 +315,7 @@ class TrainConfig:
 def _checked(name: str, kind: Any, value: Any) -> Any:
     """`value` as the type of its field (an int passes for a float), or a ValueError."""
     origin, choices = get_origin(kind), get_args(kind)
-    if kind is float and type(value) is int:
+    if type(value) is int and float in (kind, *choices):
         return float(value)
     if kind is Options and isinstance(value, Mapping):
         return Options(value)

@@ -26,7 +26,7 @@ from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import set_seed
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel, get_scheduler
+from transformers import get_scheduler
 
 from sce_lm import objectives
 from sce_lm.hf.adapter import apply_sce, remove_sce
@@ -34,6 +34,13 @@ from sce_lm.training.checkpoint import Checkpoints
 from sce_lm.training.config import TrainConfig
 from sce_lm.training.metrics import MetricsLog, read_metrics
 from sce_lm.training.models import build_model
+from sce_lm.training.optimizers import (
+    average_rows,
+    build_optimizer,
+    check_optimizer,
+    clip_grad_norm_,
+    make_row_sparse,
+)
 from sce_lm.training.plots import draw_curves
 from sce_lm.training.sources import build_task
 from sce_lm.training.task import DataOrder, on_device, sum_over_processes
@@ -67,17 +74,13 @@ class Run:
                 "install it, or leave it out of trackers."
             )
         self.objective = objectives.get(config.objective, **config.objective_options)
-        if getattr(self.objective.config, "sparse_grad", False):
-            raise ValueError(
-                "objective_options sets sparse_grad, and training is by AdamW, which takes dense "
-                "gradients; leave it out, or use sce_loss with SparseAdam in a loop of your own."
-            )
         trackers: list[Any] = [*config.trackers]
         self.accelerator = Accelerator(
             mixed_precision=config.mixed_precision,
             log_with=trackers or None,
             project_dir=config.output_dir,
         )
+        check_optimizer(config.optimizer, self.objective, self.accelerator.distributed_type)
         self.is_main = self.accelerator.is_main_process
         self.processes = self.accelerator.num_processes
         self._check_folder()
@@ -88,7 +91,11 @@ class Run:
         model = build_model(config, self.task.tokenizer)
         self.num_parameters = model.num_parameters()
         apply_sce(model, self.objective)
-        self.model, self.optimizer = self.accelerator.prepare(model, self._optimizer(model))
+        self.by_rows = [] if config.optimizer == "adamw" else make_row_sparse(model)
+        optimizer = build_optimizer(model, config, self.by_rows)
+        if self.by_rows and self.objective.state is not None:
+            self.objective.state.row_sum.follow(optimizer, self.by_rows[-1])
+        self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
         self.scheduler = get_scheduler(
             config.scheduler,
             self.optimizer.optimizer,
@@ -145,18 +152,6 @@ class Run:
                 f"{self.folder} holds a run with another configuration ({changes}); go on "
                 "with the same one, or choose another output_dir."
             )
-
-    def _optimizer(self, model: PreTrainedModel) -> torch.optim.Optimizer:
-        parameters = [p for p in model.parameters() if p.requires_grad]
-        return torch.optim.AdamW(
-            [
-                {"params": [p for p in parameters if p.dim() >= 2]},
-                {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
-            ],
-            lr=self.config.learning_rate,
-            betas=(self.config.betas[0], self.config.betas[1]),
-            weight_decay=self.config.weight_decay,
-        )
 
     def train(self) -> dict[str, Any]:
         """Train from where the run stands to its end, and return the summary.
@@ -230,8 +225,7 @@ class Run:
                 # Gradients are averaged over the processes, and a sum is wanted.
                 self.accelerator.backward(loss * self.processes)
             total += loss.detach()
-        limit = self.config.max_grad_norm or math.inf
-        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), limit)
+        norm = self._clip_gradients()
         learning_rate = self.scheduler.get_last_lr()[0]
         self.optimizer.step()
         if not self.accelerator.optimizer_step_was_skipped:
@@ -243,6 +237,15 @@ class Run:
             "learning_rate": torch.tensor(learning_rate, dtype=torch.float64),
             "num_items": num_items,
         }
+
+    def _clip_gradients(self) -> Any:
+        """Clip the gradients, averaged over the processes, and return their norm before that."""
+        limit = self.config.max_grad_norm or math.inf
+        if not self.by_rows:
+            return self.accelerator.clip_grad_norm_(self.model.parameters(), limit)
+        average_rows(self.by_rows, self.accelerator)
+        self.accelerator.unscale_gradients()
+        return clip_grad_norm_(self.model.parameters(), limit)
 
     def _log_training(
         self, values: dict[str, float], seconds: float, shown: dict[str, str]

@@ -67,8 +67,9 @@ def test_strata_are_disjoint(assignment):
     )
     hidden, weight, labels, bias = (t.detach() for t in problem)
     inputs = HeadInputs(hidden, weight, labels, bias, LogitTransform(), None, None, False)
-    counts = torch.bincount(labels, minlength=400)
-    chosen = SCE(config)._choose(inputs, config.resolve(90, 400), counts, seed=5)
+    sce = SCE(config)
+    counts = sce.state.begin_call(labels, 400, seed=5)[0]
+    chosen = sce._choose(inputs, config.resolve(90, 400), counts, seed=5)
     shared = set(chosen.shared.tolist())
     assert set(labels.tolist()) <= shared
     assert set(torch.topk(counts, 25).indices.tolist()) <= shared

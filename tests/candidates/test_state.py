@@ -75,3 +75,25 @@ def test_bad_files_and_other_vocabularies(tmp_path):
         SCEState().load(path)
     with pytest.raises(FileNotFoundError):
         SCEState().load(tmp_path / "none")
+
+
+def test_what_a_call_read_is_read_again_by_its_replay_alone():
+    state = used_state()
+    state.memory["drawn"] = torch.tensor([3])
+    read = [state.once(1, "drawn", lambda: state.memory["drawn"].tolist())]
+    state.memory["drawn"] = torch.tensor([4])
+    state.begin_call(torch.tensor([2]), 6, seed=2)
+    for seed in (1, 2):
+        read.append(state.once(seed, "drawn", lambda: state.memory["drawn"].tolist()))
+    assert read == [[3], [3], [4]]
+
+
+def test_memory_is_saved_with_the_counts(tmp_path):
+    state = used_state()
+    state.memory["occurrences"] = torch.arange(6.0)
+    state.save(tmp_path / "state.safetensors")
+    again = SCEState()
+    again.memory["old"] = torch.zeros(1)
+    again.load(tmp_path / "state.safetensors")
+    assert list(again.memory) == ["occurrences"]
+    assert torch.equal(again.memory["occurrences"], torch.arange(6.0))

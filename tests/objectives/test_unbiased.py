@@ -15,6 +15,7 @@ import sce_lm.candidates.priority as priority
 import sce_lm.objectives.sce as sce
 import sce_lm.ops.candidate_cross_entropy as core
 from sce_lm import LogitTransform, SCEConfig
+from sce_lm.candidates.weight_classes import WeightClasses
 
 V = 240
 PLAIN, CAP = LogitTransform(), LogitTransform(1.2, 12.0)
@@ -101,6 +102,13 @@ def test_tiles_with_thresholds_of_their_own_are_unbiased(tile, control, monkeypa
     check(objective("buckets", control=control), case())
 
 
+@pytest.mark.parametrize("control", [False, True], ids=["plain", "control"])
+@pytest.mark.parametrize("prior", ["labels", "uniform"])
+def test_large_catalogues_are_unbiased(prior, control, monkeypatch):
+    monkeypatch.setattr(sce, "LARGE_CATALOGUE", 0)
+    check(objective("buckets", control=control, prior=prior), case())
+
+
 def wrong_threshold(proposal, size, generator):
     """tau is the m-th largest priority instead of the (m+1)-th."""
     u = torch.rand(len(proposal), generator=generator, dtype=torch.float64)
@@ -117,10 +125,15 @@ def plant(error, monkeypatch):
 
     def init(p, *args):
         problem_init(p, *args)
+        candidates = args[4]
         if error == "bucket item twice":
-            p.tail_weight = args[4].tail_log_weights.exp().expand_as(p.tail_weight)
+            p.own_tail = torch.zeros_like(p.own_tail)
+            if candidates.control_variate:
+                p.tail_weight = p.dense_weight[p.tail].expand_as(p.tail_weight)
+                p.tail_total = p.tail_weight.sum(dim=1)
+                p.tail_rows = p.tail_weight @ p.dense_rows[p.tail]
         elif error == "mean of b":
-            p.mean_rows[:, -1] = 0.0
+            p.rest_total[-1] = 0.0
 
     def no_label_mask(*args):
         nowhere = torch.empty(0, dtype=torch.int64)
@@ -159,6 +172,20 @@ def test_planted_errors_are_found(error, control, monkeypatch):
     estimator, problem = objective(strata, control=control, m=m), case(post, spread=spread)
     bias = measure(estimator, problem, post, draws, plant(error, monkeypatch))
     assert not bias.is_zero, bias
+
+
+@pytest.mark.parametrize("control", [False, True], ids=["plain", "control"])
+def test_weights_of_a_large_catalogue_matter(control, monkeypatch):
+    """The planted error of its own: inclusion probabilities of another size."""
+    monkeypatch.setattr(sce, "LARGE_CATALOGUE", 0)
+    sample = WeightClasses.sample
+
+    def wrong(classes, size, *args, **options):
+        ids, c = sample(classes, size, *args, **options)
+        return ids, (c - 0.1).clamp_min(0.0)
+
+    monkeypatch.setattr(WeightClasses, "sample", wrong)
+    assert not measure(objective("buckets", control=control), case(), PLAIN, 1000).is_zero
 
 
 @pytest.mark.parametrize("strata", ["buckets", "all"])

@@ -17,34 +17,57 @@ from sce_lm.objectives.reference import exact_reference, raw_logits
     st.integers(1, 9),
     st.booleans(),
     st.sampled_from([LogitTransform(), LogitTransform(0.3), LogitTransform(1.5, 2.0)]),
-    st.sampled_from([1, 100, 2**24]),
+    st.sampled_from([{"BLOCK_ELEMENTS": 0}, {}, {"BLOCK_ELEMENTS": 300, "MIN_BLOCK": 1}]),
+    st.sampled_from([{}, {"TILE_CLASSES": 7, "TILE_POSITIONS": 5}]),
+    st.booleans(),
     st.integers(0, 10**6),
 )
-def test_equals_the_reference(n, v, d, with_bias, post, block_elements, seed):
+def test_equals_the_reference(n, v, d, with_bias, post, blocks, tiles, is_frozen, seed):
     problem = make_problem(n, v, d, with_bias=with_bias, seed=seed)
+    if is_frozen:
+        problem = problem._replace(weight=problem.weight.detach())
+    inputs = [t for t in problem[:2] + problem[3:] if t is not None and t.requires_grad]
+    weights = torch.linspace(0.5, 1.5, n, dtype=torch.float64)
     expected = exact_reference(*problem[:3], bias=problem.bias, post=post)
-    wanted = gradients(expected.mean(), problem)
+    wanted = torch.autograd.grad((expected * weights).sum(), inputs)
     s = post(raw_logits(problem.hidden, problem.weight, problem.bias))
-    kept, core.BLOCK_ELEMENTS = core.BLOCK_ELEMENTS, block_elements
-    try:
-        for position_weight in (None, torch.tensor(1.0 / n, dtype=torch.float64)):
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {**blocks, **tiles}.items():
+            patch.setattr(core, name, value)
+        for position_weight in (None, weights):
             result = core.exact_cross_entropy(
                 *problem[:3], bias=problem.bias, post=post, position_weight=position_weight
             )
-            loss = result.loss.mean() if position_weight is None else result.loss
-            torch.testing.assert_close(loss, expected.mean())
+            loss = (result.loss * weights).sum() if position_weight is None else result.loss
+            torch.testing.assert_close(loss, (expected * weights).sum())
             assert torch.equal(result.correct, s.argmax(1) == problem.labels)
-            for actual, want in zip(gradients(loss, problem), wanted):
-                torch.testing.assert_close(actual, want)
-    finally:
-        core.BLOCK_ELEMENTS = kept
+            for _ in range(2):  # a second backward pass gives the same
+                found = torch.autograd.grad(loss, inputs, retain_graph=True)
+                for actual, want in zip(found, wanted):
+                    torch.testing.assert_close(actual, want)
+        k = min(3, v)
+        scores = core.exact_scores(*problem[:3], top_k=k, bias=problem.bias, post=post)
+    torch.testing.assert_close(scores.log_probability, -expected.detach())
+    assert torch.equal(scores.correct, result.correct)
+    assert torch.equal(scores.top, s.topk(k, dim=1).indices)
+
+
+def test_of_several_best_classes_the_first_counts():
+    """At initialisation all logits may tie; that is not an accuracy of 1."""
+    hidden, weight = torch.ones(3, 4), torch.zeros(9, 4)
+    labels = torch.tensor([0, 4, 8])
+    for needs_weight in (True, False):
+        w = weight.clone().requires_grad_(needs_weight)
+        result = core.exact_cross_entropy(hidden, w, labels, position_weight=torch.tensor(1.0))
+        assert result.correct.tolist() == [True, False, False]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_low_precision_is_as_good_as_stock(dtype, monkeypatch):
     """Error against fp64 at most that of stock cross-entropy, with many tiles and blocks."""
-    monkeypatch.setattr(core, "TILE_ELEMENTS", 130 * 101)
-    monkeypatch.setattr(core, "BLOCK_ELEMENTS", 700 * 37)
+    monkeypatch.setattr(core, "TILE_CLASSES", 101)
+    monkeypatch.setattr(core, "TILE_POSITIONS", 90)
+    monkeypatch.setattr(core, "BLOCK_ELEMENTS", 700 * 70)
     drawn = make_problem(300, 700, 130, with_bias=False, spread=2.0)
     low = [t.detach().to(dtype) for t in drawn[:2]]
     problem = drawn._replace(

@@ -35,11 +35,12 @@ def measure(objective: SCE, problem, post: LogitTransform, draws: int, replace=l
     inputs = HeadInputs(hidden, weight, labels, bias, post, None, None, False)
     sizes = objective.config.resolve(len(labels), len(weight))
     # A past in which some classes were seen five times as often as others.
-    past = 20 + torch.arange(len(weight)) * 37 % 81
-    counts = past + torch.bincount(labels, minlength=len(weight))
+    state = objective.state
+    state.counts, state.step = 20 + torch.arange(len(weight)) * 37 % 81, 1
     ratios = []
     with torch.no_grad():
         for seed in range(draws):
+            counts = state.begin_call(labels, len(weight), seed)[0]
             candidates = replace(objective._choose(inputs, sizes, counts, seed))
             result = candidate_cross_entropy(
                 hidden, weight, labels, candidates, bias=bias, post=post

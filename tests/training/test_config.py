@@ -63,6 +63,10 @@ def test_every_field_is_documented():
         ("", ["--objective_options", "{oops"], "objective_options.*'{oops'"),
         ("", ["stray"], "'stray' where a --field was expected"),
         ("model: gpt2\n", [], "Both model .'gpt2'. and model_config"),
+        ("optimizer: sgd\n", [], "optimizer.*'sgd'.*rowwise_adagrad"),
+        ("sparse_learning_rate: 1\n", [], "sparse_learning_rate is 1.0 and the optimizer is adamw"),
+        ("optimizer: sparse_adam\nsparse_learning_rate: 0\n", [], "0.0; expected above 0"),
+        ("optimizer: sparse_adam\ndtype: bfloat16\n", [], "dtype is 'bfloat16' and the optimizer"),
     ],
 )
 def test_what_does_not_fit_is_refused(tmp_path, text, arguments, message):

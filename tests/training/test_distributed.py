@@ -40,6 +40,42 @@ def test_two_processes_give_the_losses_of_one_with_twice_the_batch(corpus, tmp_p
 
 
 @pytest.mark.distributed
+@pytest.mark.parametrize(
+    ("optimizer", "tied"),
+    [("sparse_adam", True), pytest.param("rowwise_adagrad", False, marks=pytest.mark.slow)],
+)
+def test_two_processes_train_by_rows_as_one_with_twice_the_batch(corpus, tmp_path, optimizer, tied):
+    """Every class is a candidate, so that the loss is exact; each process meets inputs of its own,
+    and the rest of the gradients must agree for the model to."""
+    fields = lm_fields(
+        corpus,
+        optimizer=optimizer,
+        objective="sce",
+        objective_options={
+            "num_buckets": 0,
+            "tail_candidates": 10**6,
+            "control_variate": False,
+            "sparse_grad": True,
+        },
+        gradient_accumulation_steps=2,
+        eval_batches=0,
+        max_grad_norm=0.5,
+    )
+    fields["model_config"] = {**fields["model_config"], **NO_DROPOUT, "tie_word_embeddings": tied}
+    one, two = tmp_path / "one", tmp_path / "two"
+    launch(write_config(tmp_path / "config.yaml", {**fields, "output_dir": str(two)}))
+    Run(TrainConfig(**{**fields, "output_dir": str(one), "per_device_batch_size": 8})).train()
+
+    left, right = read_metrics(one / "metrics.jsonl"), read_metrics(two / "metrics.jsonl")
+    assert len(left) == len(right) == 8
+    for name in ("loss", "grad_norm", "nll"):
+        expected = [record[name] for record in left if name in record]
+        assert [record[name] for record in right if name in record] == pytest.approx(
+            expected, rel=1e-4
+        )
+
+
+@pytest.mark.distributed
 @pytest.mark.slow
 def test_two_processes_resume_where_they_stopped_with_states_of_their_own(corpus, tmp_path):
     fields = lm_fields(corpus, objective="sce", objective_options=SMALL_SCE, max_steps=6)

@@ -213,12 +213,6 @@ def test_a_refused_configuration_leaves_the_folder_free(corpus, tmp_path):
         Run(TrainConfig(**{**fields, "text_column": "body"}))
     with pytest.raises(ValueError, match="tracker 'wandbb'"):
         Run(TrainConfig(**{**fields, "trackers": ["wandbb"]}))
-    with pytest.raises(ValueError, match="SparseAdam"):
-        Run(
-            TrainConfig(
-                **{**fields, "objective": "sce", "objective_options": {"sparse_grad": True}}
-            )
-        )
     with pytest.raises(ValueError, match="tail_candidate"):
         Run(TrainConfig(**{**fields, "objective": "sce", "objective_options": misspelt}))
     train(fields)
