@@ -99,13 +99,11 @@ def main() -> None:
     tokenizer.save_pretrained(options.output / "model")
     model = AutoModelForCausalLM.from_pretrained(options.output / "model").eval()
     tokenizer = AutoTokenizer.from_pretrained(options.output / "model")
-    history = tokenizer.convert_ids_to_tokens(split.test["history"].to_list()[0][-LENGTH:])
-    inputs = tokenizer([history], is_split_into_words=True, return_tensors="pt")
-    with torch.no_grad():
-        scores = model(**inputs).logits[0, -1]
-    scores[inputs["input_ids"][0]] = -torch.inf
-    scores[tokenizer.all_special_ids] = -torch.inf
-    print(f"after {history[-5:]}: {tokenizer.convert_ids_to_tokens(scores.topk(5).indices)}")
+
+    # Lists for raw histories, of new users too.
+    history = tokenizer.convert_ids_to_tokens(split.test["history"].to_list()[0])
+    found = recsys.recommend(model, tokenizer, [history], k=5, max_length=LENGTH)
+    print(f"after {history[-5:]}: {found.items[0]}")
 
 
 if __name__ == "__main__":

@@ -96,3 +96,9 @@ def test_auto_sizes(n, v, buckets, candidates, tail):
     sizes = SCEConfig().resolve(n, v)
     assert (sizes.num_buckets, sizes.bucket_candidates) == (buckets, candidates)
     assert (sizes.shared_frequent, sizes.tail_candidates) == (1024, tail)
+
+
+def test_auto_floor_falls_with_the_labels_seen():
+    floors = [SCEConfig().resolve(10, 1000, num_labels=n).uniform_floor for n in (0, 1000, 10**7)]
+    assert floors == [1.0, 0.5, 0.03]
+    assert SCEConfig(uniform_floor=0.2).resolve(10, 1000, num_labels=10**7).uniform_floor == 0.2

@@ -15,16 +15,18 @@ MAY_IMPORT = {
     "hf": {"objectives", "candidates", "config", "ops"},
     "recsys": {"hf", "objectives", "candidates", "config", "ops"},
     "training": {"recsys", "hf", "objectives", "candidates", "config", "ops"},
+    "benchmarks": {"training", "hf", "objectives", "candidates", "config", "ops"},
 }
 """What each part of the package may import from the others."""
 
 ONLY_IN = {
-    "transformers": {"hf", "recsys", "training"},
+    "transformers": {"hf", "recsys", "training", "benchmarks"},
     "peft": {"hf", "training"},
+    "trl": {"hf", "benchmarks"},
     "datasets": {"recsys", "training"},
     "polars": {"recsys", "training"},
     "accelerate": {"training"},
-    "matplotlib": {"training"},
+    "matplotlib": {"training", "benchmarks"},
 }
 """Parts that may know a library."""
 

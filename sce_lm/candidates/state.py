@@ -70,7 +70,8 @@ class SCEState:
         """What a method learns besides, by name, for instance how often each class was drawn."""
         self.row_sum = RowSum()
         """The sum of the head's rows, for heads that are frozen or trained row by row."""
-        self._num_labels = 0
+        self.num_labels = 0
+        """Labels counted, the sum of ``counts``."""
         self._frequent: torch.Tensor | None = None
         self._classes: WeightClasses | None = None
         self._recent: OrderedDict[int, _Call] = OrderedDict()
@@ -109,7 +110,7 @@ class SCEState:
         counted = torch.is_grad_enabled() and not _inside_backward()
         if counted:
             self.step += 1
-            self._num_labels += len(labels)
+            self.num_labels += len(labels)
             current = _add(self.counts, labels, 1)
         else:
             current = _add(self.counts.clone(), labels, 1)
@@ -160,8 +161,8 @@ class SCEState:
         """The catalogue sorted by ``counts``, those of :meth:`begin_call` or of earlier calls."""
         if counts is not self.counts and self.is_new:
             return WeightClasses.build(counts, 0)
-        if self._classes is None or self._classes.is_due(self._num_labels):
-            self._classes = WeightClasses.build(counts, self._num_labels)
+        if self._classes is None or self._classes.is_due(self.num_labels):
+            self._classes = WeightClasses.build(counts, self.num_labels)
         if self._classes.order.device != counts.device:  # loaded from a file
             order = self._classes.order.to(counts.device)
             self._classes = replace(self._classes, order=order)
@@ -183,7 +184,12 @@ class SCEState:
         return figures
 
     def save(self, path: str | os.PathLike) -> None:
-        """Write a safetensors file, complete or not at all."""
+        """Write a safetensors file, complete or not at all.
+
+        The running sum of the head's rows is dropped, so that the run that goes on reads the weight
+        again as one that is resumed from this file will: the two stay equal bit for bit.
+        """
+        self.row_sum.forget()
         path = Path(path)
         counts = torch.zeros(0, dtype=torch.int64) if self.counts is None else self.counts
         averages = [self.averages.get(name, float("nan")) for name in _AVERAGES]
@@ -236,16 +242,12 @@ class SCEState:
         self.memory = {
             name.removeprefix(_MEMORY): t for name, t in saved.items() if name.startswith(_MEMORY)
         }
-        self._num_labels = int(counts.sum())
+        self.num_labels = int(counts.sum())
         self._frequent = saved.get("frequent")
-        fields = {
-            k.removeprefix("classes."): t for k, t in saved.items() if k.startswith("classes.")
-        }
-        if fields:
-            fields["num_labels"] = int(fields["num_labels"])
-            self._classes = WeightClasses(**fields)
-        else:
-            self._classes = None
+        self._classes = None
+        if "classes.order" in saved:
+            order, sizes, means = (saved[f"classes.{k}"] for k in ("order", "sizes", "mean_counts"))
+            self._classes = WeightClasses(order, sizes, means, int(saved["classes.num_labels"]))
         self.row_sum.forget()
         self._recent.clear()
 

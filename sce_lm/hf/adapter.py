@@ -1,4 +1,4 @@
-"""`apply_sce`: any causal LM of transformers trains with another loss, and nothing else changes.
+"""`apply_sce`: any language model of transformers trains with another loss; the rest stays stock.
 
 Two things are put on the model instance, and `remove_sce` takes them away again.
 
@@ -8,9 +8,13 @@ Two things are put on the model instance, and `remove_sce` takes them away again
    stand-in, so saving, tying, resizing, copying and PEFT (which looks for the head by identity)
    meet the stock model, and a head that was replaced since is found at the next forward.
    ``generate`` passes no labels and gets the head's own result.
-2. ``model.loss_function``. It reads the recorded scale and soft cap off the lazy logits, shifts
-   labels as the stock loss does, and runs the objective inside the head's own ``__call__``, so that
-   hooks which gather or cast the weight apply. Real logits go to the stock loss.
+2. ``model.loss_function``, where that is the causal one. It reads the recorded bias, scale and soft
+   cap off the lazy logits, shifts labels as the stock loss does, and runs the objective inside the
+   head's own ``__call__``, so that hooks which gather or cast the weight apply. Real logits go to
+   the stock loss.
+
+Masked, encoder-decoder and older models compute their loss themselves. They meet the objective
+where they call ``torch.nn.functional.cross_entropy`` on the lazy logits during their forward.
 
 In training mode the loss is the objective. In ``eval()`` it is always exact cross-entropy,
 streamed, so an ``eval_loss`` is a likelihood whatever was trained.
@@ -19,6 +23,7 @@ streamed, so an ``eval_loss`` is a likelihood whatever was trained.
 from __future__ import annotations
 
 import inspect
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -27,12 +32,13 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.loss.loss_utils import ForCausalLMLoss
+from transformers.loss.loss_utils import ForCausalLMLoss, ForMaskedLMLoss
 
 from sce_lm import objectives
 from sce_lm.config import SCEConfig
-from sce_lm.hf.lazy_logits import LazyLogits
+from sce_lm.hf.lazy_logits import CrossEntropy, LazyLogits
 from sce_lm.objectives import Objective, Statistics
+from sce_lm.ops.logits import LogitTransform
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
@@ -41,11 +47,12 @@ _KEY = "_sce_attachment"
 
 
 def apply_sce(model: ModelT, config: SCEConfig | Objective) -> ModelT:
-    """Train a causal language model of transformers with ``config``'s loss.
+    """Train a language model of transformers with ``config``'s loss.
 
     Args:
-        model: a ``PreTrainedModel`` whose output head is linear, or a wrapper around one (PEFT,
-            DistributedDataParallel). PEFT may also be applied afterwards.
+        model: a ``PreTrainedModel`` whose output head is linear (causal, masked, encoder-decoder,
+            vision-language), or a wrapper around one (PEFT, DistributedDataParallel). PEFT may also
+            be applied afterwards.
         config: an :class:`~sce_lm.SCEConfig`, or an objective from ``objectives.get(...)``. On a
             patched model it replaces the objective.
 
@@ -54,8 +61,8 @@ def apply_sce(model: ModelT, config: SCEConfig | Objective) -> ModelT:
 
     Raises:
         TypeError: not a transformers model, or ``config`` is neither of the two.
-        ValueError: the model has no output head, a head that is not linear, adapters on its head,
-            or a loss other than the causal language model's.
+        ValueError: the model takes no labels, has no output head, a head that is not linear,
+            adapters on its head, or a loss of the user's own.
     """
     objective = objectives.from_config(config)
     attachment = _attachment_of(model)
@@ -70,13 +77,18 @@ def apply_sce(model: ModelT, config: SCEConfig | Objective) -> ModelT:
             "none; pass a PreTrainedModel with an output head, or use sce_loss in your own loop."
         )
     _check_linear(_find_head(target).module)
+    if "labels" not in inspect.signature(target.forward).parameters:
+        raise ValueError(
+            f"the forward of {type(target).__name__} takes no labels, so it computes no loss to "
+            "stand in for; call sce_loss on its hidden states yourself."
+        )
     stock_loss = target.loss_function
-    if stock_loss is not ForCausalLMLoss:
+    if stock_loss not in (ForCausalLMLoss, ForMaskedLMLoss):
         name = getattr(stock_loss, "__name__", type(stock_loss).__name__)
         raise ValueError(
-            f"the loss of {type(target).__name__} is {name}, and apply_sce only stands in for the "
-            "causal language model's ForCausalLMLoss; set model.loss_function back or call "
-            "sce_loss yourself."
+            f"the loss of {type(target).__name__} is {name}, and apply_sce only stands in for "
+            "ForCausalLMLoss and ForMaskedLMLoss; set model.loss_function back or call sce_loss "
+            "yourself."
         )
     target.__dict__[_KEY] = _Attachment(target, objective)
     return model
@@ -104,6 +116,16 @@ def last_statistics(model: nn.Module) -> Statistics | None:
     """
     attachment = _attachment_of(model)
     return None if attachment is None else attachment.statistics
+
+
+def loss_seconds(model: nn.Module) -> float:
+    """Seconds that this process has spent in the losses of ``model`` so far.
+
+    With it go the gradients of hidden states and weight, which are taken with the loss. On a GPU
+    it is the time until the work is queued.
+    """
+    attachment = _attachment_of(model)
+    return 0.0 if attachment is None else attachment.seconds
 
 
 @contextmanager
@@ -135,13 +157,14 @@ class _Head(NamedTuple):
 class _LazyHead:
     """Stands in the head's place during a forward that computes a loss."""
 
-    def __init__(self, head: Any) -> None:
+    def __init__(self, head: Any, cross_entropy: CrossEntropy) -> None:
         self.head = head
+        self.cross_entropy = cross_entropy
 
     @torch.compiler.disable
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if len(args) == 1 and not kwargs:
-            return LazyLogits.from_head(self.head, args[0])
+            return LazyLogits.from_head(self.head, args[0], self.cross_entropy)
         return self.head(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
@@ -155,9 +178,12 @@ class _Attachment:
         self.objective = objective
         self.evaluation = objectives.get("exact")
         self.statistics: Statistics | None = None
+        self.seconds = 0.0
         self.always_lazy = False
         self.training = model.training
         self.weights_loaded = False
+        self.in_forward = False
+        self.is_lazy = False
         self.missing_loss = False
         self.warned: set[str] = set()
         self.head: _Head | None = None
@@ -165,7 +191,8 @@ class _Attachment:
         self.position = {name: i for i, name in enumerate(parameters)}
         self.had_own_loss = "_loss_function" in model.__dict__
         self.stock_loss: Callable = model.loss_function
-        model.loss_function = self.loss  # pyright: ignore[reportAttributeAccessIssue]
+        if self.stock_loss is ForCausalLMLoss:
+            model.loss_function = self.loss  # pyright: ignore[reportAttributeAccessIssue]
         self.handles = [
             model.register_forward_pre_hook(self.before_forward, prepend=True, with_kwargs=True),
             model.register_forward_hook(self.after_forward, with_kwargs=True, always_call=True),
@@ -177,7 +204,8 @@ class _Attachment:
         for handle in self.handles:
             handle.remove()
         self.unshadow(model)
-        del model._loss_function
+        if self.stock_loss is ForCausalLMLoss:
+            del model._loss_function
         if self.had_own_loss:
             model.loss_function = self.stock_loss
 
@@ -191,8 +219,12 @@ class _Attachment:
                 "GPU with accelerate launch or torchrun, or show this process a single GPU."
             )
         self.training = model.training
+        self.in_forward = True
         self.missing_loss = self.given("labels", args, kwargs)
-        if self.missing_loss or self.always_lazy or self.given("shift_labels", args, kwargs):
+        self.is_lazy = (
+            self.missing_loss or self.always_lazy or self.given("shift_labels", args, kwargs)
+        )
+        if self.is_lazy:
             self.shadow(model)
 
     def shadow(self, model: PreTrainedModel) -> None:
@@ -201,7 +233,7 @@ class _Attachment:
             _check_linear(head.module)
             self.head = head
         owner = model.get_submodule(self.head.owner)
-        owner.__dict__[self.head.attribute] = _LazyHead(self.head.module)
+        owner.__dict__[self.head.attribute] = _LazyHead(self.head.module, self.cross_entropy)
 
     def unshadow(self, model: PreTrainedModel) -> None:
         if self.head is not None:
@@ -213,12 +245,22 @@ class _Attachment:
 
     def after_forward(self, model: PreTrainedModel, args: tuple, kwargs: dict, output: Any) -> None:
         self.unshadow(model)
+        self.in_forward = False
         missing, self.missing_loss = self.missing_loss, False
-        if missing and output is not None and self.training and torch.is_grad_enabled():
+        if output is None or not self.training or not torch.is_grad_enabled():
+            return
+        if missing:
             self.warn_once(
                 f"{type(model).__name__} computed its loss from full logits, without the objective "
-                f"{self.objective.name!r}: its forward does not hand the head's output to "
-                "model.loss_function unchanged. The result is the stock loss."
+                f"{self.objective.name!r}: its forward does something to the head's output that "
+                "is no bias, scale or soft cap, or a trainer has replaced its forward. The result "
+                "is the stock loss."
+            )
+        elif not self.is_lazy:
+            self.warn_once(
+                f"{type(model).__name__} is being trained without labels in its forward, so on a "
+                "loss from elsewhere (label smoothing, compute_loss_func, a loss of your own) and "
+                f"not on the objective {self.objective.name!r}."
             )
 
     def after_load(self, model: PreTrainedModel, incompatible_keys: Any) -> None:
@@ -260,6 +302,29 @@ class _Attachment:
                 shift_labels=shift_labels,
                 **kwargs,
             )
+        return self.objective_loss(
+            logits,
+            post,
+            targets.reshape(positions),
+            ignore_index=ignore_index,
+            num_items_in_batch=num_items_in_batch,
+        )
+
+    def cross_entropy(
+        self, logits: LazyLogits, labels: torch.Tensor, ignore_index: int, reduction: str
+    ) -> Any:
+        """Stands in for ``torch.nn.functional.cross_entropy`` of the lazy logits in a forward."""
+        post = logits.transform
+        # After the forward: what a user computes from the model's outputs stays what it says.
+        if not self.in_forward or post is None:
+            return NotImplemented
+        options = {"ignore_index": ignore_index, "reduction": reduction}
+        return self.objective_loss(logits, post, labels, **options)
+
+    def objective_loss(
+        self, logits: LazyLogits, post: LogitTransform, labels: torch.Tensor, **options: Any
+    ) -> torch.Tensor:
+        """The objective, or in ``eval()`` exact cross-entropy, inside the head's own call."""
         self.missing_loss = False
         objective = self.objective if self.training else self.evaluation
         if self.training:
@@ -269,19 +334,20 @@ class _Attachment:
             result = objective(
                 hidden_states,
                 linear.weight,
-                targets.reshape(positions).to(hidden_states.device),
-                bias=linear.bias,
+                labels.to(hidden_states.device),
+                bias=logits.with_added_bias(linear.bias),
                 post=post,
-                ignore_index=ignore_index,
-                num_items_in_batch=num_items_in_batch,
                 return_stats=not self.training,
+                **options,
             )
             self.statistics = None
             if isinstance(result, tuple):
                 result, self.statistics = result
             return result
 
+        started = time.perf_counter()
         loss = _call_inside(logits.head, compute, logits.hidden_states)
+        self.seconds += time.perf_counter() - started
         if loss.requires_grad and not self.training:
             loss.register_hook(self.note_gradient_in_eval)
         return loss
@@ -323,7 +389,7 @@ def _find_head(model: PreTrainedModel) -> _Head:
     if head is None:
         raise ValueError(
             f"{type(model).__name__} has no output head (get_output_embeddings() is None); load "
-            "it with AutoModelForCausalLM."
+            "it with AutoModelForCausalLM or another class that has a language-model head."
         )
     for owner_name, owner in model.named_modules():
         for name, child in owner._modules.items():
@@ -360,13 +426,9 @@ def _check_linear(head: Any) -> None:
                 f"the output head carries an adapter ({type(part).__name__}), which apply_sce does "
                 "not support yet; leave the head out of target_modules (modules_to_save is fine)."
             )
-        weight = getattr(part, "weight", None)
-        if not (
-            isinstance(weight, torch.Tensor)
-            and weight.dim() == 2
-            and weight.is_floating_point()
-            and (type(part).forward is nn.Linear.forward or _acts_as_linear(part))
-        ):
+        # The weight of a Linear may be flat or empty between its uses: ZeRO-3 shards it so.
+        is_linear = type(part).forward is nn.Linear.forward or _acts_as_linear(part)
+        if not (is_linear and part.weight.is_floating_point()):
             raise ValueError(
                 f"the output head is a {type(part).__name__}, and apply_sce needs a linear layer "
                 "(2-D weight [vocab_size, hidden_size], optional bias, no more than their product)."
@@ -375,8 +437,8 @@ def _check_linear(head: Any) -> None:
 
 def _acts_as_linear(part: Any) -> bool:
     """Whether a head of another class gives what nn.Linear gives, on a few random inputs."""
-    weight, bias = part.weight, getattr(part, "bias", None)
-    if weight.is_meta:
+    weight, bias = getattr(part, "weight", None), getattr(part, "bias", None)
+    if not isinstance(weight, torch.Tensor) or weight.dim() != 2 or weight.is_meta:
         return False
     noise = torch.Generator().manual_seed(0)
     x = torch.randn(4, weight.shape[1], generator=noise).to(weight.device, weight.dtype)

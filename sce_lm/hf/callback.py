@@ -1,4 +1,4 @@
-"""`SCECallback`: the objective's state beside each checkpoint of the Trainer, and in its logs."""
+"""`SCECallback`: the objective and its state in each checkpoint of the Trainer, and in its logs."""
 
 from __future__ import annotations
 
@@ -9,21 +9,19 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from sce_lm.candidates.state import SCEState
-from sce_lm.hf.adapter import objective_of
-
-
-def state_file(checkpoint: Path, rank: int) -> Path:
-    """Where one process keeps its state in a checkpoint folder."""
-    return checkpoint / f"sce_state_rank{rank}.safetensors"
+from sce_lm.hf.adapter import loss_seconds, objective_of
+from sce_lm.hf.saving import save_objective, state_file
+from sce_lm.objectives import Objective
 
 
 class SCECallback(TrainerCallback):
-    """Saves, restores and logs the SCEState of the model that the Trainer trains.
+    """Saves, restores and logs the objective of the model that the Trainer trains.
 
-    Every process has its own state, so each writes its own file into ``checkpoint-<step>`` and
-    reads it when a run is resumed. The state's running averages are added to the training logs as
-    ``sce/...``; to have a tracker such as TensorBoard see them too, put the callback before it:
+    Its options go into ``checkpoint-<step>/objective.json``, so that
+    :func:`~sce_lm.hf.load_objective` builds it again. Every process has an SCEState of its own,
+    writes its own file there, and reads it when a run is resumed. Its running averages and the
+    seconds that the loss took in a step are added to the training logs as ``sce/...``; to have a
+    tracker such as TensorBoard see them too, put the callback before it:
     ``trainer.callback_handler.callbacks.insert(0, SCECallback())``.
 
     Args:
@@ -34,6 +32,8 @@ class SCECallback(TrainerCallback):
 
     def __init__(self, resume_from: str | Path | None = None) -> None:
         self.resume_from = resume_from
+        self.logged_seconds = 0.0
+        self.logged_steps = 0
 
     def on_train_begin(
         self,
@@ -43,12 +43,15 @@ class SCECallback(TrainerCallback):
         model: Any = None,
         **kwargs: Any,
     ) -> None:
-        sce_state = _sce_state(model)
-        if sce_state is None or state.global_step == 0:
+        objective = _objective(model)
+        if objective is None:
+            return
+        self.logged_seconds, self.logged_steps = loss_seconds(model), state.global_step
+        if objective.state is None or state.global_step == 0:
             return
         file = state_file(self._resumed_checkpoint(args, state), args.process_index)
         if file.is_file():
-            sce_state.load(file)
+            objective.state.load(file)
         else:
             warnings.warn(
                 f"resuming at step {state.global_step} without {file}; the SCEState starts anew, "
@@ -56,6 +59,18 @@ class SCECallback(TrainerCallback):
                 "if it lies elsewhere.",
                 stacklevel=2,
             )
+
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        objective = _objective(model)
+        if objective is not None:
+            objective.end_step(args.device)
 
     def on_save(
         self,
@@ -65,15 +80,15 @@ class SCECallback(TrainerCallback):
         model: Any = None,
         **kwargs: Any,
     ) -> None:
-        sce_state = _sce_state(model)
-        if sce_state is None:
+        objective = _objective(model)
+        if objective is None:
             return
         folder = _checkpoint(args, state)
         # A folder that is not there must not be made: the Trainer would resume from an empty one.
         if folder.is_dir():
-            sce_state.save(state_file(folder, args.process_index))
+            save_objective(objective, folder, args.process_index)
         else:
-            warnings.warn(f"{folder} is gone; this SCEState was not saved there.", stacklevel=2)
+            warnings.warn(f"{folder} is gone; the objective was not saved there.", stacklevel=2)
 
     def on_log(
         self,
@@ -84,10 +99,15 @@ class SCECallback(TrainerCallback):
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        sce_state = _sce_state(model)
-        if sce_state is None or logs is None or "loss" not in logs:
+        objective = _objective(model)
+        if objective is None or logs is None or "loss" not in logs:
             return
-        figures = {f"sce/{name}": value for name, value in sce_state.summary().items()}
+        figures = {} if objective.state is None else objective.state.summary()
+        seconds, steps = loss_seconds(model), state.global_step
+        if steps > self.logged_steps:
+            figures["loss_seconds"] = (seconds - self.logged_seconds) / (steps - self.logged_steps)
+        self.logged_seconds, self.logged_steps = seconds, steps
+        figures = {f"sce/{name}": value for name, value in figures.items()}
         logs.update(figures)
         if state.log_history:  # a copy of logs, made before the callbacks were called
             state.log_history[-1].update(figures)
@@ -105,6 +125,5 @@ def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
     return Path(str(args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
 
 
-def _sce_state(model: Any) -> SCEState | None:
-    objective = None if model is None else objective_of(model)
-    return None if objective is None else objective.state
+def _objective(model: Any) -> Objective | None:
+    return None if model is None else objective_of(model)

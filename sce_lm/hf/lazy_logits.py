@@ -1,15 +1,17 @@
 """Logits that are computed only if somebody looks at them.
 
 A :class:`LazyLogits` stands where a causal LM expects the result of its output head. It holds the
-hidden states and the head, and writes down the few things models do next: multiply or divide by a
-number, tanh, change the dtype, slice positions. A loss that knows it reads that record
-(:meth:`LazyLogits.parts`) and never forms ``[..., V]``. Whatever else touches it - argmax, a
-vocabulary crop, numpy, a custom loss - gets the real logits, computed once by the head itself under
-the autocast and gradient modes of the forward pass, and autograd goes on through them as usual.
+hidden states and the head, and writes down the few things models do next: add a bias, multiply or
+divide by a number, tanh, change the dtype, slice or flatten positions. A loss that knows it reads
+that record (:meth:`LazyLogits.parts`) and never forms ``[..., V]``; ``cross_entropy`` asks whoever
+made the logits for such a loss first. Whatever else touches it - argmax, a vocabulary crop, numpy,
+a custom loss - gets the real logits, computed once by the head itself under the autocast and
+gradient modes of the forward pass, and autograd goes on through them as usual.
 """
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections import OrderedDict
 from collections.abc import Callable
@@ -74,6 +76,10 @@ class _Modes:
         return stack
 
 
+CrossEntropy = Callable[["LazyLogits", torch.Tensor, int, str], Any]
+"""``(logits [n, V], labels [n], ignore_index, reduction)`` -> loss, or NotImplemented."""
+
+
 @dataclass(frozen=True, slots=True)
 class _Source:
     """Head and modes, shared by all that is derived from one call of the head."""
@@ -83,6 +89,7 @@ class _Source:
     modes: _Modes
     weight: torch.Tensor
     weight_version: int | None
+    cross_entropy: CrossEntropy | None
 
     def logits(self) -> torch.Tensor:
         """What the head gives."""
@@ -97,21 +104,21 @@ class _Source:
 
 
 _Step = tuple[str, Any]
-"""What is done to logits (a key of ``_APPLY``) and with what: a scalar, a dtype, an index, None."""
+"""What is done to logits (a key of ``_APPLY``) and with what: a number, a dtype, an index, ..."""
 
 
 class LazyLogits(torch.Tensor):
     """``[..., V]`` logits that are not there yet; a Tensor to everybody else.
 
-    Shape, dtype, device and ``requires_grad`` are answered without computing anything, and so are
-    scaling, tanh, casts, copies and slices of the leading dimensions. ``grad_fn`` and ``_base`` are
-    None until the logits exist: DDP and FSDP ask every output of a model for them.
+    Shape, dtype, device and ``requires_grad`` are answered without computing anything, and so are a
+    bias, scaling, tanh, casts, copies, slices and views of the leading dimensions. ``grad_fn`` and
+    ``_base`` are None until the logits exist: DDP and FSDP ask every output of a model for them.
     """
 
     _source: _Source
     _hidden: torch.Tensor
     _steps: tuple[_Step, ...]
-    _view_of: tuple[LazyLogits, Any] | None
+    _view_of: tuple[LazyLogits, _Step] | None
     _has_views: bool
     _hooks: OrderedDict[int, Callable]
     _real: torch.Tensor | None
@@ -123,7 +130,7 @@ class LazyLogits(torch.Tensor):
         steps: tuple[_Step, ...],
         source: _Source,
         dtype: torch.dtype,
-        base: tuple[LazyLogits, Any] | None = None,
+        view_of: tuple[LazyLogits, _Step] | None = None,
     ) -> LazyLogits:
         # A sharding engine may keep the weight flat or empty between its uses.
         weight = source.weight
@@ -138,7 +145,7 @@ class LazyLogits(torch.Tensor):
             requires_grad=needs_grad,
         )
         self._source, self._hidden, self._steps = source, hidden, steps
-        self._view_of, self._has_views, self._real = base, False, None
+        self._view_of, self._has_views, self._real = view_of, False, None
         self._hooks = OrderedDict()
         if needs_grad:
             with torch._C.DisableTorchFunctionSubclass():
@@ -146,16 +153,20 @@ class LazyLogits(torch.Tensor):
         return self
 
     @classmethod
-    def from_head(cls, head: nn.Linear, hidden_states: torch.Tensor) -> LazyLogits:
-        """The lazy form of ``head(hidden_states)``; ``head`` has nn.Linear's weight and bias."""
+    def from_head(
+        cls, head: nn.Linear, hidden_states: torch.Tensor, cross_entropy: CrossEntropy | None = None
+    ) -> LazyLogits:
+        """The lazy form of ``head(hidden_states)``; ``head`` has nn.Linear's weight and bias.
+
+        ``cross_entropy`` may answer ``torch.nn.functional.cross_entropy`` of ``[n, V]`` of them.
+        """
         modes = _Modes.current(hidden_states.device.type)
         dtype = hidden_states.dtype
         if modes.autocast is not None and dtype != torch.float64:
             dtype = modes.autocast
         weight = head.weight
-        return cls._make(
-            hidden_states, (), _Source(head, hidden_states, modes, weight, _version(weight)), dtype
-        )
+        source = _Source(head, hidden_states, modes, weight, _version(weight), cross_entropy)
+        return cls._make(hidden_states, (), source, dtype)
 
     @property
     def head(self) -> nn.Linear:
@@ -177,6 +188,13 @@ class LazyLogits(torch.Tensor):
         """What was recorded, as a LogitTransform; None if it is none or the logits exist."""
         return None if self.is_materialised else _as_transform(self._steps)
 
+    def with_added_bias(self, bias: torch.Tensor | None) -> torch.Tensor | None:
+        """The head's own bias and what the model added to its result, ``[V]`` or None."""
+        for kind, value in self._steps:
+            if kind == "add":
+                bias = value.flatten() if bias is None else bias + value.flatten()
+        return bias
+
     def parts(self) -> HeadParts:
         """Hidden states, weight, bias and transform, for code that wants no ``[..., V]``.
 
@@ -190,15 +208,16 @@ class LazyLogits(torch.Tensor):
                 f"these logits {done}, which no LogitTransform (scale, soft cap) describes; use "
                 "them as an ordinary tensor."
             )
-        return HeadParts(self._hidden, self.head.weight, getattr(self.head, "bias", None), post)
+        bias = self.with_added_bias(getattr(self.head, "bias", None))
+        return HeadParts(self._hidden, self.head.weight, bias, post)
 
     def materialise(self) -> torch.Tensor:
         """The real logits: computed by the head at the first call, the same tensor afterwards."""
         if self._real is None:
             if self._view_of is not None:
-                base, index = self._view_of
+                base, (kind, value) = self._view_of
                 with self._source.modes.restored():
-                    real = base.materialise()[index]
+                    real = _APPLY[kind](base.materialise(), value)
             else:
                 real = self._source.logits()
                 with self._source.modes.restored():
@@ -212,11 +231,14 @@ class LazyLogits(torch.Tensor):
     def _root(self) -> LazyLogits:
         return self if self._view_of is None else self._view_of[0]._root()
 
-    def _record(self, step: _Step, dtype: torch.dtype) -> LazyLogits:
+    def _record(
+        self, step: _Step, dtype: torch.dtype, hidden: torch.Tensor | None = None
+    ) -> LazyLogits:
         source = self._source
         if source.modes.grad and not torch.is_grad_enabled():
             source = replace(source, modes=replace(source.modes, grad=False))
-        return LazyLogits._make(self._hidden, (*self._steps, step), source, dtype)
+        hidden = self._hidden if hidden is None else hidden
+        return LazyLogits._make(hidden, (*self._steps, step), source, dtype)
 
     def _record_in_place(self, step: _Step) -> LazyLogits | None:
         # A view and its base share memory: what one of them does the other must see.
@@ -229,15 +251,10 @@ class LazyLogits(torch.Tensor):
         """False where torch would let a result share memory with this but not its history."""
         return torch.is_grad_enabled() or not self._source.modes.grad
 
-    def _slice(self, index: Any) -> LazyLogits:
+    def _view(self, step: _Step, hidden: torch.Tensor) -> LazyLogits:
         self._has_views = True
-        return LazyLogits._make(
-            self._hidden[index],
-            (*self._steps, ("getitem", index)),
-            self._source,
-            self.dtype,
-            base=(self, index),
-        )
+        steps = (*self._steps, step)
+        return LazyLogits._make(hidden, steps, self._source, self.dtype, view_of=(self, step))
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:
         if self._real is not None:
@@ -281,18 +298,25 @@ def _refuse_gradient(grad: torch.Tensor | None) -> None:
 
 
 _APPLY: dict[str, Callable[[torch.Tensor, Any], torch.Tensor]] = {
+    "add": lambda x, value: x + value,
     "mul": lambda x, value: x * value,
     "div": lambda x, value: x / value,
     "tanh": lambda x, _: torch.tanh(x),
     "to": lambda x, dtype: x.to(dtype),
     "getitem": lambda x, index: x[index],
+    "view": lambda x, shape: x.view(shape),
+    "reshape": lambda x, shape: x.reshape(shape),
     "clone": lambda x, _: x.clone(),
     "contiguous": lambda x, _: x.contiguous(),
 }
 
 
+_SHAPING = {"to", "getitem", "view", "reshape", "clone", "contiguous"}
+"""Steps that leave the value of every logit as it is."""
+
+
 def _as_transform(steps: tuple[_Step, ...]) -> LogitTransform | None:
-    """``after · tanh(before · x)`` has soft_cap = after, scale = before · after."""
+    """``after · tanh(before · (x + bias))`` has soft_cap = after, scale = before · after."""
     before, after, capped = 1.0, 1.0, False
     for kind, value in steps:
         if kind == "tanh":
@@ -397,10 +421,13 @@ def _copy(kind: str, func, args, kwargs):
 
 
 def _getitem(func, args, kwargs):
-    """Integers and slices that leave the vocabulary whole."""
+    """Integers, slices and a mask of positions; they leave the vocabulary whole."""
     x, index = args
     if not _lazy(x) or not x._tracks_gradients():
         return NotImplemented
+    if isinstance(index, torch.Tensor) and index.dtype == torch.bool and 0 < index.dim() < x.dim():
+        # Unlike a slice the result is a copy.
+        return x._record(("getitem", index.clone()), x.dtype, x._hidden[index])
     entries = index if isinstance(index, tuple) else (index,)
     for entry in entries:
         is_number = isinstance(entry, int) and not isinstance(entry, bool)
@@ -412,7 +439,68 @@ def _getitem(func, args, kwargs):
         return NotImplemented
     at = ellipses[0] if ellipses else len(entries)
     by_dimension = (*entries[:at], *[slice(None)] * missing, *entries[at + 1 :])
-    return x._slice(index) if by_dimension[-1] == slice(None) else NotImplemented
+    if by_dimension[-1] != slice(None):
+        return NotImplemented
+    return x._view(("getitem", index), x._hidden[index])
+
+
+def _reshape(func, args, kwargs):
+    """``view`` and ``reshape`` that leave the vocabulary whole."""
+    x, *shape = args
+    if kwargs or not _lazy(x) or not x._tracks_gradients():
+        return NotImplemented
+    kind = "view" if func is torch.Tensor.view else "reshape"
+    if kind == "view" and x._view_of is not None:  # which fails for some strides
+        return NotImplemented
+    if len(shape) == 1 and isinstance(shape[0], (tuple, list)):
+        shape = list(shape[0])
+    if not shape or not all(isinstance(size, int) for size in shape):
+        return NotImplemented
+    *leading, last = torch.empty(x.shape, device="meta").view(shape).shape
+    if last != x.shape[-1]:
+        return NotImplemented
+    return x._view((kind, (*leading, last)), x._hidden.reshape(*leading, x._hidden.shape[-1]))
+
+
+def _add_bias(func, args, kwargs):
+    """A number for each class, before anything but casts and slices was done."""
+    if kwargs or len(args) != 2:
+        return NotImplemented
+    x, value = args if isinstance(args[0], LazyLogits) else reversed(args)
+    if not _lazy(x) or any(kind not in _SHAPING for kind, _ in x._steps):
+        return NotImplemented
+    is_bias = (
+        isinstance(value, torch.Tensor)
+        and not isinstance(value, LazyLogits)
+        and 0 < value.dim() <= x.dim()
+        and value.numel() == value.shape[-1] == x.shape[-1]
+        and value.is_floating_point()
+        and not value.requires_grad
+    )
+    if not is_bias:
+        return NotImplemented
+    return x._record(("add", value.clone()), torch.promote_types(x.dtype, value.dtype))
+
+
+def _cross_entropy(func, args, kwargs):
+    """``torch.nn.functional.cross_entropy`` of ``[n, V]`` with plain options."""
+    given = inspect.signature(func).bind(*args, **kwargs)
+    given.apply_defaults()
+    x, labels = given.arguments["input"], given.arguments["target"]
+    plain = {"weight": None, "size_average": None, "reduce": None, "label_smoothing": 0.0}
+    if (
+        not _lazy(x)
+        or x.transform is None
+        or x._source.cross_entropy is None
+        or x.dim() != 2
+        or labels.dim() != 1
+        or len(labels) != len(x)
+        or labels.is_floating_point()
+        or any(given.arguments[name] != value for name, value in plain.items())
+    ):
+        return NotImplemented
+    options = (given.arguments["ignore_index"], given.arguments["reduction"])
+    return x._source.cross_entropy(x, labels, *options)
 
 
 def _metadata(func, args, kwargs):
@@ -462,6 +550,9 @@ def _handlers() -> dict[Callable, Callable]:
     put(partial(_copy, "clone"), _named("clone"))
     put(partial(_copy, "contiguous"), [torch.Tensor.contiguous])
     put(_getitem, [torch.Tensor.__getitem__])
+    put(_reshape, [torch.Tensor.view, torch.Tensor.reshape, torch.reshape])
+    put(_add_bias, _named("add", "__add__", "__radd__"))
+    put(_cross_entropy, [nn.functional.cross_entropy])
     put(_register_hook, [torch.Tensor.register_hook])
     attributes = "shape dtype device ndim requires_grad layout is_cuda is_cpu is_meta itemsize"
     put(_metadata, [getattr(torch.Tensor, name).__get__ for name in attributes.split()])

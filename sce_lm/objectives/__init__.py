@@ -8,12 +8,53 @@ from typing import Any
 
 from sce_lm.config import SCEConfig
 from sce_lm.objectives.base import Objective, Statistics
+from sce_lm.objectives.binary import BCE, GBCE, BCEConfig, GBCEConfig
 from sce_lm.objectives.exact import Exact
+from sce_lm.objectives.in_batch import InBatch, InBatchConfig
+from sce_lm.objectives.kernel import Kernel, KernelConfig
+from sce_lm.objectives.rece import RECE, RECEConfig
+from sce_lm.objectives.sampled_softmax import SampledSoftmax, SampledSoftmaxConfig
 from sce_lm.objectives.sce import SCE
+from sce_lm.objectives.xir import BIR, XIR, BIRConfig, XIRConfig
 
-__all__ = ["SCE", "Exact", "Objective", "Statistics", "from_config", "get", "names"]
+__all__ = [
+    "BCE",
+    "BIR",
+    "GBCE",
+    "RECE",
+    "SCE",
+    "XIR",
+    "BCEConfig",
+    "BIRConfig",
+    "Exact",
+    "GBCEConfig",
+    "InBatch",
+    "InBatchConfig",
+    "Kernel",
+    "KernelConfig",
+    "Objective",
+    "RECEConfig",
+    "SampledSoftmax",
+    "SampledSoftmaxConfig",
+    "Statistics",
+    "XIRConfig",
+    "from_config",
+    "get",
+    "names",
+]
 
-_CONFIGURATIONS = {"exact": (Exact, None), "sce": (SCE, SCEConfig)}
+_CONFIGURATIONS: dict[str, tuple[Any, Any]] = {
+    "exact": (Exact, None),
+    "sce": (SCE, SCEConfig),
+    "sampled_softmax": (SampledSoftmax, SampledSoftmaxConfig),
+    "in_batch": (InBatch, InBatchConfig),
+    "bce": (BCE, BCEConfig),
+    "gbce": (GBCE, GBCEConfig),
+    "bir": (BIR, BIRConfig),
+    "xir": (XIR, XIRConfig),
+    "kernel": (Kernel, KernelConfig),
+    "rece": (RECE, RECEConfig),
+}
 
 
 def names() -> list[str]:
@@ -25,9 +66,10 @@ def get(name: str, *, published: bool = False, **options: Any) -> Objective:
     """A new objective with a state of its own.
 
     Args:
-        name: "exact" or "sce".
+        name: one of :func:`names`.
         published: start from the published form's defaults instead of the corrected one's.
-        options: fields of the objective's configuration (:class:`sce_lm.SCEConfig` for "sce").
+        options: fields of the objective's configuration: :class:`sce_lm.SCEConfig` for "sce",
+            and for the others the one beside the objective, for instance ``SampledSoftmaxConfig``.
 
     Raises:
         ValueError: an unknown name, an unknown option, or options that do not go together.
@@ -50,7 +92,7 @@ def get(name: str, *, published: bool = False, **options: Any) -> Objective:
     return objective_class((config_class.published if published else config_class)(**options))
 
 
-def from_config(config: SCEConfig | Objective) -> Objective:
+def from_config(config: Any) -> Objective:
     """The objective of a configuration; an objective is returned as it is.
 
     Raises:
@@ -58,8 +100,10 @@ def from_config(config: SCEConfig | Objective) -> Objective:
     """
     if isinstance(config, Objective):
         return config
-    if isinstance(config, SCEConfig):
-        return SCE(config)
+    for objective_class, config_class in _CONFIGURATIONS.values():
+        if config_class is not None and type(config) is config_class:
+            return objective_class(config)
     raise TypeError(
-        f"got {type(config).__name__}; pass an SCEConfig or an objective from objectives.get(...)."
+        f"got {type(config).__name__}; pass an SCEConfig or another objective's configuration, or "
+        "an objective from objectives.get(...)."
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -29,7 +30,7 @@ class Statistics:
     """Bool, the shape of ``labels``: positions that were trained. None: all valid ones."""
     relative_error: torch.Tensor | None = None
     """Estimated standard deviation of Zhat over Zhat, the shape of ``labels``, 0 where ignored.
-    None where the partition function is not sampled. Mass that was never drawn is not seen."""
+    None where it is not estimated. Mass that was never drawn is not seen."""
     correct: torch.Tensor | None = None
     """Bool, the shape of ``labels``: the label has the largest logit of all. Exact loss only."""
 
@@ -72,7 +73,12 @@ class Objective(ABC):
 
     def to_dict(self) -> dict[str, Any]:
         """Name and options as JSON-able values; ``objectives.get(**d)`` builds it again."""
-        return {"name": self.name}
+        options = {} if self.config is None else dataclasses.asdict(self.config)
+        return {"name": self.name, **options}
+
+    def end_step(self, device: torch.device) -> None:  # noqa: B027 (nothing to share by default)
+        """Called once an optimiser step on every process, with labels or without: the place for
+        what processes share, in a number of collectives that does not depend on data."""
 
     def __call__(
         self,

@@ -40,6 +40,11 @@ def candidate_reference(
     sampled[:, candidates.tail] = candidates.tail_log_weights.to(x.dtype).exp()
     sampled = sampled.masked_fill(certain, 0.0)
     inclusion = sampled + certain
+    if candidates.bucket_log_weights is not None and candidates.bucket_items is not None:
+        own = torch.zeros(len(candidates.bucket_items), x.shape[1], dtype=x.dtype)
+        weights = candidates.bucket_log_weights.to(x.dtype).exp()
+        own = own.scatter_add_(1, candidates.bucket_items, weights)[candidates.bucket_of]
+        inclusion = torch.where(own > 0, own, inclusion)
     inclusion[rows, labels] = 1.0  # the label is never sampled
 
     if not candidates.control_variate:
@@ -88,3 +93,54 @@ def published_sce_reference(
     combine = torch.amax if reduce == "max" else torch.mean
     zero = hidden.new_zeros(())
     return torch.stack([combine(torch.stack(f), 0) if f else zero for f in losses]), covered
+
+
+def position_reference(
+    hidden,
+    weight,
+    labels,
+    ids,
+    log_weights,
+    *,
+    bias=None,
+    post=LogitTransform(),
+    keep_label=False,
+    absolute=False,
+):
+    """log(exp s_ty + sum_k exp(c_tk + s_tk)) - s_ty over each position's ids ``[N, K]``."""
+    s = post(raw_logits(hidden, weight, bias))
+    s = s.abs() if absolute else s
+    label = s.gather(1, labels[:, None])
+    terms = s.gather(1, ids) + log_weights
+    if not keep_label:
+        terms = terms.masked_fill(ids == labels[:, None], -torch.inf)
+    return torch.logsumexp(torch.cat([label, terms], dim=1), dim=1) - label.squeeze(1)
+
+
+def binary_reference(hidden, weight, labels, ids, *, beta=1.0, bias=None, post=LogitTransform()):
+    """-(log sigmoid(s_ty)^beta + sum_k log(1 - sigmoid(s_tk))) / (1 + K), negatives that are the
+    label left out of the sum."""
+    p = torch.sigmoid(post(raw_logits(hidden, weight, bias)))
+    positive = (p.gather(1, labels[:, None]) ** beta).log().squeeze(1)
+    negative = torch.log(1 - p.gather(1, ids)).masked_fill(ids == labels[:, None], 0.0).sum(dim=1)
+    return -(positive + negative) / (1 + ids.shape[1])
+
+
+def kernel_reference(hidden, weight, *, alpha, power=2, bias=None, scale=1.0):
+    """log q_tj of kernel-based sampling, ``[N, V]``: alpha·x^power + 1, normalised over classes."""
+    mass = alpha * (scale * raw_logits(hidden, weight, bias)) ** power + 1
+    return torch.log(mass / mass.sum(dim=1, keepdim=True))
+
+
+def rece_reference(
+    hidden, weight, labels, of_position, of_class, reach, *, bias=None, post=LogitTransform()
+):
+    """RECE as in arXiv 2408.02354, given each round's chunks of positions ``[R, N]`` and classes
+    ``[R, V]``: a class met k times has k terms exp(s - log k)."""
+    s = post(raw_logits(hidden, weight, bias))
+    met = (of_position[:, :, None] - of_class[:, None, :]).abs() <= reach  # [R, N, V]
+    met.scatter_(2, labels[None, :, None].expand(len(met), -1, 1), False)
+    k = met.sum(dim=0).to(s.dtype)
+    terms = torch.where(met, s - k.log(), -torch.inf).permute(1, 0, 2).flatten(1)
+    label = s.gather(1, labels[:, None])
+    return torch.logsumexp(torch.cat([label, terms], dim=1), dim=1) - label.squeeze(1)

@@ -24,9 +24,6 @@ and only phi is sampled. It is exactly unbiased for every g. Unbiased means Zhat
 
 from __future__ import annotations
 
-import dataclasses
-from typing import Any
-
 import torch
 
 from sce_lm.candidates.buckets import (
@@ -66,9 +63,6 @@ class SCE(Objective):
         self.config = config
         self.state: SCEState = SCEState() if state is None else state
 
-    def to_dict(self) -> dict[str, Any]:
-        return {"name": self.name, **dataclasses.asdict(self.config)}
-
     def compute(self, inputs: HeadInputs) -> tuple[torch.Tensor, Statistics]:
         seed = draw_seed(inputs.generator)
         if self.config.assignment == "topk":
@@ -80,7 +74,7 @@ class SCE(Objective):
     def _corrected(self, inputs: HeadInputs, seed: int) -> tuple[torch.Tensor, Statistics]:
         num_positions, vocab_size = len(inputs.labels), len(inputs.weight)
         counts, prefer, counted = self.state.begin_call(inputs.labels, vocab_size, seed)
-        sizes = self.config.resolve(num_positions, vocab_size, prefer)
+        sizes = self.config.resolve(num_positions, vocab_size, prefer, self.state.num_labels)
         with torch.no_grad():
             candidates = self._choose(inputs, sizes, counts, seed)
         result = candidate_cross_entropy(
@@ -192,13 +186,13 @@ class SCE(Objective):
                 shared,
                 noise,
                 power=config.prior_power,
-                uniform_floor=1.0 if is_flat else config.uniform_floor,
+                uniform_floor=1.0 if is_flat else sizes.uniform_floor,
             )
             return shared, tail, log_weights
         if is_flat:
             proposal = torch.zeros(vocab_size, dtype=torch.float64, device=labels.device)
         else:
-            proposal = log_label_prior(counts, config.prior_power, config.uniform_floor)
+            proposal = log_label_prior(counts, config.prior_power, sizes.uniform_floor)
         proposal[shared] = -torch.inf
         return shared, *priority_sample(proposal, sizes.tail_candidates, noise)
 

@@ -81,7 +81,7 @@ class Candidates:
     """``[N]`` int64: the bucket of each position."""
     bucket_log_weights: torch.Tensor | None = None
     """``[n_b, K_b]`` log-weights of ``bucket_items``; None: all 0. -inf marks an empty slot, whose
-    id repeats the slot's before it."""
+    id repeats that of the slot before it. Not with ``control_variate``."""
     row_sum: torch.Tensor | None = None
     """``[d]`` (``[d + 1]`` with a bias) sum of the rows of W, where the caller keeps it up to date;
     None: it is read off W. Used by the control variate only."""
@@ -123,7 +123,15 @@ def candidate_cross_entropy(
         post: the map from raw logits to softmax logits.
         position_weight: 0-dim or ``[N]`` tensor. Given: ``loss`` is the sum of losses times this
             and the gradients are taken in the forward pass. None: ``loss`` is ``[N]``.
+
+    Raises:
+        ValueError: a control variate with weighted buckets.
     """
+    if candidates.control_variate and candidates.bucket_log_weights is not None:
+        raise ValueError(
+            "the control variate knows what certain buckets leave over, and these have "
+            "bucket_log_weights; use control_variate=False."
+        )
     return CandidateLoss(
         *_CandidateCrossEntropy.apply(
             hidden, weight, bias, labels, candidates, post, position_weight, torch.is_grad_enabled()
@@ -474,8 +482,8 @@ class _Gradients:
         p, h = self.p, block.h
         dense, own = e[:, : p.num_dense], e[:, p.num_dense :]
         if self.with_hidden:
-            is_slice = isinstance(block.at, slice)
-            out = self.hidden[block.at] if is_slice else torch.empty_like(h)
+            in_place = isinstance(block.at, slice)
+            out = self.hidden[block.at] if in_place else torch.empty_like(h)
             torch.mm(dense, self.weighted_rows, out=out)
             for group in block.groups:
                 back = torch.bmm(group.pad(own[group.rows]), block.item_rows[group.buckets])
@@ -485,8 +493,8 @@ class _Gradients:
             if pull is not None:
                 out.addcmul_(pull.unsqueeze(1), _of(p.tail_rows, block.bucket), value=-1.0)
                 out.addcmul_(mean_grad.unsqueeze(1), _of(p.mean_rows, block.bucket))
-            if not is_slice:
-                self.hidden.index_copy_(0, block.at, out)
+            if not in_place:
+                self.hidden[block.at] = out
         if self.with_weight:
             scaled = h * list_factor.unsqueeze(1)
             self.dense.addmm_(dense.T, scaled)

@@ -297,17 +297,17 @@ class _ExactCrossEntropy(torch.autograd.Function):
             log_z = None
         else:
             streamed = _Streamed(hidden, weight, bias, labels, post)
-            only_hidden = is_scalar and needs == (True, False, False)
+            only_hidden = position_weight is not None and needs == (True, False, False)
             scan = streamed.scan(with_grad_hidden=only_hidden)
             log_z, correct = scan.log_z, scan.correct
             losses = log_z - scan.label_logit
-            if scan.grad_hidden is not None:
+            if scan.grad_hidden is not None and position_weight is not None:
                 pull = post.slope(scan.label_logit)
                 pull = pull if torch.is_tensor(pull) else torch.full_like(losses, pull)
                 grad = scan.grad_hidden.addcmul_(
                     pull.unsqueeze(1), weight[labels].to(dtype), value=-1.0
                 )
-                grad *= position_weight if position_weight.dim() == 0 else position_weight[:, None]
+                grad *= position_weight.expand(len(losses)).unsqueeze(1)
                 ctx.gradients = (grad, None, None)
         ctx.mark_non_differentiable(correct)
         ctx.save_for_backward(hidden, weight, bias, labels, log_z)

@@ -1,37 +1,53 @@
 """Item-token recommenders: items are tokens, histories are sequences, the model is any causal
-language model."""
+language model.
 
-from sce_lm.recsys.data import (
-    LeaveOneOut,
-    catalogue,
-    leave_one_out,
-    read_interactions,
-    statistics,
-    training_dataset,
-    user_sequences,
-)
+Importing this package makes the model type ``sasrec`` known to transformers.
+"""
+
+from sce_lm.recsys.baselines import markov_scorer, popularity_scorer
+from sce_lm.recsys.data import read_interactions
 from sce_lm.recsys.evaluation import (
     ItemRanking,
-    Scorer,
+    check_list_lengths,
     evaluate_items,
-    popularity_scorer,
     rank_items,
+    ranking_report,
 )
-from sce_lm.recsys.tokenizer import build_item_tokenizer, item_tokens
+from sce_lm.recsys.events import filter_interactions
+from sce_lm.recsys.recommendation import Recommendations, recommend
+from sce_lm.recsys.recommendation_files import read_histories, recommend_file
+from sce_lm.recsys.sasrec import SASRecConfig, SASRecForCausalLM
+from sce_lm.recsys.scoring import Scorer
+from sce_lm.recsys.sequences import catalogue, statistics, training_dataset, user_sequences
+from sce_lm.recsys.splits import Split, last_n, leave_one_out, temporal_split
+from sce_lm.recsys.tokenizer import append_items, build_item_tokenizer, item_tokens
 
 __all__ = [
     "ItemRanking",
-    "LeaveOneOut",
+    "Recommendations",
+    "SASRecConfig",
+    "SASRecForCausalLM",
     "Scorer",
+    "Split",
+    "append_items",
     "build_item_tokenizer",
     "catalogue",
+    "check_list_lengths",
     "evaluate_items",
+    "filter_interactions",
     "item_tokens",
+    "last_n",
     "leave_one_out",
+    "markov_scorer",
     "popularity_scorer",
     "rank_items",
+    "ranking_report",
+    "read_histories",
     "read_interactions",
+    "recommend",
+    "recommend_file",
     "statistics",
+    "temporal_split",
     "training_dataset",
     "user_sequences",
 ]

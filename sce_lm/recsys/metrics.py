@@ -9,9 +9,12 @@ id}``. It depends neither on the device nor on the order of computation, and a c
 scores all items alike gets the metrics of a constant list instead of a perfect score.
 """
 
+import numpy as np
 from torch import Tensor
 
 TIE_RULE = "equal scores are ordered by token id, lowest first"
+RESAMPLES = 1000
+INTERVAL_RULE = f"95 % percentile bootstrap over users, {RESAMPLES} resamples"
 
 
 def hit_rate(ranks: Tensor, k: int) -> float:
@@ -42,6 +45,32 @@ def mrr(ranks: Tensor, k: int) -> float:
         k: list length.
     """
     return ((ranks <= k) / ranks.double()).mean().item()
+
+
+RANK_METRICS = {"ndcg": ndcg, "hr": hit_rate, "mrr": mrr}
+"""Metrics that are means over users, by the names that reports use."""
+
+
+def bootstrap_intervals(ranks: Tensor, k: int) -> dict[str, tuple[float, float]]:
+    """The 95 % percentile bootstrap interval, over users, of each of ``RANK_METRICS`` at k.
+
+    A mean over users depends on their ranks only through how many have each rank, and those counts
+    in a resample of the users are one multinomial draw. So the cost depends on k, not on the users.
+    The seed is fixed: the same ranks give the same interval.
+
+    Args:
+        ranks: int [users], 1-based ranks of the relevant items; at least one.
+        k: list length.
+    """
+    users = len(ranks)
+    counts = np.bincount(ranks.clamp(max=k + 1).numpy(), minlength=k + 2)[1:]  # the last: a miss
+    resampled = np.random.default_rng(0).multinomial(users, counts / users, size=RESAMPLES)
+    rank = np.arange(1, k + 1)
+    gains = {"ndcg": 1 / np.log2(rank + 1), "hr": np.ones(k), "mrr": 1 / rank}
+    return {
+        name: tuple(np.quantile(resampled[:, :k] @ gain / users, (0.025, 0.975)).tolist())
+        for name, gain in gains.items()
+    }
 
 
 def coverage(best_positions: Tensor, k: int) -> float:

@@ -1,9 +1,9 @@
 """Items as tokens: a stock Hugging Face tokenizer whose words are raw item ids.
 
 Id 0 is padding, id 1 stands for an unknown item, and the catalogue follows from ``FIRST_ITEM`` on
-in the order given. A catalogue that grows is therefore appended to, and the rows of a trained model
-keep their meaning. There is no beginning-of-sequence token: as in SASRec, the first item of a
-history is context only.
+in the order given. A catalogue that grows is therefore appended to (:func:`append_items`), and the
+rows of a trained model keep their meaning. There is no beginning-of-sequence token: as in SASRec,
+the first item of a history is context only.
 
 One item id is one word, spaces included, since nothing splits the text. ``tokenizer(ids,
 is_split_into_words=True)`` encodes a history with its attention mask; ``convert_tokens_to_ids`` and
@@ -14,7 +14,7 @@ from collections.abc import Iterable
 
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 PAD = "[PAD]"
 UNKNOWN = "[UNK]"
@@ -60,6 +60,32 @@ def build_item_tokenizer(items: Iterable[object]) -> PreTrainedTokenizerFast:
         model_input_names=["input_ids", "attention_mask"],
         clean_up_tokenization_spaces=False,
     )
+
+
+def append_items(
+    tokenizer: PreTrainedTokenizerBase,
+    items: Iterable[object],
+    model: PreTrainedModel | None = None,
+) -> PreTrainedTokenizerFast:
+    """A tokenizer that also knows new items; those it knew keep their tokens.
+
+    (``tokenizer.add_tokens`` is not for item ids: it would find them inside of longer ids.)
+
+    Args:
+        tokenizer: an item tokenizer; it stays as it is.
+        items: item ids of any type; those that it knows already change nothing.
+        model: resized in place to the new tokenizer. Old rows keep their values, and new ones are
+            drawn round the mean of the old, as transformers does: train on before recommending.
+
+    Raises:
+        ValueError: an id that cannot be a token.
+    """
+    tokens = item_tokens(tokenizer)
+    known = tokenizer.convert_ids_to_tokens(list(tokens))
+    extended = build_item_tokenizer(dict.fromkeys((*known, *map(str, items))))
+    if model is not None:
+        model.resize_token_embeddings(len(extended))
+    return extended
 
 
 def item_tokens(tokenizer: PreTrainedTokenizerBase) -> range:

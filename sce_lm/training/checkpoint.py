@@ -22,7 +22,7 @@ from pathlib import Path
 
 from accelerate import Accelerator
 
-from sce_lm.hf.callback import state_file
+from sce_lm.hf.saving import state_file
 from sce_lm.objectives.base import Objective
 
 MANIFEST = "checkpoint.json"

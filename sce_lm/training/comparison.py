@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
-from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from sce_lm import objectives
@@ -93,11 +92,7 @@ def save_loss_inputs(
     }
     if parts.bias is not None:
         tensors["bias"] = parts.bias.detach()
-    save_file(
-        {name: tensor.cpu().contiguous() for name, tensor in tensors.items()},
-        path,
-        metadata={"post": json.dumps(dataclasses.asdict(parts.post))},
-    )
+    loss_cost.save_inputs(path, tensors, parts.post)
     vocab_size, width = parts.weight.shape
     return {
         "positions": int(valid.sum()),

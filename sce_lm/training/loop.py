@@ -231,6 +231,7 @@ class Run:
         if not self.accelerator.optimizer_step_was_skipped:
             self.scheduler.step()
         self.optimizer.zero_grad()
+        self.objective.end_step(device)
         return {
             "loss": sum_over_processes(self.accelerator, total),
             "grad_norm": torch.as_tensor(norm),

@@ -1,108 +1,108 @@
-"""What a loss costs on hidden states of a trained model: seconds and memory, forward and backward.
+"""What a loss costs on hidden states of a model: seconds and memory, forward and backward.
 
-Every method takes the same hidden states, weight and labels, in a process of its own:
-
-    python -m sce_lm.training.loss_cost INPUTS.safetensors '{"name": "sce"}'
-
-Seconds are the median of several forward and backward passes after a warm-up. Memory is the peak of
-one pass over what the process held before it, inputs included: on the CPU the resident set as the
-operating system counts it, on a GPU the allocator's figure. The gradient of the weight, which every
-method must return, is part of it.
+Every method takes the same hidden states, weight and labels from a file. Memory is the peak of the
+first pass over what the process held before it, inputs included; libraries were set up by tiny
+passes before, with another instance of the method. Seconds are the median of several passes after
+that one. A pass is what a training step asks: the loss, and gradients that start from None, so that
+making the weight's gradient is part of both.
 """
 
-import argparse
-import contextlib
+import dataclasses
 import json
+import math
 import statistics
-import subprocess
-import sys
-import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
-from torch.nn.functional import cross_entropy
+from safetensors.torch import save_file
+from torch.nn.functional import cross_entropy, linear
 
 from sce_lm import objectives
+from sce_lm.objectives import Objective
 from sce_lm.ops.logits import LogitTransform
+from sce_lm.training.measure import in_process, start_peak, time_calls
 
 STOCK = "stock"
 """Name of plain cross-entropy over logits that are kept, as transformers computes it."""
 
+Loss = Callable[..., torch.Tensor]
+"""``loss(hidden_states, weight, labels, bias=None)`` in nats, 0-dim."""
+
+Inputs = dict[str, torch.Tensor]
+"""``hidden_states [N, d]``, ``weight [V, d]``, ``labels [N]``, perhaps ``bias [V]``."""
+
 
 @dataclass(frozen=True)
 class LossCost:
-    """One method's cost, forward and backward together."""
+    """One method's cost."""
 
     seconds: float
-    """Median of a pass."""
+    """Median of a forward and backward pass."""
+    forward_seconds: float
+    """Median of a forward pass without gradients."""
     peak_mib: float
-    """Peak memory of a pass over what was held before it, in MiB."""
+    """Peak memory of a forward and backward pass over what was held before it, in MiB."""
     loss: float
-    """The loss of the last pass, in nats."""
+    """The loss of the first pass, in nats."""
+
+
+def save_inputs(path: Path, inputs: Inputs, post: LogitTransform) -> None:
+    """Write what enters the loss as a safetensors file; ``post`` goes into its metadata."""
+    save_file(
+        {name: tensor.detach().cpu().contiguous() for name, tensor in inputs.items()},
+        path,
+        metadata={"post": json.dumps(dataclasses.asdict(post))},
+    )
+
+
+def load_inputs(path: Path, device: str) -> tuple[Inputs, LogitTransform]:
+    """What :func:`save_inputs` wrote."""
+    with safe_open(path, "pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        post = LogitTransform(**json.loads(file.metadata()["post"]))
+    # Clones, because a mapped file would be counted when it is first read.
+    return {name: tensor.clone().to(device) for name, tensor in tensors.items()}, post
 
 
 def measure(path: Path, method: dict[str, Any]) -> LossCost:
-    """Run :func:`_measure_here` in a new process.
+    """The cost in a process of its own.
 
     Args:
-        path: safetensors file with ``hidden_states [N, d]``, ``weight [V, d]``, ``labels [N]``,
-            perhaps ``bias [V]``, and the metadata ``post``: a LogitTransform's fields as JSON.
+        path: a file of :func:`save_inputs`.
         method: ``Objective.to_dict()``, or ``{"name": "stock"}``.
     """
-    command = [sys.executable, "-m", "sce_lm.training.loss_cost", str(path), json.dumps(method)]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    if result.returncode:
-        raise RuntimeError(f"measuring {method['name']!r} failed: {result.stderr.strip()[-2000:]}")
-    return LossCost(**json.loads(result.stdout))
+    return LossCost(**in_process(_measure, path=str(path), method=method))
+
+
+def _measure(path: str, method: dict[str, Any]) -> dict[str, float]:
+    return dataclasses.asdict(_measure_here(Path(path), method))
 
 
 def _measure_here(path: Path, method: dict[str, Any], repeats: int = 7) -> LossCost:
-    with safe_open(path, "pt") as file:
-        inputs = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        post = LogitTransform(**json.loads(file.metadata()["post"]))
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    # Clones, because a mapped file would be counted when it is first read.
-    inputs = {name: tensor.clone().to(device) for name, tensor in inputs.items()}
-    loss = _stock(post) if method["name"] == STOCK else _objective(method, post)
-    small = {name: tensor[:64].clone() for name, tensor in inputs.items()}
-    small["labels"].zero_()
-    _one_pass(_stock(post), small)  # libraries set themselves up
+    inputs, post = load_inputs(path, "cuda" if torch.cuda.is_available() else "cpu")
 
-    held, read_peak = _start_peak(device)
-    value = _one_pass(loss, inputs)
-    peak = read_peak() - held
-    _one_pass(loss, inputs)
-    seconds = []
-    for _ in range(repeats):
-        _synchronise(device)
-        started = time.perf_counter()
-        value = _one_pass(loss, inputs)
-        _synchronise(device)
-        seconds.append(time.perf_counter() - started)
-    return LossCost(statistics.median(seconds), peak / 2**20, value)
+    def make() -> Loss:
+        return stock(post) if method["name"] == STOCK else loss_of(objectives.get(**method), post)
+
+    warm_up(make, inputs)
+    return cost_of(make(), inputs, repeats=repeats)
 
 
-def _one_pass(loss: Callable, inputs: dict[str, torch.Tensor]) -> float:
-    fresh = {name: t.detach().requires_grad_(t.is_floating_point()) for name, t in inputs.items()}
-    value = loss(**fresh)
-    value.backward()
-    return value.item()
+def stock(post: LogitTransform) -> Loss:
+    """Plain cross-entropy. No name keeps the logits alive longer than torch needs them."""
 
-
-def _stock(post: LogitTransform) -> Callable:
     def loss(hidden_states, weight, labels, bias=None):
-        logits = torch.nn.functional.linear(hidden_states, weight, bias)
-        return cross_entropy(post(logits).float(), labels)
+        return cross_entropy(post(linear(hidden_states, weight, bias)).float(), labels)
 
     return loss
 
 
-def _objective(method: dict[str, Any], post: LogitTransform) -> Callable:
-    objective = objectives.get(**method)
+def loss_of(objective: Objective, post: LogitTransform) -> Loss:
+    """An objective called as a user calls it, choice of candidates included."""
 
     def loss(hidden_states, weight, labels, bias=None):
         return objective(hidden_states, weight, labels, bias=bias, post=post)
@@ -110,37 +110,51 @@ def _objective(method: dict[str, Any], post: LogitTransform) -> Callable:
     return loss
 
 
-def _start_peak(device: str) -> tuple[int, Callable[[], int]]:
-    """Bytes held now, and a function that gives the peak since now."""
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        return torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated
-    # Resets VmHWM. Where a sandbox forbids it the peak is that since the process began, which
-    # can only be larger.
-    with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
-    return _status("VmRSS"), lambda: _status("VmHWM")
+def warm_up(make: Callable[[], Loss], inputs: Inputs) -> None:
+    """Let libraries and compilers set themselves up, on tiny problems of two shapes."""
+    for size in (64, 48):
+        small = {name: tensor[:size].clone() for name, tensor in inputs.items()}
+        small["labels"].zero_()
+        one_pass(make(), small)
 
 
-def _status(field: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(f"{field}:"):
-            return int(line.split()[1]) * 1024
-    raise OSError(f"/proc/self/status has no {field}; measure on Linux or on a GPU.")
+def cost_of(
+    loss: Loss,
+    inputs: Inputs,
+    *,
+    trainable: bool = True,
+    repeats: int = 7,
+    budget: float = math.inf,
+) -> LossCost:
+    """What ``loss`` costs in this process, which has not called it before.
+
+    Args:
+        trainable: whether the head's weight and bias get gradients.
+        repeats: passes whose median is taken, forward and backward, and as many forward alone.
+        budget: seconds for each of the two after which no further pass is begun.
+    """
+    device = inputs["weight"].device.type
+    read_peak = start_peak(device)
+    value = one_pass(loss, inputs, trainable)[0]
+    peak = read_peak()
+    passes = time_calls(
+        lambda: one_pass(loss, inputs, trainable), device, repeats + 1, budget=budget
+    )
+    with torch.no_grad():
+        forward = time_calls(lambda: loss(**inputs), device, repeats + 1, budget=budget)
+    return LossCost(_warm_median(passes), _warm_median(forward), peak / 2**20, value)
 
 
-def _synchronise(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
+def _warm_median(seconds: list[float]) -> float:
+    """The first call may set something up; it counts only if there is no other."""
+    return statistics.median(seconds[1:] or seconds)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Measure one loss on saved inputs.")
-    parser.add_argument("inputs", type=Path, help="safetensors file, see measure")
-    parser.add_argument("method", type=json.loads, help="JSON: name and options of the objective")
-    arguments = parser.parse_args()
-    print(json.dumps(asdict(_measure_here(arguments.inputs, arguments.method))))
-
-
-if __name__ == "__main__":
-    main()
+def one_pass(loss: Loss, inputs: Inputs, trainable: bool = True) -> tuple[float, Inputs]:
+    """The loss, and the gradients of hidden states and, if ``trainable``, weight and bias."""
+    fresh = {name: tensor.detach() for name, tensor in inputs.items()}
+    leaves = ("hidden_states", "weight", "bias") if trainable else ("hidden_states",)
+    wanted = {name: fresh[name].requires_grad_() for name in leaves if name in fresh}
+    value = loss(**fresh)
+    value.backward()
+    return value.item(), {name: t.grad for name, t in wanted.items() if t.grad is not None}

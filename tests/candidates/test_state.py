@@ -97,3 +97,23 @@ def test_memory_is_saved_with_the_counts(tmp_path):
     again.load(tmp_path / "state.safetensors")
     assert list(again.memory) == ["occurrences"]
     assert torch.equal(again.memory["occurrences"], torch.arange(6.0))
+
+
+def test_lists_of_large_catalogues_are_saved(tmp_path):
+    """What was derived from past counts comes back as it was, not as today's counts give it."""
+    state = SCEState()
+    counts = state.begin_call(torch.tensor([1, 1, 4, 2]), 6, seed=1)[0]
+    first = state.weight_classes(counts)
+    frequent = state.most_frequent(counts, torch.tensor([1, 1, 4, 2]), 2)
+    labels = torch.tensor([3])
+    counts = state.begin_call(labels, 6, seed=2)[0]
+    assert state.weight_classes(counts) is first  # a quarter more is not half more
+    state.save(tmp_path / "state.safetensors")
+    again = SCEState()
+    again.load(tmp_path / "state.safetensors")
+    assert again.num_labels == state.num_labels == 5
+    assert torch.equal(again.weight_classes(again.counts).order, first.order)
+    assert torch.equal(again.most_frequent(again.counts, labels[:0], 2), frequent)
+    counts = state.begin_call(torch.tensor([3, 3, 3]), 6, seed=3)[0]
+    assert state.weight_classes(counts) is not first
+    assert state.most_frequent(counts, torch.tensor([3, 3, 3]), 2).tolist()[0] == 3

@@ -9,11 +9,12 @@ import warnings
 import pytest
 import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+from support import conformance
 from support.models import NAMES, VOCAB_SIZE, tiny_batch, tiny_config, tiny_model
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoModel, AutoModelForMaskedLM, BertConfig, GPT2DoubleHeadsModel
+from transformers import AutoModel, GPT2DoubleHeadsModel, LlamaForCausalLM
 
 from sce_lm import SCEConfig, objectives
 from sce_lm.hf import (
@@ -230,6 +231,47 @@ def test_bf16_autocast_stays_within_stocks_own_error():
     assert (got - reference).abs() <= (want - reference).abs() + 0.02
     got.backward()
     assert all(p.grad.isfinite().all() for p in patched.parameters())
+
+
+def test_gradient_scaler_equals_stock():
+    """fp16 autocast with a scaled loss, accumulated over two micro-batches; then an overflow."""
+    stock, patched = exact_pair("llama")
+    norms = []
+    for model in (stock, patched):
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+        for seed in range(2):
+            with torch.autocast("cpu", dtype=torch.float16):
+                loss = model(**tiny_batch(seed), num_items_in_batch=torch.tensor(70)).loss
+            scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
+        norms.append(nn.utils.clip_grad_norm_(model.parameters(), 1e9))
+        before = model.lm_head.weight.detach().clone()
+        scaler.step(optimizer)
+        scaler.update()
+        assert scaler.get_scale() == 1024.0
+        assert not torch.equal(model.lm_head.weight, before)
+
+        optimizer.zero_grad()
+        before = model.lm_head.weight.detach().clone()
+        (scaler.scale(model(**tiny_batch()).loss) * float("inf")).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        assert scaler.get_scale() == 512.0
+        assert torch.equal(model.lm_head.weight, before)
+    torch.testing.assert_close(norms[1], norms[0], rtol=2e-2, atol=0)
+
+
+def test_sce_under_autocast_gives_finite_gradients_in_the_weights_dtype():
+    for dtype in (torch.bfloat16, torch.float16):
+        model = apply_sce(tiny_model("gemma2"), SCEConfig())
+        with torch.autocast("cpu", dtype=dtype):
+            loss = model(**tiny_batch()).loss
+        loss.backward()
+        assert loss.dtype == torch.float32
+        for parameter in model.parameters():
+            assert parameter.grad.dtype == torch.float32
+            assert parameter.grad.isfinite().all()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
@@ -455,6 +497,24 @@ def test_two_models_in_two_threads():
         assert got[i] == pytest.approx([want[i]] * 8, rel=1e-5)
 
 
+def test_one_model_and_its_copy_in_two_threads_draw_their_own_candidates():
+    """Each has a state of its own; only torch's generator, which gives the seeds, is shared."""
+    model = apply_sce(tiny_model("llama"), SCEConfig())
+    models = [model, copy.deepcopy(model)]
+
+    def work(i):
+        for _ in range(6):
+            models[i](**tiny_batch()).loss.backward()
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [objective_of(m).state.step for m in models] == [6, 6]
+    assert torch.equal(*(objective_of(m).state.counts for m in models))
+
+
 @pytest.fixture
 def process_group(tmp_path):
     store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
@@ -547,13 +607,44 @@ def test_training_in_eval_mode_warns_once():
     assert not warned(step)
 
 
-def test_model_that_computes_its_own_loss_warns_once_and_is_stock():
+def test_model_that_calls_cross_entropy_itself():
+    """The objective stands in for it: two losses here, one of them over the vocabulary."""
+
     def build():
         torch.manual_seed(0)
-        return GPT2DoubleHeadsModel(tiny_config("gpt2")).train()
+        return GPT2DoubleHeadsModel(tiny_config("gpt2", num_labels=1)).train()
+
+    stock, model = build(), apply_sce(build(), objectives.get("exact"))
+    batch = tiny_batch()
+    assert not warned(lambda: model(**batch))
+    want, got = stock(**batch), model(**batch)
+    assert not got.logits.is_materialised
+    torch.testing.assert_close(got.loss, want.loss)
+    got.loss.backward()
+    want.loss.backward()
+    assert_same_gradients(model, stock)
+
+
+def test_cross_entropy_of_the_outputs_is_the_users_own():
+    """After the forward a cross-entropy is what it says, in training too."""
+    stock, model = tiny_model("llama"), apply_sce(tiny_model("llama"), SCEConfig())
+    batch = tiny_batch()
+    want, got = stock(**batch).logits, model(**batch).logits
+    labels = batch["labels"].view(-1)
+    assert isinstance(got, LazyLogits)
+    losses = [nn.functional.cross_entropy(x.view(-1, VOCAB_SIZE), labels) for x in (want, got)]
+    assert torch.equal(losses[0], losses[1])
+    assert got.is_materialised
+
+
+def test_loss_without_the_objective_warns_once_and_is_stock():
+    """ProphetNet takes log_softmax of the logits of several n-grams."""
+
+    def build():
+        return conformance.tiny_model("prophetnet")
 
     stock, model = build(), apply_sce(build(), SCEConfig())
-    batch = tiny_batch()
+    batch = conformance.tiny_batch(stock)
     got = []
     messages = warned(lambda: got.append(model(**batch)))
     assert len(messages) == 1
@@ -581,6 +672,11 @@ class ScaledHead(nn.Linear):
         return super().forward(x) * 2.0
 
 
+class WithoutLabels(LlamaForCausalLM):
+    def forward(self, input_ids, **kwargs):
+        return super().forward(input_ids)
+
+
 class OwnLinear(nn.Module):
     """Linear's contract in a class of its own."""
 
@@ -600,10 +696,8 @@ def test_refusals():
         apply_sce(AutoModel.from_config(tiny_config("llama")), config)
     with pytest.raises(TypeError, match="SCEConfig"):
         apply_sce(tiny_model("llama"), {"num_buckets": 3})
-    small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    masked = AutoModelForMaskedLM.from_config(BertConfig(**small, intermediate_size=16))
-    with pytest.raises(ValueError, match="ForMaskedLMLoss"):
-        apply_sce(masked, config)
+    with pytest.raises(ValueError, match="takes no labels"):
+        apply_sce(WithoutLabels(tiny_config("llama")), config)
     model = tiny_model("llama")
     model.set_output_embeddings(ScaledHead(32, VOCAB_SIZE, bias=False))
     names = set(model.__dict__)
@@ -661,3 +755,21 @@ def test_compiled_model_equals_stock(name):
     with torch.no_grad():
         torch.testing.assert_close(compiled(**batch).loss, stock(**batch).loss)
     assert last_statistics(patched).correct is not None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "head"), [("t5", "seq2seq"), ("cpmant", "causal")])
+def test_compiled_model_that_calls_cross_entropy_itself(name, head):
+    torch._dynamo.reset()
+    stock = conformance.tiny_model(name, head)
+    patched = apply_sce(copy.deepcopy(stock), objectives.get("exact"))
+    batch = conformance.tiny_batch(stock)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*without the objective.*")
+        loss = torch.compile(patched, backend="aot_eager")(**batch).loss
+    expected = stock(**batch).loss
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
+    loss.backward()
+    expected.backward()
+    for (parameter, p), q in zip(patched.named_parameters(), stock.parameters()):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-4, atol=1e-5, msg=parameter)

@@ -43,6 +43,10 @@ RECORDED = {
     "all_but_last": lambda x: x[..., :-1, :],
     "from_second": lambda x: x[..., 1:, :],
     "whole": lambda x: x[...],
+    "every_other": lambda x: x[torch.arange(x.shape[0]) % 2 == 0],
+    "flat": lambda x: x.reshape(-1, x.shape[-1]),
+    "add_bias": lambda x: x + torch.linspace(-1.0, 2.0, x.shape[-1]).to(x.dtype),
+    "add_row": lambda x: torch.linspace(-1.0, 2.0, x.shape[-1])[None] + x,
 }
 IN_PLACE = {
     "mul_": lambda x: x.mul_(1.5),
@@ -61,7 +65,7 @@ MATERIALISING = {
     "softmax": lambda x: x.softmax(-1),
     "mul_wider": lambda x: x.mul_(torch.tensor([1.5], dtype=torch.float64)),
     "add_": lambda x: x.add_(1.0),
-    "view": lambda x: x.reshape(-1, x.shape[-1]),
+    "log_softmax": lambda x: x.log_softmax(-1),
 }
 EVERYTHING = {**RECORDED, **IN_PLACE, **MATERIALISING}
 
@@ -130,6 +134,7 @@ def test_questions_about_the_shape_do_not_form_the_logits():
         (lambda x: 4 * torch.tanh(x * 0.5), LogitTransform(scale=2.0, soft_cap=4.0)),
         (lambda x: -4 * torch.tanh(x * 0.5), LogitTransform(scale=-2.0, soft_cap=4.0)),
         (lambda x: x.tanh(), LogitTransform(scale=1.0, soft_cap=1.0)),
+        (lambda x: 3 * (x[0].float() + torch.arange(float(V))), LogitTransform(scale=3.0)),
         (lambda x: x.tanh().tanh(), None),
         (lambda x: x * 0.0, None),
         (lambda x: x / 0.0, None),
@@ -184,6 +189,76 @@ def test_copy_is_not_changed_by_later_in_place_operations():
     lazy.div_(4.0)
     torch.testing.assert_close(doubled.materialise(), head(hidden) * 2.0)
     torch.testing.assert_close(lazy.materialise(), head(hidden) / 4.0)
+
+
+def test_view_of_a_slice_fails_as_torch_does():
+    head, hidden = make()
+    lazy, real = LazyLogits.from_head(head, hidden), head(hidden)
+    assert lazy.view((-1, V)).shape == lazy.view(10, V).shape == (10, V)
+    assert not lazy.is_materialised
+    for logits in (lazy, real):
+        with pytest.raises(RuntimeError, match="view size is not compatible"):
+            logits[:, :-1].view(-1, V)
+        with pytest.raises(RuntimeError, match="is invalid for input of size"):
+            logits.view(7, V)
+
+
+def test_recorded_bias_and_mask_are_the_values_at_that_time():
+    head, hidden = make()
+    bias, mask = torch.arange(1.0, V + 1), torch.ones(2, 5, dtype=torch.bool)
+    lazy, real = (x[mask] + bias for x in (LazyLogits.from_head(head, hidden), head(hidden)))
+    bias.zero_()
+    mask.zero_()
+    torch.testing.assert_close(lazy.materialise(), real)
+
+
+def test_bias_that_needs_a_gradient_gets_it():
+    head, hidden = make()
+    bias = torch.zeros(V, requires_grad=True)
+    (LazyLogits.from_head(head, hidden) + bias).sum().backward()
+    torch.testing.assert_close(bias.grad, torch.full((V,), 10.0))
+
+
+class Asked:
+    """Answers cross_entropy with 0 and remembers what it was given."""
+
+    def __init__(self):
+        self.options = []
+
+    def __call__(self, logits, labels, ignore_index, reduction):
+        self.options.append((logits.shape, labels.shape, ignore_index, reduction))
+        return torch.zeros(())
+
+
+def test_cross_entropy_asks_who_made_the_logits():
+    head, hidden = make()
+    asked, labels = Asked(), torch.arange(10)
+    lazy = LazyLogits.from_head(head, hidden, asked)
+    flat = lazy.float().view(-1, V)
+    assert nn.functional.cross_entropy(flat, labels) == 0
+    assert nn.CrossEntropyLoss(ignore_index=3, reduction="sum")(flat, labels) == 0
+    assert asked.options == [((10, V), (10,), -100, "mean"), ((10, V), (10,), 3, "sum")]
+    assert not lazy.is_materialised
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda x, y: nn.functional.cross_entropy(x, y, label_smoothing=0.1),
+        lambda x, y: nn.functional.cross_entropy(x, y, weight=torch.linspace(0.1, 1, V)),
+        lambda x, y: nn.functional.cross_entropy(x, nn.functional.one_hot(y, V).float()),
+        lambda x, y: nn.functional.cross_entropy(x[:, :, None], y[:, None]),
+        lambda x, y: nn.functional.cross_entropy(x.tanh().tanh(), y),
+        lambda x, y: nn.functional.nll_loss(x.log_softmax(-1), y),
+    ],
+)
+def test_other_cross_entropies_are_computed_from_real_logits(loss):
+    head, hidden = make()
+    asked, labels = Asked(), torch.arange(10)
+    lazy = LazyLogits.from_head(head, hidden, asked)
+    got, want = loss(lazy.view(-1, V), labels), loss(head(hidden).view(-1, V), labels)
+    torch.testing.assert_close(got, want, rtol=0, atol=0)
+    assert not asked.options
 
 
 def test_materialises_once():

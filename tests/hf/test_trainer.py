@@ -11,7 +11,7 @@ from support.models import NAMES, VOCAB_SIZE, tiny_batch, tiny_model
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from sce_lm import SCEConfig, objectives
-from sce_lm.hf import SCECallback, apply_sce, objective_of
+from sce_lm.hf import SCECallback, apply_sce, load_objective, loss_seconds, objective_of
 
 CONFIG = SCEConfig(num_buckets=4, bucket_candidates=8, shared_frequent=8, tail_candidates=16)
 
@@ -50,15 +50,14 @@ def trainer(model, folder, callbacks=(), **options):
         "logging_nan_inf_filter": False,
         "dataloader_pin_memory": False,
     }
-    compute_metrics = options.pop("compute_metrics", None)
-    more = {n: options.pop(n) for n in ("preprocess_logits_for_metrics",) if n in options}
+    functions = ("compute_metrics", "preprocess_logits_for_metrics", "compute_loss_func")
+    more = {n: options.pop(n) for n in (*functions, "model_init") if n in options}
     return Trainer(
         model=model,
         args=TrainingArguments(output_dir=str(folder), **{**defaults, **options}),
         train_dataset=examples(),
         eval_dataset=examples(8, seed=1),
         callbacks=list(callbacks),
-        compute_metrics=compute_metrics,
         **more,
     )
 
@@ -92,7 +91,9 @@ def test_trainer_equals_stock_step_by_step(name, tmp_path):
         {"bf16": True},
         {"gradient_checkpointing": True},
         {"average_tokens_across_devices": False},
-        {"label_smoothing_factor": 0.1},
+        {"train_sampling_strategy": "group_by_length"},
+        {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4},
+        {"max_grad_norm": 0.01},
         {"optim": "adamw_torch", "learning_rate": 1e-3},
     ],
     ids=lambda options: next(iter(options)),
@@ -102,6 +103,63 @@ def test_trainer_options_equal_stock(options, tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         assert_same_training(train_both("gemma3", tmp_path, **options), tolerance)
+
+
+def doubled(outputs, labels, num_items_in_batch=None):
+    logits = outputs.logits[:, :-1].reshape(-1, VOCAB_SIZE)
+    sum_of_losses = torch.nn.functional.cross_entropy(
+        logits, labels[:, 1:].reshape(-1), reduction="sum"
+    )
+    return 2.0 * sum_of_losses / num_items_in_batch
+
+
+@pytest.mark.parametrize(
+    "options", [{"label_smoothing_factor": 0.1}, {"compute_loss_func": doubled}]
+)
+def test_losses_of_the_trainers_own_stay_what_they_are_and_warn(options, tmp_path):
+    with pytest.warns(UserWarning, match="without labels in its forward"):
+        assert_same_training(train_both("gemma3", tmp_path, **options))
+
+
+def test_automatic_batch_size_starts_again(tmp_path):
+    """Out of memory in the first step with four rows; the second try has half of them."""
+    model, rows = apply_sce(tiny_model("llama"), CONFIG), []
+
+    def run_out_of_memory(module, args, kwargs):
+        rows.append(len(kwargs["input_ids"]))
+        if rows[-1] > 2:
+            raise RuntimeError("CUDA out of memory.")
+
+    model.model.register_forward_pre_hook(run_out_of_memory, with_kwargs=True)
+    options = {"per_device_train_batch_size": 4, "auto_find_batch_size": True}
+    trainer(model, tmp_path, [SCECallback()], **options).train()
+    assert rows[0] > 2
+    assert rows[-1] <= 2
+    assert objective_of(model).state.step == sum(count <= 2 for count in rows) == 6
+    assert "lm_head" not in model.__dict__
+
+
+def test_model_init_starts_each_run_anew(tmp_path):
+    """What a hyper-parameter search does."""
+    models = []
+
+    def model_init():
+        models.append(apply_sce(tiny_model("llama"), CONFIG))
+        return models[-1]
+
+    losses = Losses()
+    run = trainer(None, tmp_path, [losses], model_init=model_init)
+    for _ in range(2):
+        run.train()
+    assert losses.losses[:3] == losses.losses[3:]
+    assert [objective_of(model).state.step for model in models[-2:]] == [6, 6]
+
+
+def test_model_card_is_written(tmp_path):
+    run = trainer(apply_sce(tiny_model("llama"), CONFIG), tmp_path)
+    run.train()
+    run.create_model_card(model_name="tiny")
+    assert "learning_rate: 0.01" in (tmp_path / "README.md").read_text()
 
 
 def accuracy(prediction):
@@ -120,6 +178,63 @@ def accuracy_of_ids(prediction):
     assert ids.shape == (8, 12)
     kept = labels[:, 1:] != -100
     return {"accuracy": float((ids[:, :-1] == labels[:, 1:])[kept].mean())}
+
+
+class BatchAccuracy:
+    """Accuracy that sees one batch at a time."""
+
+    def __init__(self):
+        self.hits = self.count = 0
+
+    def __call__(self, prediction, compute_result):
+        logits, labels = prediction.predictions, prediction.label_ids
+        kept = labels[:, 1:] != -100
+        self.hits += int((logits[:, :-1].argmax(-1) == labels[:, 1:])[kept].sum())
+        self.count += int(kept.sum())
+        return {"accuracy": self.hits / self.count} if compute_result else {}
+
+
+def accuracy_with_inputs_and_losses(prediction):
+    assert prediction.inputs.shape == (8, 12)
+    assert len(prediction.losses) == 8
+    return accuracy(prediction)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"prediction_loss_only": True},
+        {"eval_accumulation_steps": 1, "compute_metrics": accuracy},
+        {"batch_eval_metrics": True, "compute_metrics": BatchAccuracy},
+        {
+            "include_for_metrics": ["inputs", "loss"],
+            "compute_metrics": accuracy_with_inputs_and_losses,
+        },
+        {"bf16_full_eval": True},
+    ],
+    ids=lambda options: next(iter(options)),
+)
+def test_modes_of_evaluation_equal_stock(options, tmp_path):
+    got = []
+    for model in (tiny_model("gemma2"), apply_sce(tiny_model("gemma2"), CONFIG)):
+        fresh = dict(options)
+        if fresh.get("compute_metrics") is BatchAccuracy:
+            fresh["compute_metrics"] = BatchAccuracy()
+        run = trainer(model, tmp_path, **fresh)
+        got.append((run.evaluate({"a": run.eval_dataset, "b": run.eval_dataset}), run))
+    (want, _), (metrics, _) = got
+    tolerance = 2e-2 if "bf16_full_eval" in options else 1e-5
+    assert metrics.keys() == want.keys()
+    for name in want:
+        if name.endswith(("loss", "accuracy")):
+            assert metrics[name] == pytest.approx(want[name], rel=tolerance)
+
+
+def test_predict_equals_stock(tmp_path):
+    stock, patched = tiny_model("granite"), apply_sce(tiny_model("granite"), CONFIG)
+    want, got = (trainer(m, tmp_path).predict(examples(5)) for m in (stock, patched))
+    torch.testing.assert_close(got.predictions, want.predictions, rtol=1e-5, atol=1e-5)
+    assert got.metrics["test_loss"] == pytest.approx(want.metrics["test_loss"], rel=1e-5)
 
 
 @pytest.mark.parametrize("name", ["gemma2", "phi"])
@@ -214,6 +329,12 @@ def test_callback_with_rotation_and_logs(tmp_path):
     assert len(logged) == 4
     assert all(entry["sce/coverage"] == 1.0 for entry in logged)
     assert all(entry["sce/products_per_position"] > 0 for entry in logged)
+    assert all(entry["sce/relative_error"] > 0 for entry in logged)
+    assert all(entry["sce/loss_seconds"] > 0 for entry in logged)
+    assert sum(e["sce/loss_seconds"] for e in logged) == pytest.approx(loss_seconds(model))
+    again = load_objective(tmp_path / "checkpoint-4")
+    assert again.config == CONFIG
+    assert torch.equal(again.state.counts, objective_of(model).state.counts)
 
 
 def test_callback_is_idle_without_a_state(tmp_path):

@@ -13,6 +13,18 @@ OBJECTIVES = {
         "sce", num_buckets=3, bucket_candidates=10, shared_frequent=8, tail_candidates=20
     ),
     "published": lambda: objectives.get("sce", published=True, bucket_candidates=10),
+    "unigram": lambda: objectives.get("sampled_softmax", num_negatives=20, proposal="unigram"),
+    "own negatives": lambda: objectives.get("sampled_softmax", num_negatives=20, shared=False),
+    "in_batch": lambda: objectives.get("in_batch", frequency="streaming"),
+    "bir": lambda: objectives.get("bir", num_negatives=15),
+    "xir": lambda: objectives.get("xir", num_negatives=30, decay=0.9),
+    "xir, importance": lambda: objectives.get("xir", num_negatives=30, correction="importance"),
+    "kernel": lambda: objectives.get("kernel", num_negatives=12),
+    "kernel, projected": lambda: objectives.get("kernel", projection=3, alpha="auto"),
+    "kernel, shared": lambda: objectives.get("kernel", num_negatives=30, shared=True),
+    "rece": lambda: objectives.get("rece", num_buckets=6, rounds=2),
+    "bce": lambda: objectives.get("bce", num_negatives=3),
+    "gbce": lambda: objectives.get("gbce", num_negatives=20, shared=True),
 }
 each_objective = pytest.mark.parametrize("name", OBJECTIVES)
 
@@ -154,6 +166,24 @@ def test_checkpointed_gradients_equal_plain_ones(name, use_reentrant):
     torch.testing.assert_close(under, plain, rtol=0, atol=0)
     torch.testing.assert_close(found, wanted, rtol=0, atol=0)
     assert steps_under == steps
+
+
+@each_objective
+def test_a_saved_state_goes_on_as_if_it_had_never_stopped(name, tmp_path):
+    problem = make_problem(40, 300, 6, dtype=torch.float32)
+    first, second = OBJECTIVES[name](), OBJECTIVES[name]()
+
+    def losses(objective, seeds):
+        return [
+            objective(*problem[:3], generator=torch.Generator().manual_seed(seed)).item()
+            for seed in seeds
+        ]
+
+    losses(first, range(3))
+    if first.state is not None:
+        first.state.save(tmp_path / "state.safetensors")
+        second.state.load(tmp_path / "state.safetensors")
+    assert losses(second, range(3, 6)) == losses(first, range(3, 6))
 
 
 def test_sce_loss_is_the_objective():

@@ -63,8 +63,8 @@ def case(post=PLAIN, with_bias=True, spread=0.5):
 
 
 def objective(strata, *, control, m=80, **options):
-    fields = {"tail_candidates": m, "control_variate": control, **STRATA[strata], **options}
-    return sce.SCE(SCEConfig(**fields))
+    fields = {"tail_candidates": m, "control_variate": control, "uniform_floor": 0.3}
+    return sce.SCE(SCEConfig(**{**fields, **STRATA[strata], **options}))
 
 
 def check(estimator, problem, post=PLAIN, draws=1000):

@@ -25,7 +25,7 @@ def problems(draw):
     rest = order[num_shared:]
     num_tail = draw(st.integers(0, len(rest)))
     tail = rest[torch.randperm(len(rest), generator=generator)[:num_tail]]
-    items = bucket_of = None
+    items = bucket_of = log_weights = None
     if draw(st.booleans()):
         num_buckets = draw(st.integers(1, 5))
         size = draw(st.integers(1, len(rest)))
@@ -34,13 +34,20 @@ def problems(draw):
         ]
         items = torch.stack(lists).sort(dim=1).values
         bucket_of = torch.randint(0, num_buckets, (n,), generator=generator)
+        if draw(st.booleans()):  # weights, and empty slots that repeat the id before
+            log_weights = torch.rand(items.shape, generator=generator, dtype=torch.float64) - 0.5
+            empty = torch.rand(items.shape, generator=generator) < 0.3
+            empty[:, 0] = False
+            log_weights = log_weights.masked_fill(empty, -torch.inf)
+            items = items.masked_fill(empty, -1).cummax(dim=1).values
     candidates = core.Candidates(
         order[:num_shared],
         tail,
         torch.rand(num_tail, generator=generator, dtype=torch.float64) * 3,
         items,
         bucket_of,
-        control_variate=draw(st.booleans()),
+        bucket_log_weights=log_weights,
+        control_variate=log_weights is None and draw(st.booleans()),
     )
     return problem, candidates, draw(st.sampled_from(POSTS))
 
@@ -68,6 +75,51 @@ def test_equals_the_reference(case, block_elements):
                 torch.testing.assert_close(actual, want, rtol=1e-7, atol=1e-8)
     finally:
         core.BLOCK_ELEMENTS = kept
+
+
+def test_weighted_buckets_have_no_control_variate():
+    problem = make_problem(3, 9, 2, with_bias=False)
+    candidates = core.Candidates(
+        torch.arange(0),
+        torch.arange(5, 9),
+        torch.zeros(4),
+        torch.arange(4)[None],
+        torch.zeros(3, dtype=torch.int64),
+        bucket_log_weights=torch.zeros(1, 4),
+        control_variate=True,
+    )
+    with pytest.raises(ValueError, match="use control_variate=False"):
+        core.candidate_cross_entropy(*problem[:3], candidates)
+
+
+def test_groups_of_buckets_hold_little_padding():
+    """Every position is in exactly one group, and padding stays within a tenth."""
+    generator = torch.Generator().manual_seed(0)
+    for spread in (0.0, 1.0, 3.0):
+        sizes = (torch.randn(64, generator=generator) * spread).exp().mul(20).long()
+        labels = torch.zeros(int(sizes.sum()), dtype=torch.int64)
+        bucket_of = torch.repeat_interleave(torch.arange(64), sizes)
+        bucket_of = bucket_of[torch.randperm(len(labels), generator=generator)]
+        problem = make_problem(len(labels), 300, 4, with_bias=False)
+        candidates = core.Candidates(
+            torch.arange(0),
+            torch.arange(0),
+            torch.zeros(0),
+            torch.arange(100).expand(64, -1),
+            bucket_of,
+        )
+        p = core._Problem(*problem[:2], None, labels, candidates, torch.float64, False)
+        spans = p.spans()
+        assert torch.equal(p.order.sort().values, torch.arange(len(labels)))
+        assert [s.start for s in spans[1:]] == [s.stop for s in spans[:-1]]
+        for span in spans:
+            assert span.groups[-1].rows.stop == span.stop - span.start
+            for group in span.groups:
+                buckets = span.buckets[group.buckets]
+                count = group.rows.stop - group.rows.start
+                assert len(buckets) * group.longest <= core.PADDING * count
+                at = p.order[span.start :][group.rows]
+                assert set(bucket_of[at].tolist()) == set(buckets)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -2,17 +2,9 @@ import datetime
 
 import polars as pl
 import pytest
-from support.data import shared_data
+from datasets import Dataset
 
-from sce_lm.recsys import (
-    build_item_tokenizer,
-    catalogue,
-    leave_one_out,
-    read_interactions,
-    statistics,
-    training_dataset,
-    user_sequences,
-)
+from sce_lm.recsys import build_item_tokenizer, catalogue, read_interactions, user_sequences
 
 LOG = pl.DataFrame(
     {
@@ -36,7 +28,7 @@ def write(frame: pl.DataFrame, path):
 
 def sequences_by_user(log: pl.LazyFrame) -> dict[str, list[str]]:
     tokenizer = build_item_tokenizer(catalogue(log))
-    rows = user_sequences(log, tokenizer).rows()
+    rows = user_sequences(log, tokenizer).select("user", "items").rows()
     return {user: tokenizer.convert_ids_to_tokens(items) for user, items in rows}
 
 
@@ -79,43 +71,6 @@ def test_dates_order_events(tmp_path, suffix):
     frame = pl.DataFrame({"user_id": ["u", "u"], "item_id": ["late", "early"], "t": times})
     log = read_interactions(write(frame, tmp_path / f"log{suffix}"), time="t")
     assert sequences_by_user(log) == {"u": ["early", "late"]}
-
-
-def test_the_catalogue_is_in_order_of_first_appearance():
-    log = LOG.lazy().select(user=pl.col("who").cast(pl.String), item="what")
-    assert catalogue(log) == ["c", "a", "b", "a c", "d"]
-
-
-def test_items_that_the_tokenizer_does_not_know_are_left_out_with_a_count():
-    log = LOG.lazy().select(user=pl.col("who").cast(pl.String), item="what")
-    tokenizer = build_item_tokenizer(["b", "d"])
-    with pytest.warns(UserWarning, match="4 of 8 events"):
-        sequences = user_sequences(log, tokenizer)
-    assert sequences.rows() == [("7", [2, 3]), ("3", [2, 3])]
-    with pytest.raises(ValueError, match="knows none of the items of the log's 8 events"):
-        user_sequences(log, build_item_tokenizer(["z"]))
-
-
-def test_leave_one_out():
-    sequences = pl.DataFrame(
-        {"user": ["u", "v", "w", "x"], "items": [[2, 3, 4, 5], [6, 7], [2, 6, 2], [3]]},
-        schema_overrides={"items": pl.List(pl.Int32)},
-    )
-    split = leave_one_out(sequences)
-    assert split.train.rows() == [("u", [2, 3]), ("v", [6, 7]), ("w", [2]), ("x", [3])]
-    assert split.validation.rows() == [("u", [2, 3], 4), ("w", [2], 6)]
-    assert split.test.rows() == [("u", [2, 3, 4], 5), ("w", [2, 6], 2)]
-
-
-def test_training_rows_are_the_latest_items_of_users_with_two():
-    sequences = pl.DataFrame({"user": ["u", "v", "w"], "items": [[2, 3, 4, 5], [6, 7], [2]]})
-    dataset = training_dataset(sequences, max_length=3)
-    assert dataset["input_ids"] == [[3, 4, 5], [6, 7]]
-    assert dataset["labels"] == dataset["input_ids"]
-    with pytest.raises(ValueError, match="max_length is 1"):
-        training_dataset(sequences, max_length=1)
-    with pytest.raises(ValueError, match="nothing to learn from"):
-        training_dataset(sequences.tail(1), max_length=3)
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".parquet", ".jsonl"])
@@ -177,38 +132,54 @@ def test_unreadable_times_are_refused(tmp_path, suffix, times):
         read_interactions(write(frame, tmp_path / f"log{suffix}"), time="t")
 
 
-@pytest.mark.data
-@pytest.mark.parametrize(
-    ("name", "users", "items", "events"),
-    [
-        ("amazon-beauty-5core", 22_363, 12_101, 198_502),
-        ("amazon-beauty-54k", 40_226, 54_542, 353_962),
-        ("movielens-1m", 6_040, 3_416, 999_611),
-    ],
-)
-def test_statistics_of_real_logs(name, users, items, events):
-    log = read_interactions(shared_data(f"{name}.parquet"))
-    sequences = user_sequences(log, build_item_tokenizer(catalogue(log)))
-    found = statistics(sequences)
-    assert (found["users"], found["items"], found["events"]) == (users, items, events)
-    assert found["length_min"] <= found["length_median"] <= found["length_max"]
+def test_a_folder_of_parts_is_read_in_order_of_names(tmp_path):
+    write(LOG.tail(3), tmp_path / "b.csv")
+    write(LOG.head(5), tmp_path / "a.csv")
+    log = read_interactions(tmp_path, user="who", item="what")
+    assert log.collect()["item"].to_list() == LOG["what"].to_list()
+    write(LOG, tmp_path / "c.parquet")
+    with pytest.raises(ValueError, match=r"holds .csv and .parquet files"):
+        read_interactions(tmp_path, user="who", item="what")
 
 
-@pytest.mark.data
-def test_leave_one_out_of_a_real_log_agrees_with_the_file():
-    path = shared_data("amazon-beauty-5core.parquet")
-    log = read_interactions(path)
-    tokenizer = build_item_tokenizer(catalogue(log))
-    split = leave_one_out(user_sequences(log, tokenizer))
-    by_user: dict[str, list[str]] = {}
-    for user, item in pl.read_parquet(path).rows():
-        by_user.setdefault(str(user), []).append(str(item))
-    assert len(split.test) == len(split.validation) == len(split.train) == len(by_user)
-    names = tokenizer.convert_ids_to_tokens
-    for (user, train), (_, seen, valid), (_, history, test) in zip(
-        split.train.rows(), split.validation.rows(), split.test.rows(), strict=True
-    ):
-        raw = by_user[user]
-        assert names(train) == names(seen) == raw[:-2]
-        assert names(history) == raw[:-1]
-        assert names([valid, test]) == raw[-2:]
+def test_recbole_files_are_read_by_the_names_before_their_types(tmp_path):
+    path = tmp_path / "log.inter"
+    path.write_text(
+        "user_id:token\titem_id:token\trating:float\ttimestamp:float\n"
+        '01\tsay "hi\t5\t2.5\n01\t7\t5\t1e0\n'
+    )
+    log = read_interactions(path, time="timestamp")
+    assert log.collect().rows() == [("01", 'say "hi', 2.5), ("01", "7", 1.0)]
+    assert sequences_by_user(log) == {"01": ["7", 'say "hi']}
+    with pytest.raises(ValueError, match="its columns are 'user_id', 'item_id', 'rating'"):
+        read_interactions(path, user="user_id:token")
+
+
+def test_a_data_set_of_the_hub_is_read_by_its_split(tmp_path, monkeypatch):
+    asked = []
+
+    def load_dataset(name, split):
+        asked.append((name, split))
+        return Dataset.from_polars(LOG)
+
+    monkeypatch.setattr("sce_lm.recsys.data.load_dataset", load_dataset)
+    log = read_interactions("someone/log", user="who", item="what", time="when", split="all")
+    assert asked == [("someone/log", "all")]
+    assert sequences_by_user(log)["3"] == ["d", "a", "b"]
+
+
+def test_what_is_neither_a_file_nor_on_the_hub_is_one_sentence(monkeypatch):
+    def load_dataset(name, split):
+        raise ConnectionError("no route to the hub")
+
+    monkeypatch.setattr("sce_lm.recsys.data.load_dataset", load_dataset)
+    with pytest.raises(FileNotFoundError, match=r"someone/log is no file here.*no route"):
+        read_interactions("someone/log")
+
+
+def test_times_that_are_not_numbers_are_counted(tmp_path):
+    frame = LOG.with_columns(when=pl.Series([1.0, float("nan"), *range(6)]))
+    with pytest.raises(ValueError, match=r"no readable time \(column 'when'\) in 1 of 8 rows"):
+        read_interactions(
+            write(frame, tmp_path / "log.parquet"), user="who", item="what", time="when"
+        )

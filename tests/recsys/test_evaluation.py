@@ -2,6 +2,7 @@ import json
 import math
 
 import numpy as np
+import polars as pl
 import pytest
 import torch
 import transformers as tf
@@ -12,6 +13,8 @@ from support.data import shared_data
 from sce_lm import objectives
 from sce_lm.hf.adapter import apply_sce, objective_of
 from sce_lm.recsys import (
+    SASRecConfig,
+    SASRecForCausalLM,
     build_item_tokenizer,
     catalogue,
     evaluate_items,
@@ -22,7 +25,8 @@ from sce_lm.recsys import (
     read_interactions,
     user_sequences,
 )
-from sce_lm.recsys.evaluation import head_scores, model_scorer, top_items
+from sce_lm.recsys.evaluation import ItemRanking
+from sce_lm.recsys.scoring import head_scores, model_scorer, top_items
 
 VOCABULARY = 50
 ITEMS = range(2, VOCABULARY)
@@ -146,6 +150,10 @@ def test_metrics_are_those_of_a_dense_evaluation(mask_seen):
         assert report[f"coverage@{k}"] == pytest.approx(len(shown) / len(ITEMS))
     assert report["users"] == 40
     assert report["protocol"]["split"] == "test"
+    assert report["intervals"].keys() == {
+        f"{m}@{k}" for m in ("ndcg", "hr", "mrr") for k in (3, 10)
+    }
+    assert report["protocol"]["max_length"] == 32
     assert report == json.loads(json.dumps(report))
 
 
@@ -219,6 +227,22 @@ def test_lists_are_shorter_where_items_run_out():
     assert values[0].tolist() == [1.0, 0.0, -math.inf, -math.inf, -math.inf]
 
 
+def test_lists_hold_only_what_is_allowed():
+    scores = torch.tensor([[5.0, 3.0, 1.0, 1.0, 0.0, 4.0], [0.0, 1.0, 2.0, 2.0, 9.0, 9.0]])
+    allowed = torch.tensor([True, True, False, True, False, False])
+    formed = []
+
+    def score_tile(start, stop):
+        formed.append(start)
+        return scores[:, start:stop].clone()
+
+    _, tokens = top_items(score_tile, range(1, 6), 3, allowed=allowed, tile_size=3)
+    assert tokens.tolist() == [[1, 3, -1], [3, 1, -1]]
+    assert formed == [1]  # nothing of the second tile is allowed
+    with pytest.raises(ValueError, match="nothing to choose from"):
+        top_items(score_tile, range(1, 6), 3, allowed=~allowed & False)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_low_precision_models_score_in_fp32(dtype):
     torch.manual_seed(0)
@@ -239,6 +263,25 @@ def test_the_model_reads_the_latest_items_but_all_seen_ones_are_masked():
     )
     recent = one_by_one(model, [history[-3:] for history in histories])
     assert ranking.ranks.tolist() == dense_ranks(recent, histories, targets, ITEMS, True)
+
+
+def test_a_model_reads_as_many_items_as_it_has_positions():
+    model = build("gpt2")
+    histories, targets = random_users(seed=8, longest=50)
+    assert max(map(len, histories)) > 32
+    reports = [
+        evaluate_items(model, histories, targets, items=ITEMS, max_length=length)
+        for length in (None, 32)
+    ]
+    assert reports[0] == reports[1]
+
+
+def test_histories_may_be_columns_of_a_frame():
+    model = build("llama")
+    histories, targets = random_users(seed=9)
+    frame = pl.DataFrame({"history": histories, "target": targets})
+    found = evaluate_items(model, frame["history"], frame["target"], items=ITEMS)
+    assert found == evaluate_items(model, histories, targets, items=ITEMS)
 
 
 def test_the_model_keeps_its_mode_and_is_evaluated_without_dropout():
@@ -265,14 +308,16 @@ def test_no_logits_are_formed_and_the_model_stays_as_it_was(trained_with, monkey
 def test_rankings_of_parts_of_the_users_merge():
     model = build("llama")
     histories, targets = random_users(seed=6)
+    targets[3] = 1
     whole = rank_items(model, histories, targets, items=ITEMS, depth=5)
     parts = [
         rank_items(model, histories[part], targets[part], items=ITEMS, depth=5)
         for part in (slice(0, 9), slice(9, None))
     ]
-    assert torch.equal(torch.cat([part.ranks for part in parts]), whole.ranks)
-    merged = torch.minimum(parts[0].best_positions, parts[1].best_positions)
-    assert torch.equal(merged, whole.best_positions)
+    merged = ItemRanking.merged(parts)
+    assert torch.equal(merged.ranks, whole.ranks)
+    assert torch.equal(merged.best_positions, whole.best_positions)
+    assert merged.unrankable_targets == whole.unrankable_targets == 1
 
 
 def test_targets_outside_the_catalogue_are_counted_misses():
@@ -307,39 +352,27 @@ def test_a_diverged_model_is_reported():
 
 
 @pytest.mark.data
-def test_popularity_on_a_real_log():
+def test_figures_of_a_thousand_users_are_those_of_all_scores_at_once():
     log = read_interactions(shared_data("amazon-beauty-5core.parquet"))
     tokenizer = build_item_tokenizer(catalogue(log))
+    questions = leave_one_out(user_sequences(log, tokenizer)).test.head(1000)
+    torch.manual_seed(0)
+    model = SASRecForCausalLM(SASRecConfig(vocab_size=len(tokenizer), initializer_range=0.5))
     items = item_tokens(tokenizer)
-    split = leave_one_out(user_sequences(log, tokenizer))
-    scorer = popularity_scorer(split.train["items"].to_list(), items)
-    histories, targets = split.test["history"].to_list(), split.test["target"].to_list()
-    report = evaluate_items(scorer, histories, targets, items=items, tile_size=5_000)
-
-    # The same by hand for every user: walk down the items by popularity, past those seen.
-    counts = np.bincount(split.train["items"].explode().to_numpy(), minlength=len(tokenizer))
-    by_popularity = sorted(items, key=lambda item: (-counts[item], item))[:300]
-    gains = []
-    for history, target in zip(histories, targets, strict=True):
-        gone = set(history) - {target}
-        shown = [item for item in by_popularity if item not in gone][:10]
-        gains.append(1 / math.log2(shown.index(target) + 2) if target in shown else 0.0)
-    assert report["ndcg@10"] == pytest.approx(sum(gains) / len(gains), abs=1e-12)
-    assert report["hr@10"] == pytest.approx(sum(gain > 0 for gain in gains) / len(gains))
-    assert 0.005 < report["ndcg@10"] < report["hr@10"] < 0.03  # far below any learned model
-    assert report["coverage@10"] < 0.01
-
-
-@pytest.mark.slow
-@pytest.mark.data
-def test_popularity_reaches_the_published_figures():
-    log = read_interactions(shared_data("amazon-beauty-54k.parquet"))
-    tokenizer = build_item_tokenizer(catalogue(log))
-    items = item_tokens(tokenizer)
-    test = leave_one_out(user_sequences(log, tokenizer)).test
-    histories = test["history"].to_list()
     report = evaluate_items(
-        popularity_scorer(histories, items), histories, test["target"], items=items
+        model, questions["history"], questions["target"], items=items, k=(10,), tile_size=1000
     )
-    assert report["hr@10"] == pytest.approx(0.0088, abs=5e-5)
-    assert report["ndcg@10"] == pytest.approx(0.0038, abs=5e-5)
+
+    histories, targets = questions["history"].to_list(), torch.tensor(questions["target"].to_list())
+    scores = one_by_one(model.eval(), [history[-200:] for history in histories])  # [users, V]
+    mine = scores.gather(1, targets[:, None])
+    scores[:, : items.start] = -torch.inf
+    for row, history in zip(scores, histories, strict=True):
+        row[history] = -torch.inf
+    rank = 1 + (scores > mine).sum(1).double()
+    hit = rank <= 10
+    assert report["hr@10"] == pytest.approx(hit.double().mean().item(), abs=1e-6)
+    assert report["ndcg@10"] == pytest.approx((hit / (rank + 1).log2()).mean().item(), abs=1e-6)
+    assert report["mrr@10"] == pytest.approx((hit / rank).mean().item(), abs=1e-6)
+    shown = scores.topk(10).indices.unique()
+    assert report["coverage@10"] == pytest.approx(len(shown) / len(items), abs=1e-3)

@@ -1,5 +1,6 @@
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -24,3 +25,26 @@ def test_coverage_counts_the_items_that_anyone_is_shown():
     assert metrics.coverage(best, 1) == pytest.approx(2 / 6)
     assert metrics.coverage(best, 2) == pytest.approx(3 / 6)
     assert metrics.coverage(best, 3) == pytest.approx(4 / 6)
+
+
+def test_intervals_are_those_of_resampled_users():
+    ranks = torch.tensor([1] * 30 + [2] * 50 + [7] * 20 + [11] * 300)
+    random = np.random.default_rng(1)
+    resamples = ranks.numpy()[random.integers(0, len(ranks), size=(4000, len(ranks)))]
+    found = metrics.bootstrap_intervals(ranks, 10)
+    for name, gain in {
+        "hr": (resamples <= 10) * 1.0,
+        "ndcg": (resamples <= 10) / np.log2(resamples + 1),
+        "mrr": (resamples <= 10) / resamples,
+    }.items():
+        expected = np.quantile(gain.mean(1), (0.025, 0.975))
+        assert found[name] == pytest.approx(expected, abs=0.006)
+        assert found[name][0] < metrics.RANK_METRICS[name](ranks, 10) < found[name][1]
+    assert metrics.bootstrap_intervals(ranks, 10) == found
+    narrower = metrics.bootstrap_intervals(ranks.repeat(100), 10)
+    assert narrower["hr"][1] - narrower["hr"][0] < (found["hr"][1] - found["hr"][0]) / 8
+
+
+def test_the_interval_of_certain_figures_is_a_point():
+    assert metrics.bootstrap_intervals(torch.tensor([1, 1, 1]), 5)["ndcg"] == (1.0, 1.0)
+    assert metrics.bootstrap_intervals(torch.tensor([6, 6, 9]), 5)["mrr"] == (0.0, 0.0)

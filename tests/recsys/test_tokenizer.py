@@ -2,7 +2,13 @@ import pytest
 import torch
 from transformers import AutoTokenizer, DataCollatorForSeq2Seq
 
-from sce_lm.recsys import build_item_tokenizer, item_tokens
+from sce_lm.recsys import (
+    SASRecConfig,
+    SASRecForCausalLM,
+    append_items,
+    build_item_tokenizer,
+    item_tokens,
+)
 
 ITEMS = ["B001 (red)", 7, " padded ", "Ünï\n", "[x]", "b001 (RED)", "##7", "7.0"]
 
@@ -58,3 +64,30 @@ def test_the_stock_collator_pads_labels_with_minus_100():
 def test_ids_that_cannot_be_tokens_are_refused(items, message):
     with pytest.raises(ValueError, match=message):
         build_item_tokenizer(items)
+
+
+def test_appended_items_come_after_the_old_ones_and_their_rows_stay(tmp_path):
+    tokenizer = build_item_tokenizer(ITEMS)
+    torch.manual_seed(0)
+    model = SASRecForCausalLM(SASRecConfig(vocab_size=len(tokenizer), hidden_size=8)).eval()
+    before = model.lm_head.weight.detach().clone()
+    history = torch.tensor([[2, 5, 9]])
+    logits = model(input_ids=history).logits
+
+    extended = append_items(tokenizer, ["7", "new", 8, "new", "##7.5"], model)
+    names = [str(item) for item in ITEMS]
+    assert extended.convert_ids_to_tokens(list(range(2, 13))) == [*names, "new", "8", "##7.5"]
+    assert len(tokenizer) == 10  # the old one is as it was
+    encoded = extended([["##7.5", "##7", "new"]], is_split_into_words=True)["input_ids"]
+    assert encoded == [[12, 8, 10]]
+    assert model.lm_head.weight.shape[0] == model.config.vocab_size == 13
+    assert model.lm_head.weight is model.model.item_embeddings.weight
+    assert torch.equal(model.lm_head.weight[:10], before)
+    assert model.lm_head.weight[10:].any(1).all()
+    torch.testing.assert_close(model(input_ids=history).logits[..., :10], logits)
+
+    model.save_pretrained(tmp_path)
+    extended.save_pretrained(tmp_path)
+    loaded = SASRecForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(loaded.lm_head.weight, model.lm_head.weight)
+    assert item_tokens(AutoTokenizer.from_pretrained(tmp_path)) == range(2, 13)

@@ -33,10 +33,10 @@ def measure(objective: SCE, problem, post: LogitTransform, draws: int, replace=l
     x = hidden @ weight.T if bias is None else hidden @ weight.T + bias
     log_z = torch.logsumexp(post(x), dim=1)
     inputs = HeadInputs(hidden, weight, labels, bias, post, None, None, False)
-    sizes = objective.config.resolve(len(labels), len(weight))
     # A past in which some classes were seen five times as often as others.
     state = objective.state
     state.counts, state.step = 20 + torch.arange(len(weight)) * 37 % 81, 1
+    sizes = objective.config.resolve(len(labels), len(weight), num_labels=int(state.counts.sum()))
     ratios = []
     with torch.no_grad():
         for seed in range(draws):

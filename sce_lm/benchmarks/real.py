@@ -1,0 +1,113 @@
+"""Problems of a model: its hidden states on a text, or on the data that it was trained on."""
+
+from __future__ import annotations
+
+import gc
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from sce_lm import objectives
+from sce_lm.benchmarks.problem import Problem
+from sce_lm.hf.adapter import apply_sce
+from sce_lm.training.comparison import save_loss_inputs
+from sce_lm.training.config import TrainConfig
+from sce_lm.training.embedded.text import embedded_text
+from sce_lm.training.sources import build_task
+
+ROW_LENGTH = 512
+"""Tokens of a sequence of text, the one that starts it included."""
+
+Batch = dict[str, torch.Tensor]
+"""A model's inputs, with labels that are shifted by the model."""
+
+
+def real_problem(
+    folder: Path,
+    source: Path,
+    positions: int,
+    dtype: str,
+    *,
+    gguf: str | None = None,
+    text: Path | None = None,
+    initial: bool = False,
+    device: str = "cpu",
+) -> Problem:
+    """What enters the head of a model.
+
+    Args:
+        folder: where the problem goes.
+        source: a run of scripts/train.py, or a folder with a model of transformers.
+        positions: labels wanted; the state has counted those of as many sequences as that at most.
+        dtype: of the model.
+        gguf: name of a GGUF file in ``source`` that holds the model.
+        text: a text file. None: a run's own training data; for other models the embedded text.
+        initial: the same model with fresh weights.
+
+    Raises:
+        ValueError: there are fewer labels than ``positions``.
+    """
+    is_run = (source / "model").is_dir()
+    path = source / "model" if is_run else source
+    options: dict[str, Any] = {"gguf_file": gguf} if gguf else {}
+    model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **options)
+    if initial:
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(model.config, dtype=getattr(torch, dtype))
+    if is_run and text is None:
+        task = build_task(TrainConfig(**json.loads((source / "config.json").read_text())))
+        batch_of, num_rows = task.batch, task.num_rows
+    else:
+        limit = getattr(model.config.get_text_config(), "max_position_embeddings", ROW_LENGTH)
+        tokenizer = AutoTokenizer.from_pretrained(path, **options)
+        rows = _text_rows(_read_text(text), tokenizer, min(limit, ROW_LENGTH))
+        batch_of, num_rows = (lambda i: {"input_ids": rows[i], "labels": rows[i]}), len(rows)
+    batch, past = _take(batch_of, num_rows, positions)
+    apply_sce(model.to(device), objectives.get("exact"))
+    save_loss_inputs(model, batch, folder / "inputs.safetensors")
+    del model
+    gc.collect()  # nothing of it stays beside what is measured
+    torch.cuda.empty_cache()
+    return Problem.of(folder, source.name + " at initialisation" * initial, past)
+
+
+def _take(
+    batch_of: Callable[[Sequence[int]], Batch], num_rows: int, positions: int
+) -> tuple[Batch, torch.Tensor]:
+    """A batch of random rows with exactly ``positions`` labels, and the labels of other rows."""
+    order = torch.randperm(num_rows, generator=torch.Generator().manual_seed(0)).tolist()
+    batch = batch_of(order[:positions])
+    is_label = batch["labels"][:, 1:] != -100
+    reached = is_label.sum(dim=1).cumsum(0)
+    if not num_rows or reached[-1] < positions:
+        raise ValueError(
+            f"the data have {int(is_label.sum()):,} labels and {positions:,} positions were asked "
+            "for; give more text by --text, or fewer --tokens."
+        )
+    used = int((reached < positions).sum()) + 1
+    past = batch["labels"][used:, 1:][is_label[used:]]
+    batch = {name: tensor[:used].clone() for name, tensor in batch.items()}
+    surplus = is_label[:used].nonzero()[positions:]
+    batch["labels"][surplus[:, 0], surplus[:, 1] + 1] = -100
+    return batch, past
+
+
+def _read_text(path: Path | None) -> str:
+    if path is not None:
+        return path.read_text(encoding="utf-8")
+    found = embedded_text(Path(TrainConfig().cache_dir).expanduser())
+    with found.heldout.open(encoding="utf-8") as lines:
+        return "\n\n".join(json.loads(line)["text"] for line in lines)
+
+
+def _text_rows(text: str, tokenizer: Any, length: int) -> torch.Tensor:
+    """Blocks of a text, int64 ``[rows, length]``, each behind the token that starts a text."""
+    ids = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+    start = ids.new_tensor([] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id])
+    own = length - len(start)
+    blocks = ids[: len(ids) // own * own].view(-1, own).long()
+    return torch.cat([start.long().expand(len(blocks), -1), blocks], dim=1)

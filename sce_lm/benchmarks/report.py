@@ -1,0 +1,130 @@
+"""How results are shown and kept: machine, tables, plots, JSON."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+WIDTH = 150
+"""Characters of a table's line where the output is no terminal."""
+
+
+def progress(message: str) -> None:
+    """Text on standard error."""
+    Console(stderr=True, highlight=False, markup=False, soft_wrap=True).print(message)
+
+
+def machine(device: str, threads: int) -> dict[str, Any]:
+    """What the figures were measured on."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return {
+        "cpu": models[0] if models else platform.machine(),
+        "cores": os.cpu_count(),
+        "threads": threads,
+        "gpu": torch.cuda.get_device_name() if device == "cuda" else None,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def print_heading(described: Mapping[str, Any], what: object) -> None:
+    """The machine in one line, and what was measured in another."""
+    gpu = f"{described['gpu']}, " if described["gpu"] else ""
+    print_line(
+        f"{gpu}{described['cpu']}, {described['cores']} cores, {described['threads']} threads; "
+        f"torch {described['torch']}, Python {described['python']}\n{what}"
+    )
+
+
+def print_line(text: str) -> None:
+    """Text on standard output."""
+    _console().print(text)
+
+
+def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A table whose first column is text and whose others are figures."""
+    table = Table(title=title, title_justify="left")
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="right" if i else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    _console().print(table)
+
+
+def _console() -> Console:
+    console = Console(highlight=False, markup=False)
+    return console if console.is_terminal else Console(width=WIDTH, highlight=False, markup=False)
+
+
+def figures(values: Mapping[str, float | None], forms: Mapping[str, str]) -> list[str]:
+    """Cells of the values that ``forms`` names; empty where there is none."""
+    found = [(values.get(name), form) for name, form in forms.items()]
+    return ["" if value is None or math.isnan(value) else format(value, f) for value, f in found]
+
+
+def write_json(path: Path | None, value: Any) -> None:
+    """Write a JSON file, complete or not at all; infinities become null. None: write nothing."""
+    if path is None:
+        return
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(_finite(value), indent=2, allow_nan=False) + "\n")
+    os.replace(temporary, path)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    return [_finite(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+@dataclass(frozen=True)
+class Panel:
+    """A log-log plot."""
+
+    title: str
+    x: str
+    y: str
+    series: Mapping[str, Sequence[tuple[float, float, str]]]
+    """By label, points and the text beside them; points without text are joined by a line."""
+
+
+def draw(path: Path | None, panels: Sequence[Panel]) -> None:
+    """Write the panels, two a row, as one PNG. None: draw nothing.
+
+    Raises ImportError where matplotlib is not installed.
+    """
+    if path is None:
+        return
+    # Imported here: plots are an optional part of the installation.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    rows = -(-len(panels) // 2)
+    canvas = Figure(figsize=(13, 4.5 * rows), layout="constrained")
+    FigureCanvasAgg(canvas)
+    for panel, axes in zip(panels, canvas.subplots(rows, 2, squeeze=False).flat):
+        for label, series in panel.series.items():
+            points = [point for point in series if min(point[:2]) > 0]
+            style = "none" if any(text for *_, text in points) else "solid"
+            xs, ys = [x for x, _, _ in points], [y for _, y, _ in points]
+            axes.plot(xs, ys, linestyle=style, marker="o", label=label)
+            for x, y, text in points:
+                axes.annotate(text, (x, y), (3, 3), textcoords="offset points", fontsize=6)
+        axes.set(title=panel.title, xlabel=panel.x, ylabel=panel.y, xscale="log", yscale="log")
+        axes.grid(alpha=0.3, which="both")
+        axes.legend()
+    canvas.savefig(path, dpi=120)

@@ -1,0 +1,146 @@
+"""Rows of a table: every method measured in processes of its own.
+
+A method that is missing or fails is a row that says so, and never ends the run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sce_lm import objectives
+from sce_lm.benchmarks.floor import measure_floor
+from sce_lm.benchmarks.methods import Method
+from sce_lm.benchmarks.peers import PEERS
+from sce_lm.benchmarks.problem import Problem
+from sce_lm.benchmarks.quality import quality_of, write_reference
+from sce_lm.benchmarks.report import progress
+from sce_lm.candidates.state import SCEState
+from sce_lm.objectives import Objective
+from sce_lm.ops.logits import LogitTransform
+from sce_lm.training.loss_cost import Loss, cost_of, load_inputs, loss_of, warm_up
+from sce_lm.training.measure import in_process
+
+Row = dict[str, Any]
+"""The fields of a Method, and "skipped", why; or "trainable" and "frozen", each the fields of
+LossCost with speedup (over stock) and over_floor, "quality" and "floor". What failed holds "error",
+why, instead."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How each method is measured."""
+
+    repeats: int
+    """Passes whose median is taken."""
+    budget: float
+    """Seconds after which no pass is repeated."""
+    draws: int
+    """Choices of candidates over which quality is averaged."""
+    device: str
+    threads: int
+
+
+def measure_rows(
+    problem: Problem,
+    folder: Path,
+    methods: Sequence[Method],
+    settings: Settings,
+    *,
+    heads: Sequence[str],
+    floors: bool,
+) -> list[Row]:
+    """A row for each method.
+
+    Args:
+        folder: the problem's; the reference goes there too.
+        heads: "trainable", whose rows have quality too, "frozen", or both.
+        floors: whether to measure each method's least time.
+    """
+    where = {"device": settings.device, "threads": settings.threads}
+    progress(f"{problem}\nexact reference")
+    in_process(write_reference, folder=str(folder), **where)
+    rows = []
+    for number, method in enumerate(methods, start=1):
+        progress(f"{number}/{len(methods)} {method.label}")
+        row: Row = asdict(method)
+        rows.append(row)
+        peer = PEERS.get(method.specification["name"])
+        if peer is not None:
+            logits = problem.positions * problem.vocab_size
+            reason = peer.unavailable(logits, settings.device)
+            if reason is not None:
+                row["skipped"] = reason
+                progress(f"    skipped: {reason}")
+                continue
+            row["version"] = peer.version
+        call = {"folder": str(folder), "specification": method.specification}
+        for head in heads:
+            row[head] = or_error(
+                measure_method, **call, trainable=head == "trainable", settings=asdict(settings)
+            )
+        row["quality"] = row.get("trainable", {}).pop("quality", {})
+        row["floor"] = or_error(measure_floor, **call, **where) if floors else {}
+    _add_ratios(rows)
+    return rows
+
+
+def or_error(function: Any, **arguments: Any) -> dict[str, Any]:
+    """The function's result in a process of its own, or ``{"error": why}``."""
+    try:
+        return in_process(function, **arguments)
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[-1]
+        progress(f"    failed: {reason}")
+        return {"error": reason}
+
+
+def _add_ratios(rows: Sequence[Row]) -> None:
+    stock: Row = next((row for row in rows if row["name"] == "stock"), {})
+    for row in rows:
+        for head in ("trainable", "frozen"):
+            cost = row.get(head, {})
+            references = {
+                "speedup": (stock.get(head, {}).get("seconds"), cost.get("seconds")),
+                "over_floor": (
+                    cost.get("seconds"),
+                    row.get("floor", {}).get(head, {}).get("seconds"),
+                ),
+            }
+            cost |= {name: a / b for name, (a, b) in references.items() if a and b}
+
+
+def measure_method(
+    folder: str, specification: dict[str, Any], trainable: bool, settings: dict[str, Any]
+) -> dict[str, Any]:
+    """Cost, and quality if the head is trainable, in this process."""
+    how = Settings(**settings)
+    torch.set_num_threads(how.threads)
+    torch.manual_seed(0)
+    inputs, post = load_inputs(Path(folder) / "inputs.safetensors", how.device)
+    warm_up(lambda: _build(specification, post, how.device)[0], inputs)
+    loss, objective = _build(specification, post, how.device)
+    state = Path(folder) / "state.safetensors"
+    if objective is not None and isinstance(objective.state, SCEState) and state.exists():
+        objective.state.load(state)
+    cost = cost_of(loss, inputs, trainable=trainable, repeats=how.repeats, budget=how.budget)
+    result: dict[str, Any] = asdict(cost)
+    if trainable:
+        draws = how.draws if objective is not None and objective.state is not None else 1
+        reference = Path(folder) / "reference.safetensors"
+        result["quality"] = quality_of(loss, objective, inputs, post, reference, draws)
+    return result
+
+
+def _build(
+    specification: dict[str, Any], post: LogitTransform, device: str
+) -> tuple[Loss, Objective | None]:
+    """A new loss, and the objective behind it if it is one of ours."""
+    if specification["name"] in PEERS:
+        return PEERS[specification["name"]].build(post, device), None
+    objective = objectives.get(**specification)
+    return loss_of(objective, post), objective

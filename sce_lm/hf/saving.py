@@ -1,0 +1,61 @@
+"""An objective beside the weights it trains: its options as JSON, its state as safetensors.
+
+    objective.json                   name and options; `objectives.get(**...)` builds it again
+    sce_state_rank0.safetensors      what one process counted so far, one file a process
+
+`SCECallback` writes both into every checkpoint of the Trainer, `scripts/train.py` into its run
+folder. The weights stay those of a stock model, so a folder is loaded in two lines:
+
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    apply_sce(model, load_objective(folder))
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+from sce_lm import objectives
+from sce_lm.objectives import Objective
+
+OBJECTIVE_FILE = "objective.json"
+
+
+def state_file(folder: Path, rank: int) -> Path:
+    """Where one process keeps its state in a folder."""
+    return folder / f"sce_state_rank{rank}.safetensors"
+
+
+def save_objective(objective: Objective, folder: str | os.PathLike, rank: int = 0) -> None:
+    """Write an objective into an existing folder; only rank 0 writes the options.
+
+    A state that has counted nothing yet is not written.
+    """
+    folder = Path(folder)
+    if rank == 0:
+        text = json.dumps(objective.to_dict(), indent=2) + "\n"
+        (folder / OBJECTIVE_FILE).write_text(text)
+    if objective.state is not None and not objective.state.is_new:
+        objective.state.save(state_file(folder, rank))
+
+
+def load_objective(folder: str | os.PathLike, rank: int = 0) -> Objective:
+    """The objective that a folder was saved with, and this process's state if the folder has it.
+
+    Raises:
+        FileNotFoundError: the folder has no objective.json.
+        ValueError: the file names no objective of this version.
+    """
+    folder = Path(folder)
+    file = folder / OBJECTIVE_FILE
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"{file} does not exist; give a folder that SCECallback, save_objective or "
+            "scripts/train.py wrote, or build the objective with objectives.get(...)."
+        )
+    objective = objectives.get(**json.loads(file.read_text()))
+    state = state_file(folder, rank)
+    if objective.state is not None and state.is_file():
+        objective.state.load(state)
+    return objective

@@ -1,0 +1,110 @@
+"""Binary cross-entropy with k negatives (SASRec, Kang & McAuley 2018) and gBCE (gSASRec, Petrov &
+Macdonald, RecSys 2023).
+
+    loss_t = -( log sigmoid(s_ty)^beta + sum_{k negatives} log(1 - sigmoid(s_tj)) ) / (1 + k)
+    beta = alpha·(t·(1 - 1/alpha) + 1/alpha) = 1 - t·(1 - alpha),       alpha = k / (V - 1)
+
+BCE has beta = 1 (t = 0). Sampled negatives make BCE overconfident, since it sees too few of them;
+t = 1 calibrates it fully. The published code maps the positive logit through
+``log(1 / (sigmoid(s)^-beta - 1))`` in fp64 and then takes binary cross-entropy; that is
+``beta·softplus(-s)``, which needs neither. Negatives are uniform for each position, as published;
+one that hits the label, which the code keeps as a negative, has no term. These losses rank, they
+have no partition function: the likelihood of such a model under a softmax says little.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from sce_lm.candidates.noise import draw_seed, stream
+from sce_lm.candidates.proposals import Uniform
+from sce_lm.candidates.state import SCEState
+from sce_lm.objectives.base import HeadInputs, Statistics
+from sce_lm.objectives.sampled import SampledObjective, check_choice, check_count, check_share
+from sce_lm.ops.position_cross_entropy import PositionCandidates, position_binary_cross_entropy
+
+
+@dataclass(frozen=True)
+class BCEConfig:
+    """Configuration of BCE. Raises ValueError for a value out of range."""
+
+    num_negatives: int = 1
+    """k, negatives of a position; SASRec has 1."""
+
+    shared: bool = False
+    """One sample for all positions of a call, which is much cheaper, or one for each."""
+
+    sparse_grad: bool = False
+    """Return a row-sparse gradient of the weight."""
+
+    def __post_init__(self) -> None:
+        check_count(self, "num_negatives")
+        check_choice(self, "shared", True, False)
+        check_choice(self, "sparse_grad", True, False)
+
+    def positive_weight(self, vocab_size: int) -> float:
+        """beta."""
+        return 1.0
+
+
+@dataclass(frozen=True)
+class GBCEConfig(BCEConfig):
+    """Configuration of gBCE. Raises ValueError for a value out of range."""
+
+    num_negatives: int = 256
+    """k, negatives of a position."""
+
+    t: float = 0.75
+    """Calibration, in [0, 1]: 0 is BCE, 1 makes sampled probabilities those of full BCE."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_share(self, "t")
+
+    def positive_weight(self, vocab_size: int) -> float:
+        """beta; more negatives than other classes count as all of them (beta = 1)."""
+        alpha = min(1.0, self.num_negatives / max(vocab_size - 1, 1))
+        return 1.0 - self.t * (1.0 - alpha)
+
+
+class BCE(SampledObjective):
+    """Binary cross-entropy with sampled negatives by a :class:`BCEConfig`."""
+
+    name = "bce"
+    config: BCEConfig
+
+    def __init__(self, config: BCEConfig = BCEConfig(), state: SCEState | None = None) -> None:
+        super().__init__(config, state)
+
+    def compute(self, inputs: HeadInputs) -> tuple[torch.Tensor, Statistics]:
+        config, num_positions, vocab_size = self.config, len(inputs.labels), len(inputs.weight)
+        seed = draw_seed(inputs.generator)
+        counted = self.state.begin_call(inputs.labels, vocab_size, seed)[2]
+        generator = stream(seed, "negatives", inputs.labels.device)
+        lists = 1 if config.shared else num_positions
+        ids = Uniform(vocab_size).draw((lists, config.num_negatives), generator)
+        loss = position_binary_cross_entropy(
+            inputs.hidden,
+            inputs.weight,
+            inputs.labels,
+            PositionCandidates(
+                ids, torch.zeros_like(ids[:1], dtype=torch.float32), sparse_grad=config.sparse_grad
+            ),
+            positive_weight=config.positive_weight(vocab_size),
+            bias=inputs.bias,
+            post=inputs.post,
+            position_weight=inputs.position_weight,
+        )
+        return loss, self.statistics(num_positions, float(config.num_negatives), counted=counted)
+
+
+class GBCE(BCE):
+    """Generalised binary cross-entropy by a :class:`GBCEConfig`."""
+
+    name = "gbce"
+    config: GBCEConfig
+
+    def __init__(self, config: GBCEConfig = GBCEConfig(), state: SCEState | None = None) -> None:
+        super().__init__(config, state)

@@ -1,0 +1,251 @@
+"""Adaptive sampled softmax with kernel-based sampling (Blanc & Rendle, ICML 2018, arXiv
+1712.00527).
+
+    q_tj in proportion to alpha·x_tj² + 1        x the raw logit times the model's scale
+    Zhat_t = exp s_ty + sum over m draws, j != y, of exp(s_tj) / (m q_tj)
+
+Every position draws for itself, from a distribution that follows its logits as the parameters
+change, so that few draws do. Zhat is unbiased: the label's logit is not corrected, and a draw that
+hits the label is left out.
+
+The square is blind to the sign: a class with a very negative logit is drawn as often as one with a
+very positive one. The paper therefore trains an absolute softmax, over ``|s|``, with it
+(``absolute=True``): for models from scratch, whose predictions must take absolute values too;
+evaluation with the ordinary softmax then says nothing. The square also sees a common shift of the
+logits, which a softmax does not, and trained models have one: their mean logit lies well below 0,
+so that the published kernel spends its draws on the least likely classes. ``center=True`` takes it
+of the logits less their mean over the catalogue, a position at a time, and costs nothing. On the
+next-item model of the demo the variance of a draw's weight is then a hundredth of the published
+one, and that of a uniform draw fifty times as large; the paper's form stays the default.
+
+The paper's ``alpha`` is 100. The same kernel also gives one proposal for all positions of a call,
+the mean of theirs, which needs no blocks (``shared=True``).
+
+Wide models: the kernel is taken on ``projection`` directions in which the logits are nearest to the
+full ones. q then follows the logits less closely, and its log is exact all the same.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch.nn.functional import pad
+
+from sce_lm.candidates.kernel_sampler import KernelSampler, fit_projection, mean_kernel_proposal
+from sce_lm.candidates.noise import draw_seed, stream
+from sce_lm.candidates.proposals import draw_with_replacement
+from sce_lm.candidates.state import SCEState
+from sce_lm.objectives.base import HeadInputs, Statistics
+from sce_lm.objectives.sampled import SampledObjective, check_choice, check_count
+from sce_lm.ops.candidate_cross_entropy import Candidates, candidate_cross_entropy
+from sce_lm.ops.exact_cross_entropy import compute_dtype
+from sce_lm.ops.position_cross_entropy import PositionCandidates, position_cross_entropy
+
+AUTO_WIDTH, AUTO_PROJECTION = 128, 64
+"""Models wider than the first are projected to the second by "auto"."""
+TILE_ELEMENTS = 2**22
+"""Elements of the weight that are projected at a time."""
+PROJECTION_ROWS = 32
+"""Rows for each dimension from which a projection is fitted."""
+AUTO_ALPHAS = tuple(10.0 ** (k / 2) for k in range(-4, 9))
+"""Values that alpha="auto" chooses from."""
+AUTO_POSITIONS, AUTO_ROWS = 64, 1024
+"""Positions and rows, evenly spread, that it looks at."""
+
+
+@dataclass(frozen=True)
+class KernelConfig:
+    """Configuration of kernel-based sampling. Raises ValueError for a value out of range."""
+
+    num_negatives: int = 64
+    """m, draws of a position, or of a call if they are shared; with replacement."""
+
+    alpha: float | Literal["auto"] = 100.0
+    """Weight of the logit's power against the 1. "auto": what gives Zhat the smallest variance on a
+    sample of positions and classes, at each call."""
+
+    kernel: Literal["quadratic", "quartic"] = "quadratic"
+    """alpha·x² + 1, or alpha·x⁴ + 1, which is nearer to a softmax and costs a scan."""
+
+    center: bool = False
+    """Take the kernel of a position's logits less their mean over the catalogue; the paper takes it
+    of the logits themselves. Recommended for anything but a model from scratch."""
+
+    shared: bool = False
+    """One sample for all positions of a call, from the mean of their distributions."""
+
+    absolute: bool = False
+    """Train the absolute softmax of the paper; for models from scratch, not for pretrained ones."""
+
+    block_size: int | Literal["auto"] = "auto"
+    """Rows of a block; "auto": from the cost model."""
+
+    projection: int | Literal["auto"] | None = "auto"
+    """Width that the kernel is taken at; None: that of the model. "auto": 64 for models wider than
+    128, else None. A narrower kernel costs less and follows the logits less closely."""
+
+    projection_refresh: int = 100
+    """Calls after which the projection is fitted again."""
+
+    sparse_grad: bool = False
+    """Return a row-sparse gradient of the weight."""
+
+    def __post_init__(self) -> None:
+        check_count(self, "num_negatives")
+        check_choice(self, "kernel", "quadratic", "quartic")
+        for name in ("center", "shared", "absolute", "sparse_grad"):
+            check_choice(self, name, True, False)
+        check_count(self, "block_size", auto=True)
+        check_count(self, "projection_refresh")
+        if self.projection is not None:
+            check_count(self, "projection", auto=True)
+        is_number = isinstance(self.alpha, int | float) and not isinstance(self.alpha, bool)
+        if self.alpha != "auto" and not (is_number and 0 < self.alpha < float("inf")):
+            raise ValueError(
+                f'KernelConfig.alpha is {self.alpha!r}; give a positive number, or "auto".'
+            )
+        if self.shared:
+            wrong = {"absolute": self.absolute, "kernel": self.kernel == "quartic"}
+            wrong["block_size"] = self.block_size != "auto"
+            for name in (name for name, is_wrong in wrong.items() if is_wrong):
+                raise ValueError(
+                    f"KernelConfig: {name}={getattr(self, name)!r} needs draws for each position; "
+                    "use shared=False, or leave it out."
+                )
+
+
+class Kernel(SampledObjective):
+    """Kernel-based sampled softmax by a :class:`KernelConfig`."""
+
+    name = "kernel"
+    config: KernelConfig
+
+    def __init__(
+        self, config: KernelConfig = KernelConfig(), state: SCEState | None = None
+    ) -> None:
+        super().__init__(config, state)
+
+    def compute(self, inputs: HeadInputs) -> tuple[torch.Tensor, Statistics]:
+        config, m = self.config, self.config.num_negatives
+        num_positions, width = inputs.hidden.shape
+        seed = draw_seed(inputs.generator)
+        counted = self.state.begin_call(inputs.labels, len(inputs.weight), seed)[2]
+        generator = stream(seed, "negatives", inputs.labels.device)
+        head = inputs.hidden, inputs.weight, inputs.labels
+        with torch.no_grad():
+            queries, rows = self._features(inputs, seed, counted)
+            shift = queries @ rows.mean(dim=0) if config.center else None
+            alpha = self._alpha(inputs, queries, rows, shift)
+        if config.shared:
+            proposal = mean_kernel_proposal(rows, queries, alpha, shift)
+            ids, c = draw_with_replacement(proposal, m, generator)
+            loss = candidate_cross_entropy(
+                *head,
+                Candidates(ids[:0], ids, c, sparse_grad=config.sparse_grad),
+                bias=inputs.bias,
+                post=inputs.post,
+                position_weight=inputs.position_weight,
+            ).loss
+            operations = 2.0 * rows.numel() * rows.shape[1] / num_positions
+        else:
+            sampler = KernelSampler(
+                rows,
+                m,
+                alpha,
+                power=4 if config.kernel == "quartic" else 2,
+                block_size=None if config.block_size == "auto" else config.block_size,
+            )
+            ids, log_q = sampler.draw(queries, m, generator, shift)
+            loss = position_cross_entropy(
+                *head,
+                PositionCandidates(ids, -log_q - math.log(m), sparse_grad=config.sparse_grad),
+                bias=inputs.bias,
+                post=inputs.post,
+                position_weight=inputs.position_weight,
+                absolute=config.absolute,
+            ).loss
+            operations = sampler.operations(num_positions, m)
+        if rows.shape[1] < width:  # their projection
+            operations += len(rows) * width * rows.shape[1] / num_positions
+        products = ids.shape[-1] + operations / width
+        return loss, self.statistics(num_positions, products, counted=counted)
+
+    def _features(
+        self, inputs: HeadInputs, seed: int, counted: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """``[N, r]`` queries and ``[V, r]`` rows whose inner products the kernel is taken of."""
+        dtype = compute_dtype(inputs.hidden, inputs.weight)
+        queries = _extended_hidden(inputs, slice(None), dtype)
+        width, wide = self.config.projection, queries.shape[1]
+        if width == "auto":
+            width = AUTO_PROJECTION if wide > AUTO_WIDTH else None
+        if width is None or width >= wide:
+            return queries, _extended_rows(inputs, slice(None), dtype)
+        of_hidden, of_rows = self.state.once(
+            seed, "projection", lambda: self._projection(inputs, queries, width, counted)
+        )
+        rows = queries.new_empty(len(inputs.weight), width)
+        tile = max(1, TILE_ELEMENTS // wide)
+        for start in range(0, len(rows), tile):
+            part = slice(start, start + tile)
+            torch.mm(_extended_rows(inputs, part, dtype), of_rows, out=rows[part])
+        return queries @ of_hidden, rows
+
+    def _projection(self, inputs: HeadInputs, queries: torch.Tensor, width: int, counted: bool):
+        """The maps of hidden states and rows; kept in the state, fitted again now and then."""
+        memory = self.state.memory
+        is_due = counted and (self.state.step - 1) % self.config.projection_refresh == 0
+        shape = (queries.shape[1], width)
+        if is_due or "of_hidden" not in memory or memory["of_hidden"].shape != shape:
+            some = _spread(len(inputs.weight), PROJECTION_ROWS * queries.shape[1], queries.device)
+            rows = _extended_rows(inputs, some, queries.dtype)
+            fitted = fit_projection(queries, rows, width)
+            if counted:
+                memory["of_hidden"], memory["of_rows"] = fitted
+            return fitted
+        return tuple(memory[name].to(queries) for name in ("of_hidden", "of_rows"))
+
+    def _alpha(self, inputs: HeadInputs, queries, rows, shift) -> float:
+        """The configured alpha, or the candidate with the least
+        ``sum_j exp(2 s_j) / k_j · sum_j k_j / (sum_j exp s_j)²``, ``k = alpha·x^p + 1``, the
+        relative second moment of a draw, on average over some positions."""
+        if self.config.alpha != "auto":
+            return self.config.alpha
+        positions = _spread(len(queries), AUTO_POSITIONS, queries.device)
+        classes = _spread(len(rows), AUTO_ROWS, queries.device)
+        exact = _extended_hidden(inputs, positions, queries.dtype)
+        x = exact @ _extended_rows(inputs, classes, queries.dtype).T
+        p = torch.softmax(inputs.post(x / inputs.post.scale), dim=1)
+        kernel = queries[positions] @ rows[classes].T
+        if shift is not None:
+            kernel -= shift[positions, None]
+        power = kernel ** (4 if self.config.kernel == "quartic" else 2)
+        alphas = torch.tensor(AUTO_ALPHAS, dtype=power.dtype, device=power.device)
+        moments = [
+            (p.square() / k).sum(dim=1).mul(k.sum(dim=1)).mean()
+            for k in (alpha * power + 1.0 for alpha in alphas)
+        ]
+        return AUTO_ALPHAS[int(torch.stack(moments).argmin())]
+
+
+def _extended_hidden(inputs: HeadInputs, positions, dtype: torch.dtype) -> torch.Tensor:
+    """Hidden states with a 1 that meets the bias, times the model's scale."""
+    hidden = inputs.hidden[positions].to(dtype)
+    hidden = hidden if inputs.bias is None else pad(hidden, (0, 1), value=1.0)
+    return hidden if inputs.post.scale == 1.0 else hidden * inputs.post.scale
+
+
+def _extended_rows(inputs: HeadInputs, classes, dtype: torch.dtype) -> torch.Tensor:
+    """Rows of the weight with the bias as one more column."""
+    rows = inputs.weight[classes].to(dtype)
+    if inputs.bias is None:
+        return rows
+    return torch.cat([rows, inputs.bias[classes, None].to(dtype)], dim=1)
+
+
+def _spread(total: int, size: int, device: torch.device) -> torch.Tensor:
+    """At most ``size`` indices, evenly spread over ``total``."""
+    return torch.arange(0, total, max(1, -(-total // size)), device=device)

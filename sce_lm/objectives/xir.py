@@ -1,0 +1,300 @@
+"""BIR and XIR: in-batch importance resampling, and its cache (Chen et al., NeurIPS 2022, arXiv
+2205.14859).
+
+**BIR.** The labels of the batch are a pool of classes drawn from the popularity. Each position
+draws R negatives from it, with replacement, in proportion to ``exp(s_tj) / pop_j``, which turns the
+pool into a sample of the softmax, and trains on the raw scores:
+
+    w_tj = softmax over the pool (s_tj + log n_j - log pop_j)        n_j times in the batch
+    k_t  ~ Multinomial(R, w_t)
+    loss_t = log(exp s_ty + sum_j k_tj exp s_tj) - s_ty
+
+**XIR.** Half of the draws come from a cache of classes instead, drawn in proportion to how often
+each class has been drawn before: ``loss = lambda · loss(cache) + (1 - lambda) · loss(batch)``.
+
+The published loss has no normalised partition function: a class drawn in proportion to its softmax
+probability p enters the sum with ``exp s`` once more, so negatives weigh as p². With
+``correction="importance"`` there is one pool of batch and cache, each class in it weighed by how
+often it was expected there, and the draws by how likely they were:
+
+    f_j = (n_j + m_j) / ((N - 1) q_j + C o_j)        q label frequencies, o the cache's distribution
+    w_tj = softmax over the pool, y left out (s_tj + log f_j)
+    Zhat_t = exp s_ty + sum_j k_tj / (R w_tj) · f_j exp s_tj
+
+whose expectation over labels drawn from q, cache and draws is Z; the draws decide only which
+classes get a gradient.
+
+Where the paper and its code differ, the default is the paper, or the code where the paper is
+silent:
+
+* the paper draws the next cache from all classes by occurrence; the code among the classes that the
+  latest batch has drawn (``cache_from="drawn"``);
+* lambda is 0.5 in the code and 0.2 in its script for Gowalla;
+* the code can flatten the popularity, ``log(1 + n)`` or ``n^0.75``;
+* the code draws as many negatives as the batch has rows, half of them from the cache, keeps a cache
+  of that size, and lets a draw hit the position's own label. "auto" is that number, up to 2,048,
+  the code's batch for its largest data.
+
+Popularity is the number of labels seen so far, this batch included; a class never seen, which only
+a cache can hold, counts as seen once.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+
+from sce_lm.candidates.cache import Cache, draw_cache, merge_occurrences, record_draws
+from sce_lm.candidates.noise import draw_seed, stream
+from sce_lm.candidates.resampling import multinomial_counts
+from sce_lm.candidates.state import SCEState
+from sce_lm.objectives.base import HeadInputs, Statistics
+from sce_lm.objectives.sampled import SampledObjective, check_choice, check_count, check_share
+from sce_lm.ops.exact_cross_entropy import compute_dtype
+from sce_lm.ops.position_cross_entropy import PositionCandidates, position_cross_entropy
+
+AUTO_SIZE = 2048
+"""Most draws, and largest cache, that "auto" gives."""
+BLOCK_ELEMENTS = 2**21
+"""Draws or pool logits of a block of positions."""
+
+
+@dataclass(frozen=True)
+class BIRConfig:
+    """Configuration of BIR. Raises ValueError for a value out of range."""
+
+    num_negatives: int | Literal["auto"] = "auto"
+    """R, draws of a position; "auto": the number of positions, up to 2,048."""
+
+    correction: Literal["none", "importance"] = "none"
+    """"none": the published loss on raw scores. "importance": an unbiased partition function."""
+
+    popularity: Literal["counts", "log", "power"] = "counts"
+    """n, log(1 + n) or n^0.75 of the labels seen so far; correction "none" only."""
+
+    sparse_grad: bool = False
+    """Return a row-sparse gradient of the weight."""
+
+    def __post_init__(self) -> None:
+        check_count(self, "num_negatives", auto=True)
+        check_choice(self, "correction", "none", "importance")
+        check_choice(self, "popularity", "counts", "log", "power")
+        check_choice(self, "sparse_grad", True, False)
+        if self.correction == "importance" and self.popularity != "counts":
+            raise ValueError(
+                f'{type(self).__name__}: popularity="{self.popularity}" flattens what '
+                'correction="importance" weighs by; leave it out.'
+            )
+
+
+@dataclass(frozen=True)
+class XIRConfig(BIRConfig):
+    """Configuration of XIR. Raises ValueError for a value out of range."""
+
+    cache_size: int | Literal["auto"] = "auto"
+    """C, draws that make the cache; "auto": the number of positions, up to 2,048."""
+
+    cache_weight: float = 0.5
+    """lambda, the cache's share of the loss, in [0, 1]; correction "none" only."""
+
+    cache_from: Literal["all", "drawn"] = "all"
+    """Classes that a cache may hold: all, or those that the latest call has drawn (the code)."""
+
+    decay: float = 1.0
+    """Factor on past occurrences at each call, in [0, 1]; 1 forgets nothing, as published."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_count(self, "cache_size", auto=True)
+        check_share(self, "cache_weight")
+        check_choice(self, "cache_from", "all", "drawn")
+        check_share(self, "decay")
+        if self.num_negatives == 1:
+            raise ValueError(
+                "XIRConfig.num_negatives is 1, and half of the draws come from the cache; give 2 "
+                "or more."
+            )
+        if self.correction == "importance" and self.cache_weight != 0.5:
+            raise ValueError(
+                f"XIRConfig: cache_weight={self.cache_weight} has no meaning with "
+                'correction="importance", where batch and cache are one pool; leave it out.'
+            )
+
+
+class _Pool(NamedTuple):
+    """Classes to draw from."""
+
+    ids: torch.Tensor
+    """``[U]`` distinct."""
+    log_factor: torch.Tensor
+    """``[U]`` fp64: ``w_tj`` is in proportion to ``exp(s_tj + log_factor_j)``."""
+
+
+class BIR(SampledObjective):
+    """In-batch importance resampling by a :class:`BIRConfig`."""
+
+    name = "bir"
+    config: BIRConfig
+
+    def __init__(self, config: BIRConfig = BIRConfig(), state: SCEState | None = None) -> None:
+        super().__init__(config, state)
+
+    def compute(self, inputs: HeadInputs) -> tuple[torch.Tensor, Statistics]:
+        num_positions = len(inputs.labels)
+        seed = draw_seed(inputs.generator)
+        seen, _, counted = self.state.begin_call(inputs.labels, len(inputs.weight), seed)
+        ids, n = torch.unique(inputs.labels, return_counts=True)
+        if self.config.correction == "importance":
+            factor = n / (max(num_positions - 1, 1) * _frequency(seen, ids))
+        else:
+            factor = n / _popularity(seen, ids, self.config.popularity)
+        loss, _ = self._loss(
+            inputs,
+            _Pool(ids, factor.log()),
+            _size(self.config.num_negatives, num_positions),
+            stream(seed, "batch", ids.device),
+        )
+        return loss, self.statistics(num_positions, 2.0 * len(ids), counted=counted)
+
+    def _loss(
+        self, inputs: HeadInputs, pool: _Pool, draws: int, generator: torch.Generator
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The loss over ``draws`` draws from a pool, and how often each of its classes was drawn,
+        over all positions, ``[U]``."""
+        corrected = self.config.correction == "importance"
+        log_weights, drawn = _resample(inputs, pool, draws, generator, corrected=corrected)
+        candidates = PositionCandidates(
+            pool.ids[None],
+            log_weights,
+            keep_label=not corrected,
+            sparse_grad=self.config.sparse_grad,
+        )
+        loss = position_cross_entropy(
+            inputs.hidden,
+            inputs.weight,
+            inputs.labels,
+            candidates,
+            bias=inputs.bias,
+            post=inputs.post,
+            position_weight=inputs.position_weight,
+        ).loss
+        return loss, drawn
+
+
+class XIR(BIR):
+    """Cache-augmented in-batch importance resampling by an :class:`XIRConfig`."""
+
+    name = "xir"
+    config: XIRConfig
+
+    def __init__(self, config: XIRConfig = XIRConfig(), state: SCEState | None = None) -> None:
+        super().__init__(config, state)
+
+    def compute(self, inputs: HeadInputs) -> tuple[torch.Tensor, Statistics]:
+        config, state = self.config, self.state
+        num_positions, vocab_size = len(inputs.labels), len(inputs.weight)
+        seed = draw_seed(inputs.generator)
+        seen, _, counted = state.begin_call(inputs.labels, vocab_size, seed)
+        ids, n = torch.unique(inputs.labels, return_counts=True)
+        cache = state.once(
+            seed,
+            "cache",
+            lambda: draw_cache(
+                state,
+                _size(config.cache_size, num_positions),
+                ids,
+                stream(seed, "cache", ids.device),
+                vocab_size,
+                among_drawn=config.cache_from == "drawn",
+            ),
+        )
+        combine = self._one_pool if config.correction == "importance" else self._two_pools
+        loss, drawn_from, drawn = combine(inputs, seed, seen, ids, n, cache)
+        if counted:
+            record_draws(state, drawn_from, drawn, vocab_size, config.decay)
+        distinct = float((cache.counts > 0).sum())
+        return loss, self.statistics(
+            num_positions, 2.0 * len(drawn_from), counted=counted, distinct_cached=distinct
+        )
+
+    def _two_pools(self, inputs: HeadInputs, seed: int, seen, ids, n, cache: Cache):
+        """As published: the loss, the classes of both pools and how often each was drawn."""
+        held = cache.counts > 0
+        draws = _size(self.config.num_negatives, len(inputs.labels)) // 2
+        losses, pools, drawn = [], [ids, cache.ids[held]], []
+        for name, pool, m in zip(("batch", "cached"), pools, (n, cache.counts[held])):
+            factor = m / _popularity(seen, pool, self.config.popularity)
+            generator = stream(seed, name, ids.device)
+            loss, times = self._loss(inputs, _Pool(pool, factor.log()), draws, generator)
+            losses.append(loss)
+            drawn.append(times)
+        share = self.config.cache_weight
+        return share * losses[1] + (1.0 - share) * losses[0], torch.cat(pools), torch.cat(drawn)
+
+    def _one_pool(self, inputs: HeadInputs, seed: int, seen, ids, n, cache: Cache):
+        """Corrected: the same, for the pool of all classes in batch and cache."""
+        found = cache.counts.index_add(0, torch.searchsorted(cache.ids, ids), n)
+        expected = max(len(inputs.labels) - 1, 1) * _frequency(seen, cache.ids)
+        expected += cache.counts.sum() * cache.q
+        draws = _size(self.config.num_negatives, len(inputs.labels))
+        loss, drawn = self._loss(
+            inputs,
+            _Pool(cache.ids, (found / expected).log()),
+            draws,
+            stream(seed, "batch", ids.device),
+        )
+        return loss, cache.ids, drawn
+
+    def end_step(self, device: torch.device) -> None:
+        """Once an optimiser step, on every process: one cache for all of them."""
+        merge_occurrences(self.state, device)
+
+
+def _size(size: int | Literal["auto"], num_positions: int) -> int:
+    return max(2, min(num_positions, AUTO_SIZE)) if size == "auto" else size
+
+
+def _frequency(seen: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """Share of these classes among all labels seen so far, fp64."""
+    return seen[ids].to(torch.float64) / seen.sum()
+
+
+def _popularity(seen: torch.Tensor, ids: torch.Tensor, kind: str) -> torch.Tensor:
+    """What the published weights divide by, fp64; a class that was never seen counts as seen
+    once."""
+    n = seen[ids].clamp_min(1).to(torch.float64)
+    return {"counts": n, "log": torch.log1p(n), "power": n**0.75}[kind]
+
+
+@torch.no_grad()
+def _resample(
+    inputs: HeadInputs, pool: _Pool, draws: int, generator: torch.Generator, *, corrected: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-weights ``[N, U]`` of a pool's classes in each position's sum, -inf where it was not
+    drawn, and how often each class was drawn in all, ``[U]`` fp64.
+
+    As published that is log k. Corrected, with ``Zpool = sum_j f_j exp s_j`` over the pool without
+    the label, ``w_j = f_j exp(s_j) / Zpool`` and so ``c_j = log k_j - log R + log Zpool - s_j``.
+    """
+    dtype = compute_dtype(inputs.hidden, inputs.weight)
+    rows = inputs.weight[pool.ids].to(dtype)
+    bias = 0.0 if inputs.bias is None else inputs.bias[pool.ids].to(dtype)
+    log_factor = pool.log_factor.to(dtype)
+    log_weights = rows.new_empty(len(inputs.labels), len(pool.ids))
+    drawn = torch.zeros_like(pool.log_factor)
+    step = max(1, BLOCK_ELEMENTS // max(draws, len(pool.ids)))
+    for start in range(0, len(log_weights), step):
+        block = slice(start, start + step)
+        s = inputs.post(inputs.hidden[block].to(dtype) @ rows.T + bias)
+        log_w = s + log_factor
+        if corrected:
+            log_w.masked_fill_(pool.ids == inputs.labels[block, None], -torch.inf)
+        k = multinomial_counts(log_w, draws, generator)
+        drawn += k.sum(dim=0)
+        log_weights[block] = k.log()
+        if corrected:
+            log_weights[block] += torch.logsumexp(log_w, dim=1, keepdim=True) - s - math.log(draws)
+    return log_weights, drawn

@@ -1,0 +1,201 @@
+"""Cross-entropy over the union of the chunks of classes that a position meets in several rounds.
+
+Each round cuts positions and classes into chunks; a position meets the classes of its own chunk and
+of ``reach`` chunks on either side:
+
+    j in C_r(t)  if  |chunk_r(j) - chunk_r(t)| <= reach
+    loss_t = log(exp s_ty + sum_{j in union of C_r(t), j != y} exp s_tj) - s_ty
+
+A class that was met in an earlier round is left out of the later ones, which both chunk numbers
+tell without a search. Products are dense, chunk by chunk, and no ``[N, K]`` logits are kept: a
+first pass gives log Zhat, a second computes the logits again for the gradients. Every class is in
+some chunk, so that the gradient of W is dense; it is summed in fp32 and cast once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch.autograd.function import once_differentiable
+from torch.nn.functional import pad
+
+from sce_lm.ops.exact_cross_entropy import compute_dtype
+from sce_lm.ops.logits import LogitTransform
+
+BLOCK_ELEMENTS = 2**22
+"""Logits held at a time (16 MiB in fp32; about three such buffers are live)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Chunks:
+    """Which positions meet which classes; chosen without gradient."""
+
+    of_position: torch.Tensor
+    """``[R, N]`` int64: the chunk of each position in each round."""
+    of_class: torch.Tensor
+    """``[R, V]`` int64: the chunk of each class."""
+    count: int
+    """Chunks of a round."""
+    reach: int
+    """Chunks on either side that a position also meets."""
+
+
+def chunk_cross_entropy(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    chunks: Chunks,
+    *,
+    bias: torch.Tensor | None = None,
+    post: LogitTransform = LogitTransform(),
+    position_weight: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Cross-entropy over the union of each position's chunks.
+
+    Args:
+        hidden: ``[N, d]``, fp16, bf16, fp32 or fp64; N >= 1.
+        weight: ``[V, d]``.
+        labels: ``[N]`` int64 in ``[0, V)``.
+        chunks: the rounds.
+        bias: ``[V]`` or None.
+        post: the map from raw logits to softmax logits.
+        position_weight: 0-dim tensor. Given: the result is the sum of losses times this and the
+            gradients are taken in the forward pass. None: the result is ``[N]``.
+    """
+    return _ChunkCrossEntropy.apply(
+        hidden, weight, bias, labels, chunks, post, position_weight, torch.is_grad_enabled()
+    )
+
+
+class _Piece(NamedTuple):
+    """A chunk of positions with the classes that it meets for the first time in this round."""
+
+    positions: torch.Tensor
+    classes: torch.Tensor
+    s: torch.Tensor
+    """``[n, k]`` logits, -inf where a class is the label or was met before."""
+    slope: torch.Tensor | float
+
+
+class _Problem:
+    """A call's tensors in the dtype of the computation, the bias as one more column."""
+
+    def __init__(self, hidden, weight, bias, labels, chunks, post, dtype):
+        self.hidden = hidden.to(dtype)
+        if bias is not None:
+            self.hidden = pad(self.hidden, (0, 1), value=1.0)
+        self.weight, self.bias, self.labels = weight, bias, labels
+        self.chunks, self.post, self.dtype = chunks, post, dtype
+
+    def rows(self, ids: torch.Tensor) -> torch.Tensor:
+        rows = self.weight[ids].to(self.dtype)
+        if self.bias is None:
+            return rows
+        return torch.cat([rows, self.bias[ids, None].to(self.dtype)], dim=1)
+
+    def pieces(self) -> Iterator[tuple[_Piece, torch.Tensor]]:
+        """Every chunk of every round, and the rows of its classes."""
+        c = self.chunks
+        for r, (of_position, of_class) in enumerate(zip(c.of_position, c.of_class)):
+            position_parts = _members(of_position, c.count)
+            class_parts = _members(of_class, c.count)
+            for i, members in enumerate(position_parts):
+                if len(members) == 0:
+                    continue
+                classes = torch.cat(class_parts[max(0, i - c.reach) : i + c.reach + 1])
+                rows = self.rows(classes)
+                for positions in members.split(max(1, BLOCK_ELEMENTS // max(len(classes), 1))):
+                    yield self._piece(r, positions, classes, rows), rows
+
+    def _piece(self, r: int, positions, classes, rows) -> _Piece:
+        c = self.chunks
+        s = self.post(self.hidden[positions] @ rows.T)
+        known = classes == self.labels[positions, None]
+        for earlier in range(r):
+            distance = c.of_class[earlier, classes] - c.of_position[earlier, positions, None]
+            known |= distance.abs() <= c.reach
+        return _Piece(positions, classes, s.masked_fill(known, -torch.inf), self.post.slope(s))
+
+
+def _members(chunk: torch.Tensor, count: int) -> list[torch.Tensor]:
+    """The indices in each chunk."""
+    sizes = torch.bincount(chunk, minlength=count).tolist()
+    return list(torch.argsort(chunk, stable=True).split(sizes))
+
+
+class _Gradients(NamedTuple):
+    """``[N, d]`` and ``[V, d]``, the bias as one more column; empty where not asked for."""
+
+    hidden: torch.Tensor
+    weight: torch.Tensor
+
+
+def _pass(p: _Problem, position_weight, needs) -> tuple[torch.Tensor, _Gradients]:
+    """Losses and, with ``needs`` = (hidden, weight), gradients."""
+    needs_hidden, needs_weight = needs
+    label_rows = p.rows(p.labels)
+    label_s = p.post(torch.linalg.vecdot(p.hidden, label_rows))
+    log_z = label_s.clone()
+    for piece, _ in p.pieces():
+        met = torch.logsumexp(piece.s, dim=1)
+        log_z[piece.positions] = torch.logaddexp(log_z[piece.positions], met)
+
+    width = p.hidden.shape[1]
+    grad_hidden = p.hidden.new_zeros(len(p.labels) if needs_hidden else 0, width)
+    grad_weight = p.hidden.new_zeros(len(p.weight) if needs_weight else 0, width)
+    if any(needs):
+        per_row = position_weight.expand_as(log_z)
+        g = (torch.exp(label_s - log_z) - 1.0) * p.post.slope(label_s) * per_row
+        if needs_hidden:
+            grad_hidden.addcmul_(g.unsqueeze(1), label_rows)
+        if needs_weight:
+            grad_weight.index_add_(0, p.labels, g.unsqueeze(1) * p.hidden)
+        for piece, rows in p.pieces():
+            at = piece.positions
+            g = (piece.s - log_z[at, None]).exp() * piece.slope * per_row[at, None]
+            if needs_hidden:
+                grad_hidden[at] += g @ rows
+            if needs_weight:
+                grad_weight.index_add_(0, piece.classes, g.T @ p.hidden[at])
+    return log_z - label_s, _Gradients(grad_hidden, grad_weight)
+
+
+class _ChunkCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, labels, chunks, post, position_weight, grad_enabled):
+        needs = [grad_enabled and need for need in ctx.needs_input_grad[:3]]
+        ctx.needs = (needs[0], needs[1] or needs[2])
+        ctx.chunks, ctx.post, ctx.dtype = chunks, post, compute_dtype(hidden, weight)
+        ctx.scalar = position_weight is not None
+        problem = _Problem(hidden, weight, bias, labels, chunks, post, ctx.dtype)
+        now = ctx.needs if ctx.scalar else (False, False)
+        losses, gradients = _pass(problem, position_weight, now)
+        ctx.save_for_backward(hidden, weight, bias, labels)
+        if not ctx.scalar:
+            return losses
+        ctx.gradients = gradients
+        return losses.sum() * position_weight
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *grad_outputs):
+        hidden, weight, bias, labels = ctx.saved_tensors
+        factor = grad_outputs[0].to(ctx.dtype)
+        if ctx.scalar:
+            gradients = ctx.gradients
+        else:
+            problem = _Problem(hidden, weight, bias, labels, ctx.chunks, ctx.post, ctx.dtype)
+            gradients = _pass(problem, factor, ctx.needs)[1]
+            factor = torch.ones_like(factor[0])
+        width = weight.shape[1]
+        grad_hidden = grad_weight = grad_bias = None
+        if ctx.needs_input_grad[0]:
+            grad_hidden = (gradients.hidden[:, :width] * factor).to(hidden.dtype)
+        if ctx.needs_input_grad[1]:
+            grad_weight = (gradients.weight[:, :width] * factor).to(weight.dtype)
+        if bias is not None and ctx.needs_input_grad[2]:
+            grad_bias = (gradients.weight[:, width] * factor).to(bias.dtype)
+        return grad_hidden, grad_weight, grad_bias, None, None, None, None, None

@@ -1,0 +1,315 @@
+"""Losses over candidates that each position has for itself, or weighs for itself.
+
+    softmax:  log(exp s_ty + sum_k exp(c_tk + s_tk)) - s_ty
+    binary:   (beta·softplus(-s_ty) + sum_k exp(c_tk)·softplus(s_tk)) / (1 + K),     s = g(h·w + b)
+
+The candidates of position t are a row of ids ``[N, K]``, or one list ``[1, K]`` that all positions
+share and may weigh differently. Drawn again means counted again: an id that stands k times in a row
+has k terms. A candidate that is the position's label is left out unless it is asked for.
+
+The label is one more column of a position's own ids, with weight 1. With G the gradient with
+respect to the raw logits, ``[N, 1 + K]``,
+
+    dH = G · rows,       dW[j] = sum over (t, k) with id j of G_tk · h_t
+
+and both are weighted bags of rows, so that rows are gathered as ``[n, K, d]`` for one block of
+positions and for the logits alone. For a scalar loss the gradients are taken in the forward pass;
+for a loss per position they are computed again. Only the distinct rows of W are widened to fp32,
+and their gradient is summed in fp32 and cast once. A bias is one more column of W, met by a 1 in h.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch.autograd.function import once_differentiable
+from torch.nn.functional import embedding_bag, pad, softplus
+
+from sce_lm.ops.exact_cross_entropy import compute_dtype
+from sce_lm.ops.logits import LogitTransform
+
+BLOCK_ELEMENTS = 2**22
+"""Elements of the gathered rows, or logits, of a block of positions (16 MiB in fp32)."""
+
+Terms = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
+"""``s [n, 1 + K]`` (label first) and log-weights of the same shape -> loss ``[n]``, log Zhat
+``[n]`` (or the loss again) and the loss's gradient with respect to s."""
+
+
+@dataclass(frozen=True, slots=True)
+class PositionCandidates:
+    """The classes that stand in for the catalogue at each position; chosen without gradient."""
+
+    ids: torch.Tensor
+    """``[N, K]`` int64, or ``[1, K]``: the same list for every position."""
+    log_weights: torch.Tensor
+    """``[N, K]`` or ``[1, K]`` c; -inf is an empty slot, whose id may be any."""
+    keep_label: bool = False
+    """Count candidates that are the position's own label, beside the label itself."""
+    sparse_grad: bool = False
+    """Gradient of the weight as a sparse tensor of the rows that were touched."""
+
+
+class PositionLoss(NamedTuple):
+    """What :func:`position_cross_entropy` returns."""
+
+    loss: torch.Tensor
+    """Scalar ``sum_t position_weight · loss_t``, or ``[N]`` if no weight was given."""
+    log_partition: torch.Tensor
+    """``[N]`` log Zhat_t, without gradient."""
+
+
+def position_cross_entropy(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    candidates: PositionCandidates,
+    *,
+    bias: torch.Tensor | None = None,
+    post: LogitTransform = LogitTransform(),
+    position_weight: torch.Tensor | None = None,
+    absolute: bool = False,
+) -> PositionLoss:
+    """Cross-entropy over each position's own candidates.
+
+    Args:
+        hidden: ``[N, d]``, fp16, bf16, fp32 or fp64; N >= 1.
+        weight: ``[V, d]``.
+        labels: ``[N]`` int64 in ``[0, V)``.
+        candidates: ids and log-weights.
+        bias: ``[V]`` or None.
+        post: the map from raw logits to softmax logits.
+        position_weight: 0-dim or ``[N]`` tensor. Given: ``loss`` is the sum of losses times this
+            and the gradients are taken in the forward pass. None: ``loss`` is ``[N]``.
+        absolute: the absolute softmax of Blanc & Rendle (2018), ``|s|`` in place of s.
+    """
+    terms = _absolute_softmax if absolute else _softmax
+    return PositionLoss(
+        *_PositionLoss.apply(
+            hidden,
+            weight,
+            bias,
+            labels,
+            candidates,
+            post,
+            terms,
+            position_weight,
+            torch.is_grad_enabled(),
+        )
+    )
+
+
+def position_binary_cross_entropy(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    candidates: PositionCandidates,
+    *,
+    positive_weight: float = 1.0,
+    bias: torch.Tensor | None = None,
+    post: LogitTransform = LogitTransform(),
+    position_weight: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Mean binary cross-entropy over label and candidates; arguments as above.
+
+    Args:
+        positive_weight: beta on the label's term. ``beta·softplus(-s) = -log(sigmoid(s)^beta)``.
+
+    Returns:
+        Scalar ``sum_t position_weight · loss_t``, or ``[N]`` if no weight was given.
+    """
+    return _PositionLoss.apply(
+        hidden,
+        weight,
+        bias,
+        labels,
+        candidates,
+        post,
+        _Binary(positive_weight),
+        position_weight,
+        torch.is_grad_enabled(),
+    )[0]
+
+
+def _softmax(s, log_weights):
+    z = s + log_weights
+    log_partition = torch.logsumexp(z, dim=1)
+    gradient = (z - log_partition.unsqueeze(1)).exp()
+    gradient[:, 0] -= 1.0
+    return log_partition - s[:, 0], log_partition, gradient
+
+
+def _absolute_softmax(s, log_weights):
+    loss, log_partition, gradient = _softmax(s.abs(), log_weights)
+    return loss, log_partition, gradient * s.sign()
+
+
+class _Binary(NamedTuple):
+    positive_weight: float
+
+    def __call__(self, s, log_weights):
+        share = log_weights.exp() / s.shape[1]
+        share[:, 0] *= self.positive_weight
+        sign = torch.ones_like(s)
+        sign[:, 0] = -1.0
+        loss = (share * softplus(sign * s)).sum(dim=1)
+        return loss, loss, share * sign * torch.sigmoid(sign * s)
+
+
+class _Problem:
+    """A call's distinct rows of W, and where each position's label and candidates lie in them."""
+
+    def __init__(self, hidden, weight, bias, labels, candidates, dtype):
+        self.hidden, self.labels, self.dtype, self.bias = hidden, labels, dtype, bias
+        self.candidates = candidates
+        self.is_shared = len(candidates.ids) == 1 and len(labels) > 1
+        self.touched, slots = torch.unique(
+            torch.cat([labels, candidates.ids.reshape(-1)]), return_inverse=True
+        )
+        label, listed = slots[: len(labels), None], slots[len(labels) :].view_as(candidates.ids)
+        self.own = label if self.is_shared else torch.cat([label, listed], dim=1)
+        """``[N, P]`` slots of what a position alone has: its label first."""
+        self.common = listed[0] if self.is_shared else listed.new_empty(0)
+        """``[K]`` slots of the shared list."""
+        self.rows = weight[self.touched].to(dtype)
+        if bias is not None:
+            self.rows = torch.cat([self.rows, bias[self.touched, None].to(dtype)], dim=1)
+        self.common_rows = self.rows[self.common]
+
+    def extend(self, positions: slice) -> torch.Tensor:
+        """Hidden states, with a 1 that meets the bias."""
+        h = self.hidden[positions].to(self.dtype)
+        return h if self.bias is None else pad(h, (0, 1), value=1.0)
+
+    def blocks(self) -> list[slice]:
+        columns = self.own.shape[1] * self.rows.shape[1] + len(self.common)
+        step = max(1, BLOCK_ELEMENTS // columns)
+        return [slice(at, at + step) for at in range(0, len(self.labels), step)]
+
+    def raw_logits(self, h: torch.Tensor, positions: slice) -> torch.Tensor:
+        """``[n, 1 + K]``, label first."""
+        own = torch.bmm(self.rows[self.own[positions]], h.unsqueeze(2)).squeeze(2)
+        return torch.cat([own, h @ self.common_rows.T], dim=1)
+
+    def log_weights(self, positions: slice) -> torch.Tensor:
+        """``[n, 1 + K]``: 0 for the label, -inf for a candidate that is the label."""
+        c, y = self.candidates, self.labels[positions, None]
+        ids = c.ids if self.is_shared else c.ids[positions]
+        weights = c.log_weights if len(c.log_weights) == 1 else c.log_weights[positions]
+        weights = weights.to(self.dtype).expand(len(y), -1)
+        if not c.keep_label:
+            weights = weights.masked_fill(ids == y, -torch.inf)
+        return pad(weights, (1, 0))
+
+    def hidden_gradient(self, g: torch.Tensor, positions: slice) -> torch.Tensor:
+        """``G · rows`` of a block."""
+        own = self.own[positions]
+        bags = embedding_bag(
+            own, self.rows, mode="sum", per_sample_weights=g[:, : own.shape[1]].contiguous()
+        )
+        return bags.addmm_(g[:, own.shape[1] :], self.common_rows)
+
+    def row_gradient(self, g_own: torch.Tensor) -> torch.Tensor:
+        """``dW`` at the touched rows from G of the positions' own columns."""
+        slots, order = torch.sort(self.own.reshape(-1), stable=True)
+        starts = torch.searchsorted(slots, torch.arange(len(self.rows), device=slots.device))
+        return embedding_bag(
+            order // self.own.shape[1],
+            self.extend(slice(None)),
+            starts,
+            mode="sum",
+            per_sample_weights=g_own.reshape(-1)[order],
+        )
+
+
+class _Gradients(NamedTuple):
+    """Gradients with respect to ``[N, d]`` hidden states and the ``[U, d]`` touched rows, the bias
+    as one more column; without rows where they were not asked for."""
+
+    touched: torch.Tensor
+    hidden: torch.Tensor
+    rows: torch.Tensor
+
+
+def _pass(p: _Problem, post, terms: Terms, position_weight, needs):
+    """Losses, log Zhat and, with ``needs`` = (hidden, weight), gradients."""
+    needs_hidden, needs_rows = needs
+    num_positions, num_own = p.own.shape
+    losses = p.rows.new_empty(num_positions)
+    log_partition = torch.empty_like(losses)
+    grad_hidden = p.rows.new_empty(num_positions if needs_hidden else 0, p.rows.shape[1])
+    g_own = p.rows.new_empty(num_positions if needs_rows else 0, num_own)
+    grad_common = torch.zeros_like(p.common_rows)
+    for positions in p.blocks():
+        h = p.extend(positions)
+        s = post(p.raw_logits(h, positions))
+        losses[positions], log_partition[positions], g = terms(s, p.log_weights(positions))
+        if not any(needs):
+            continue
+        per_row = position_weight[positions, None] if position_weight.dim() else position_weight
+        g = g * post.slope(s) * per_row
+        if needs_hidden:
+            grad_hidden[positions] = p.hidden_gradient(g, positions)
+        if needs_rows:
+            g_own[positions] = g[:, :num_own]
+            grad_common.addmm_(g[:, num_own:].T, h)
+    grad_rows = p.rows.new_empty(0, p.rows.shape[1])
+    if needs_rows:
+        grad_rows = p.row_gradient(g_own).index_add_(0, p.common, grad_common)
+    return losses, log_partition, _Gradients(p.touched, grad_hidden, grad_rows)
+
+
+class _PositionLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx, hidden, weight, bias, labels, candidates, post, terms, position_weight, grad_enabled
+    ):
+        needs = [grad_enabled and need for need in ctx.needs_input_grad[:3]]
+        ctx.needs = (needs[0], needs[1] or needs[2])
+        ctx.candidates, ctx.post, ctx.terms = candidates, post, terms
+        ctx.dtype = compute_dtype(hidden, weight)
+        ctx.scalar = position_weight is not None
+        now = ctx.needs if ctx.scalar else (False, False)
+        problem = _Problem(hidden, weight, bias, labels, candidates, ctx.dtype)
+        losses, log_partition, gradients = _pass(problem, post, terms, position_weight, now)
+        ctx.mark_non_differentiable(log_partition)
+        ctx.save_for_backward(hidden, weight, bias, labels)
+        if not ctx.scalar:
+            return losses, log_partition
+        ctx.gradients = gradients
+        return (losses * position_weight).sum(), log_partition
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *grad_outputs):
+        hidden, weight, bias, labels = ctx.saved_tensors
+        factor = grad_outputs[0].to(ctx.dtype)
+        if ctx.scalar:
+            gradients = ctx.gradients
+        else:
+            problem = _Problem(hidden, weight, bias, labels, ctx.candidates, ctx.dtype)
+            gradients = _pass(problem, ctx.post, ctx.terms, factor, ctx.needs)[2]
+            factor = torch.ones_like(factor[0])
+        width = weight.shape[1]
+        grad_hidden = grad_weight = grad_bias = None
+        if ctx.needs_input_grad[0]:
+            grad_hidden = (gradients.hidden[:, :width] * factor).to(hidden.dtype)
+        if ctx.needs_input_grad[1]:
+            rows = (gradients.rows[:, :width] * factor).to(weight.dtype)
+            if ctx.candidates.sparse_grad:
+                grad_weight = torch.sparse_coo_tensor(
+                    gradients.touched.unsqueeze(0),
+                    rows,
+                    weight.shape,
+                    is_coalesced=True,
+                    check_invariants=False,
+                )
+            else:
+                grad_weight = torch.zeros_like(weight).index_copy_(0, gradients.touched, rows)
+        if bias is not None and ctx.needs_input_grad[2]:
+            column = (gradients.rows[:, width] * factor).to(bias.dtype)
+            grad_bias = torch.zeros_like(bias).index_copy_(0, gradients.touched, column)
+        return grad_hidden, grad_weight, grad_bias, *[None] * 6

@@ -1,0 +1,304 @@
+r"""Candidate cross-entropy by kernels: the equations of :mod:`sce_lm.ops.candidate_cross_entropy`.
+
+Forward: one launch a list (shared, tail, buckets) leaves each position's sums, which are put
+together here. Backward: for each list, or as many of its columns as a bounded workspace holds,
+
+    logit_gradient    G = the list's logits once more, turned into gradients      [N, C]
+    hidden_gradient   dH += G · W[ids]                                            one product
+    row_gradient      slots = G' · H                                              one product
+
+then :mod:`~sce_lm.ops.triton.merge_rows` sums slots and labels into rows of W. In all four products
+of ``2·N·K·d`` operations, no logits kept between the passes, every output element written by one
+program a launch, and the order of launches fixed: the result has the same bits every time.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sce_lm.ops.candidate_cross_entropy import CandidateLoss, Candidates
+from sce_lm.ops.logits import LogitTransform
+from sce_lm.ops.triton.backward_pass import backward_pass, normalised
+from sce_lm.ops.triton.candidate_forward import list_sums
+from sce_lm.ops.triton.candidate_lists import Strata, candidate_lists
+from sce_lm.ops.triton.control_variate import (
+    Control,
+    Rest,
+    mean_gradient,
+    outside_lists,
+    rest_of,
+    rest_size,
+)
+from sce_lm.ops.triton.hidden_gradient import RowTerm
+from sce_lm.ops.triton.logit_gradient import LossGradient
+from sce_lm.ops.triton.merge_rows import merge_rows, touched_rows
+from sce_lm.ops.triton.row_dot import row_dot
+from sce_lm.ops.triton.row_gradient import RowTarget
+from sce_lm.ops.triton.supported import inputs_supported
+
+
+def candidate_cross_entropy_supported(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, candidates: Candidates
+) -> str | None:
+    """Why the kernels cannot take these inputs; None if they can."""
+    if candidates.control_variate and candidates.bucket_log_weights is not None:
+        return "the control variate needs buckets without weights"
+    return inputs_supported(hidden, weight, bias)
+
+
+def candidate_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    candidates: Candidates,
+    *,
+    bias: Tensor | None = None,
+    post: LogitTransform = LogitTransform(),
+    position_weight: Tensor | None = None,
+) -> CandidateLoss:
+    """As :func:`sce_lm.ops.candidate_cross_entropy.candidate_cross_entropy`, for inputs that
+    :func:`candidate_cross_entropy_supported` accepts."""
+    result = _forward(
+        hidden,
+        weight,
+        bias,
+        labels,
+        candidates.shared,
+        candidates.tail,
+        candidates.tail_log_weights,
+        candidates.bucket_items,
+        candidates.bucket_of,
+        candidates.bucket_log_weights,
+        candidates.row_sum,
+        post.scale,
+        post.soft_cap,
+        candidates.control_variate,
+        candidates.sparse_grad,
+    )
+    loss = result[0] if position_weight is None else (result[0] * position_weight).sum()
+    return CandidateLoss(loss, result[1], result[2])
+
+
+@torch.library.custom_op("sce_lm::candidate_forward", mutates_args=())
+def _forward(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    shared: Tensor,
+    tail: Tensor,
+    tail_log_weights: Tensor,
+    bucket_items: Tensor | None,
+    bucket_of: Tensor | None,
+    bucket_log_weights: Tensor | None,
+    row_sum: Tensor | None,
+    scale: float,
+    soft_cap: float | None,
+    control_variate: bool,
+    sparse_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Loss, log Zhat and the number of clamped positions; then what the backward pass needs, by
+    position: the gradient at the label's raw logit, ``pull``, the gradient at the mean logit, and
+    which were clamped; and the mean rows. The last four are empty without control variate."""
+    post = LogitTransform(scale, soft_cap)
+    strata = Strata(shared, tail, tail_log_weights, bucket_items, bucket_of, bucket_log_weights)
+    label_raw = row_dot(hidden, weight, labels, bias)
+    label_s = post(label_raw)
+    sums = [
+        list_sums(hidden, weight, bias, labels, members, post, control=control_variate)
+        for members in candidate_lists(strata, len(hidden))
+    ]
+    shift = torch.cat([s.top for s in sums]).amax(dim=0).maximum(label_s)
+    control = rest = None
+    if control_variate:
+        rest = rest_of(weight, bias, strata, labels, row_sum)
+        outside = outside_lists(labels, strata, len(weight))
+        control = Control(hidden, label_raw, outside, rest, sums, post)
+        shift = control.shift(shift)
+    e_label = (label_s - shift).exp()
+    z = e_label + sum((s.total * (s.top - shift).exp()).sum(dim=0) for s in sums)
+    if control is not None:
+        z = control.add_to(z, shift)
+        if soft_cap is not None:
+            seen = [(s.total if s.seen is None else s.seen) * (s.top - shift).exp() for s in sums]
+            z = control.clamp(z, e_label + sum(part.sum(dim=0) for part in seen))
+    log_z = z.log() + shift
+    grad_label = (e_label / z - 1.0) * post.slope(label_s)
+    if control is None or rest is None:
+        pull, grad_mean, mean_rows = (grad_label.new_empty(0) for _ in range(3))
+        clamped = torch.empty_like(pull, dtype=torch.int8)
+    else:
+        pull, grad_mean = control.e0 * control.slope / z, control.mean_gradient() / z
+        grad_label, clamped = grad_label - pull * control.outside, control.clamped
+        mean_rows = rest.rows
+    loss, count = log_z - label_s, clamped.sum()
+    return loss, log_z, count, grad_label, pull, grad_mean, clamped, mean_rows
+
+
+@_forward.register_fake
+def _(hidden, weight, bias, labels, shared, tail, tail_log_weights, bucket_items, *options):
+    def new(*shape, dtype=torch.float32):
+        return hidden.new_empty(shape, dtype=dtype)
+
+    count = len(hidden)
+    result = (new(count), new(count), new(dtype=torch.int64), new(count))
+    if not options[-2]:
+        return *result, new(0), new(0), new(0, dtype=torch.int8), new(0)
+    means = 1 if bucket_items is None else len(bucket_items)
+    rows = new(means, hidden.shape[1])
+    return *result, new(count), new(count), new(count, dtype=torch.int8), rows
+
+
+@torch.library.custom_op("sce_lm::candidate_backward", mutates_args=())
+def _backward(
+    grad_loss: Tensor,
+    log_partition: Tensor,
+    grad_label: Tensor,
+    pull: Tensor,
+    grad_mean: Tensor,
+    clamped: Tensor,
+    mean_rows: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    shared: Tensor,
+    tail: Tensor,
+    tail_log_weights: Tensor,
+    bucket_items: Tensor | None,
+    bucket_of: Tensor | None,
+    bucket_log_weights: Tensor | None,
+    scale: float,
+    soft_cap: float | None,
+    control_variate: bool,
+    sparse_grad: bool,
+    needs_hidden: bool,
+    needs_weight: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of hidden states, weight and bias, empty where they are not needed; with
+    ``sparse_grad`` the weight's are rows ``[U, d]``, and their ids come last."""
+    strata = Strata(shared, tail, tail_log_weights, bucket_items, bucket_of, bucket_log_weights)
+    lists = candidate_lists(strata, len(hidden))
+    ratio, factor = normalised(grad_loss)
+    grad_label = grad_label * ratio
+    rest = None
+    if control_variate:
+        of = torch.zeros_like(labels) if bucket_of is None else bucket_of
+        rest = Rest(rest_size(strata, len(weight)), mean_rows, None, of)
+        grad_mean = grad_mean * ratio
+    loss = LossGradient(
+        log_partition,
+        ratio,
+        pull if rest is not None else None,
+        clamped if rest is not None and soft_cap is not None else None,
+    )
+    passed_on = None
+    if rest is not None and needs_weight and not sparse_grad:
+        passed_on = mean_gradient(hidden, grad_mean, rest)
+
+    targets: list[RowTarget | None] = [None] * len(lists)
+    num_slots = sum(members.num_slots for members in lists) if needs_weight else 0
+    slots = hidden.new_empty(num_slots, hidden.shape[1], dtype=torch.float32)
+    bias_slots = None if bias is None else slots.new_empty(num_slots)
+    if needs_weight:
+        sizes = [members.num_slots for members in lists]
+        rows = slots.split(sizes)
+        biases = [None] * len(lists) if bias_slots is None else bias_slots.split(sizes)
+        for i, members in enumerate(lists):
+            offset = (None, None) if passed_on is None else passed_on.offsets(members.kind)
+            targets[i] = RowTarget(rows[i], biases[i], *offset)
+    grad_hidden = backward_pass(
+        hidden,
+        weight,
+        bias,
+        labels,
+        LogitTransform(scale, soft_cap),
+        list(zip(lists, targets)),
+        loss,
+        factor,
+        label=RowTerm(grad_label, weight, labels),
+        mean=None if rest is None else RowTerm(grad_mean, rest.rows, rest.bucket_of),
+        needs_hidden=needs_hidden,
+    )
+    none = hidden.new_empty(0)
+    grad_hidden = none if grad_hidden is None else grad_hidden
+    if not needs_weight:
+        return grad_hidden, none.clone(), none.clone(), labels.new_empty(0)
+
+    listed = [members.ids.reshape(-1) for members in lists if members.ids is not None]
+    touched = touched_rows(torch.cat(listed), labels)
+    everywhere = bias_everywhere = None
+    if passed_on is not None:
+        everywhere, bias_everywhere = passed_on.share.sum(dim=0), passed_on.bias_share.sum()
+    if sparse_grad:
+        is_first = touched.ids.diff(prepend=touched.ids[:1] - 1) != 0
+        ids = touched.ids[is_first]
+        grad_weight = weight.new_empty(len(ids), weight.shape[1])
+    else:
+        ids = labels.new_empty(0)
+        fill = weight.new_zeros(weight.shape[1]) if everywhere is None else everywhere * factor
+        grad_weight = fill.to(weight.dtype).repeat(len(weight), 1)
+    grad_bias = none.clone()
+    if bias is not None:
+        fill = factor.new_zeros(()) if bias_everywhere is None else bias_everywhere * factor
+        grad_bias = fill.to(bias.dtype).repeat(len(bias))
+    merge_rows(
+        slots,
+        touched,
+        hidden,
+        grad_label,
+        factor,
+        grad_weight,
+        bias_slots=bias_slots,
+        bias_out=None if bias is None else grad_bias,
+        everywhere=everywhere,
+        bias_everywhere=bias_everywhere,
+        compact=sparse_grad,
+    )
+    return grad_hidden, grad_weight, grad_bias, ids
+
+
+@_backward.register_fake
+def _(grad_loss, *arguments):
+    hidden, weight, bias, labels = arguments[6:10]
+    sparse_grad, needs_hidden, needs_weight = arguments[-3:]
+    rows = labels.new_empty(0)
+    if sparse_grad and needs_weight:
+        rows = labels.new_empty(torch.library.get_ctx().new_dynamic_size())
+    shape = (len(rows) if sparse_grad else len(weight), weight.shape[1])
+    return (
+        hidden.new_empty(hidden.shape if needs_hidden else 0),
+        weight.new_empty(shape if needs_weight else 0),
+        hidden.new_empty(0) if bias is None or not needs_weight else torch.empty_like(bias),
+        rows,
+    )
+
+
+def _save(ctx, inputs, output):
+    ctx.options = inputs[11:]
+    ctx.save_for_backward(*inputs[:10], output[1], *output[3:])
+    ctx.mark_non_differentiable(*output[1:])
+
+
+def _differentiate(ctx, grad_loss, *_):
+    tensors, saved = ctx.saved_tensors[:10], ctx.saved_tensors[10:]
+    weight, bias = tensors[1:3]
+    needs_hidden, needs_row, needs_bias = ctx.needs_input_grad[:3]
+    sparse_grad = ctx.options[-1]
+    grad_hidden, grad_weight, grad_bias, ids = _backward(
+        grad_loss, *saved, *tensors, *ctx.options, needs_hidden, needs_row or needs_bias
+    )
+    if sparse_grad and needs_row:
+        grad_weight = torch.sparse_coo_tensor(
+            ids.unsqueeze(0), grad_weight, weight.shape, is_coalesced=True, check_invariants=False
+        )
+    return (
+        grad_hidden if needs_hidden else None,
+        grad_weight if needs_row else None,
+        grad_bias if bias is not None and needs_bias else None,
+        *[None] * 12,
+    )
+
+
+_forward.register_autograd(_differentiate, setup_context=_save)

@@ -1,0 +1,244 @@
+r"""Forward pass over one list: each position's sums over the list's columns.
+
+A program holds a tile of positions and walks over some of the list's column tiles. Rows of W are
+gathered by index inside the product; the logits of a tile live in registers and leave as sums that
+are kept in range by a running maximum (online log-sum-exp):
+
+    top   = max_j (s_tj + c_j)                      over columns j with c_j > -inf and j != y_t
+    total = sum_j exp(s_tj + c_j - top)
+
+For a tail with control variate also ``A0 = sum_j exp(c_j)`` and
+``A1 = sum_j exp(c_j) x_tj`` and, where a soft cap makes a clamp possible,
+``seen = sum_j exp(s_tj - top)``. With ``best`` the label's column stays in, and the class of the
+largest logit is kept, the first one if several tie.
+
+Each (split of the columns, position) is written by one program, so the result does not depend on
+the order of programs.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from sce_lm.ops.logits import LogitTransform
+from sce_lm.ops.triton.candidate_lists import CandidateList, position_tiles
+from sce_lm.ops.triton.configurations import configuration
+from sce_lm.ops.triton.logit_math import grouped, raw_logits, transform
+
+MAX_SPLITS = 64
+"""Most programs that share a tile of positions: the columns are split among them."""
+
+
+class ListSums(NamedTuple):
+    """Sums of one list, ``[splits, N]`` each; None where they were not asked for."""
+
+    top: torch.Tensor
+    total: torch.Tensor
+    a0: torch.Tensor | None = None
+    a1: torch.Tensor | None = None
+    seen: torch.Tensor | None = None
+    best: torch.Tensor | None = None
+    """Largest logit."""
+    best_item: torch.Tensor | None = None
+    """int32, its class."""
+
+
+@triton.jit
+def forward_kernel(
+    hidden,
+    weight,
+    bias,
+    labels,
+    ids,
+    log_weights,
+    weight_row,
+    order,
+    bounds,
+    tile_segment,
+    tile_start,
+    top_out,
+    total_out,
+    a0_out,
+    a1_out,
+    seen_out,
+    best_out,
+    best_item_out,
+    num_positions,
+    num_columns,
+    num_tiles,
+    num_splits,
+    tiles_per_split,
+    width,
+    stride_hidden,
+    stride_weight,
+    scale,
+    soft_cap,
+    EVEN_WIDTH: tl.constexpr,
+    BLOCK_POSITIONS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+    BLOCK_WIDTH: tl.constexpr,
+):
+    tile, split = grouped(tl.program_id(0), num_tiles, num_splits)
+    segment = tl.load(tile_segment + tile)
+    start = tl.load(tile_start + tile)
+    end = tl.load(bounds + segment + 1)
+    if start >= end:
+        return
+    place = start + tl.arange(0, BLOCK_POSITIONS)
+    is_position = place < end
+    position = tl.load(order + place, mask=is_position, other=0)
+    label = tl.load(labels + position).to(tl.int32)
+
+    top = tl.full([BLOCK_POSITIONS], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_POSITIONS], tl.float32)
+    a0 = tl.zeros([BLOCK_POSITIONS], tl.float32)
+    a1 = tl.zeros([BLOCK_POSITIONS], tl.float32)
+    seen = tl.zeros([BLOCK_POSITIONS], tl.float32)
+    best = tl.full([BLOCK_POSITIONS], float("-inf"), tl.float32)
+    best_item = tl.zeros([BLOCK_POSITIONS], tl.int32)
+
+    first = split * tiles_per_split
+    last = tl.minimum(first + tiles_per_split, tl.cdiv(num_columns, BLOCK_COLUMNS))
+    for column_tile in range(first, last):
+        column = column_tile * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+        is_column = column < num_columns
+        if ids is not None:
+            item = tl.load(ids + segment * num_columns + column, mask=is_column, other=0)
+        else:
+            item = tl.where(is_column, column, 0).to(tl.int64)
+        x = raw_logits(
+            hidden,
+            weight,
+            bias,
+            position,
+            item,
+            width,
+            stride_hidden,
+            stride_weight,
+            EVEN_WIDTH,
+            BLOCK_POSITIONS,
+            BLOCK_COLUMNS,
+            BLOCK_WIDTH,
+        )
+        s = transform(x, scale, soft_cap)
+        present = is_position[:, None] & is_column[None, :]
+        t = s
+        if log_weights is not None:
+            if weight_row is not None:
+                row = tl.load(weight_row + position)[:, None]
+            else:
+                row = tl.zeros_like(position)[:, None] + segment
+            c = tl.load(log_weights + row * num_columns + column[None, :], mask=present, other=0.0)
+            present &= c > float("-inf")
+            t += c
+        if best_out is not None:
+            in_tile, where = tl.max(tl.where(present, s, float("-inf")), 1, return_indices=True)
+            better = in_tile > best
+            best = tl.where(better, in_tile, best)
+            best_item = tl.where(better, column_tile * BLOCK_COLUMNS + where, best_item)
+        else:
+            present &= label[:, None] != item.to(tl.int32)[None, :]
+
+        t = tl.where(present, t, float("-inf"))
+        new_top = tl.maximum(top, tl.max(t, axis=1))
+        shift = tl.where(new_top > float("-inf"), new_top, 0.0)
+        shrink = tl.exp(top - shift)
+        total = total * shrink + tl.sum(tl.exp(t - shift[:, None]), axis=1)
+        top = new_top
+        if a0_out is not None:
+            inverse = tl.where(present, tl.exp(c), 0.0)
+            a0 += tl.sum(inverse, axis=1)
+            a1 += tl.sum(inverse * x, axis=1)
+        if seen_out is not None:
+            e = tl.where(present, tl.exp(s - shift[:, None]), 0.0)
+            seen = seen * shrink + tl.sum(e, axis=1)
+
+    at = split.to(tl.int64) * num_positions + position
+    tl.store(top_out + at, top, mask=is_position)
+    tl.store(total_out + at, total, mask=is_position)
+    if a0_out is not None:
+        tl.store(a0_out + at, a0, mask=is_position)
+        tl.store(a1_out + at, a1, mask=is_position)
+    if seen_out is not None:
+        tl.store(seen_out + at, seen, mask=is_position)
+    if best_out is not None:
+        tl.store(best_out + at, best, mask=is_position)
+        tl.store(best_item_out + at, best_item, mask=is_position)
+
+
+def list_sums(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    labels: torch.Tensor,
+    members: CandidateList,
+    post: LogitTransform,
+    *,
+    control: bool = False,
+    best: bool = False,
+) -> ListSums:
+    """Launch the kernel on one list.
+
+    Args:
+        hidden: ``[N, d]``; weight: ``[V, d]`` of the same dtype; both with unit stride along d.
+        bias: ``[V]`` or None.
+        labels: ``[N]`` int64.
+        control: also what the control variate needs of this list.
+        best: keep the label's column, and also return the largest logit and its class.
+    """
+    num_positions, width = hidden.shape
+    blocks = configuration(_kind(members), hidden)
+    tiles = position_tiles(members, blocks.block_positions)
+    column_tiles = triton.cdiv(members.num_columns, blocks.block_columns)
+    tiles_per_split = max(1, triton.cdiv(column_tiles, MAX_SPLITS))
+    splits = max(1, triton.cdiv(column_tiles, tiles_per_split))
+
+    def new(wanted: bool, dtype: torch.dtype = torch.float32) -> torch.Tensor | None:
+        return hidden.new_empty(splits, num_positions, dtype=dtype) if wanted else None
+
+    of_tail = control and members.kind == "tail"
+    sums = ListSums(
+        hidden.new_empty(splits, num_positions, dtype=torch.float32),
+        hidden.new_empty(splits, num_positions, dtype=torch.float32),
+        a0=new(of_tail),
+        a1=new(of_tail),
+        seen=new(of_tail and post.soft_cap is not None),
+        best=new(best),
+        best_item=new(best, torch.int32),
+    )
+    blocks.launch(
+        forward_kernel,
+        (tiles.count * splits,),
+        hidden,
+        weight,
+        bias,
+        labels,
+        members.ids,
+        members.log_weights,
+        members.weight_row,
+        members.order,
+        members.bounds,
+        tiles.segment,
+        tiles.start,
+        *sums,
+        num_positions,
+        members.num_columns,
+        tiles.count,
+        splits,
+        tiles_per_split,
+        width,
+        hidden.stride(0),
+        weight.stride(0),
+        post.scale,
+        post.soft_cap,
+        EVEN_WIDTH=width % blocks.block_width == 0,
+    )
+    return sums
+
+
+def _kind(members: CandidateList) -> str:
+    return "forward" if members.log_weights is None else "forward_weighted"

@@ -1,0 +1,130 @@
+"""Candidate lists, as the kernels see them: columns, and the positions that use them.
+
+A list holds ``K`` columns for each of ``L`` segments of positions. The shared list and the tail
+have one segment with all positions; the buckets' lists have a segment a bucket, of any size; the
+whole catalogue is a list whose columns are the classes themselves. Positions are visited in an
+``order`` in which segments are contiguous, and each tile of positions lies in one segment. The
+number of tiles depends on N and L alone, not on how positions fall into segments, so that nothing
+waits for the device: surplus tiles are empty.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+
+
+@dataclass(frozen=True)
+class CandidateList:
+    """Columns of ``L`` segments of positions."""
+
+    num_columns: int
+    """K."""
+    ids: torch.Tensor | None
+    """``[L, K]`` int64 classes; None: column j is class j."""
+    order: torch.Tensor
+    """``[N]`` int64: positions, segment after segment."""
+    bounds: torch.Tensor
+    """``[L + 1]`` int64: where segments start in ``order``."""
+    log_weights: torch.Tensor | None = None
+    """``[R, K]`` fp32, -inf leaves a column out; None: all 0."""
+    weight_row: torch.Tensor | None = None
+    """``[N]`` int64: each position's row of ``log_weights``; None: its segment."""
+    kind: Literal["shared", "tail", "bucket", "catalogue"] = "shared"
+    """What the columns are. A tail is a sample of the rest R: the control variate applies."""
+
+    @property
+    def num_segments(self) -> int:
+        return len(self.bounds) - 1
+
+    @property
+    def num_slots(self) -> int:
+        """Columns of all segments."""
+        return self.num_segments * self.num_columns
+
+
+class Strata(NamedTuple):
+    """The tensors of :class:`sce_lm.ops.candidate_cross_entropy.Candidates`."""
+
+    shared: torch.Tensor
+    tail: torch.Tensor
+    tail_log_weights: torch.Tensor
+    bucket_items: torch.Tensor | None
+    bucket_of: torch.Tensor | None
+    bucket_log_weights: torch.Tensor | None
+
+
+class PositionTiles(NamedTuple):
+    """Tiles of at most ``block`` positions of one segment."""
+
+    segment: torch.Tensor
+    """``[T]`` int64."""
+    start: torch.Tensor
+    """``[T]`` int64: first place in ``order``; a surplus tile starts at the segment's end."""
+
+    @property
+    def count(self) -> int:
+        return len(self.segment)
+
+
+def position_tiles(members: CandidateList, block: int) -> PositionTiles:
+    """Cut the segments into tiles: ``T = ceil(N / block) + L - 1`` holds them all."""
+    bounds, last = members.bounds, members.num_segments - 1
+    count = -(-len(members.order) // block) + last
+    tile = torch.arange(count, device=bounds.device)
+    if last == 0:
+        return PositionTiles(torch.zeros_like(tile), tile * block)
+    tiles = (bounds.diff() + block - 1) // block
+    ends = tiles.cumsum(0)
+    segment = torch.searchsorted(ends, tile, right=True).clamp_max_(last)
+    start = bounds[segment] + (tile - (ends - tiles)[segment]) * block
+    return PositionTiles(segment, torch.minimum(start, bounds[segment + 1]))
+
+
+def whole_catalogue(num_positions: int, vocab_size: int, device: torch.device) -> CandidateList:
+    """The list of every class, for every position."""
+    order, bounds = _everyone(num_positions, device)
+    return CandidateList(vocab_size, None, order, bounds, kind="catalogue")
+
+
+def candidate_lists(candidates: Strata, num_positions: int) -> list[CandidateList]:
+    """Shared, tail and bucket lists of a call; at least one, which may be empty."""
+    shared, tail, c, items, bucket_of, bucket_c = candidates
+    order, bounds = _everyone(num_positions, shared.device)
+    lists = []
+    if len(shared):
+        lists.append(CandidateList(len(shared), shared, order, bounds))
+    if len(tail):
+        c = c.float().unsqueeze(0)
+        if items is not None:  # an item of the position's own bucket is not in its rest
+            own = _found(tail.expand(len(items), -1), items, bucket_c)
+            c = c.masked_fill(own, -torch.inf).contiguous()
+        row = bucket_of if len(c) > 1 else None
+        lists.append(CandidateList(len(tail), tail, order, bounds, c, row, "tail"))
+    if items is not None and bucket_of is not None and items.shape[1]:
+        by_bucket, order = torch.sort(bucket_of, stable=True)
+        edges = torch.arange(len(items) + 1, device=items.device)
+        bounds = torch.searchsorted(by_bucket, edges)
+        c = None if bucket_c is None else bucket_c.float().contiguous()
+        ids = items.contiguous()
+        lists.append(CandidateList(items.shape[1], ids, order, bounds, c, kind="bucket"))
+    return lists or [CandidateList(0, shared, order, bounds)]
+
+
+def _everyone(num_positions: int, device: torch.device):
+    order = torch.arange(num_positions, device=device)
+    bounds = torch.arange(2, device=device) * num_positions
+    return order, bounds
+
+
+def _found(ids: torch.Tensor, rows: torch.Tensor, log_weights: torch.Tensor | None) -> torch.Tensor:
+    """Whether each id of a row is among the present items of the same row of ``rows``."""
+    if rows.shape[1] == 0:
+        return torch.zeros_like(ids, dtype=torch.bool)
+    if log_weights is not None:  # an empty slot may repeat any id
+        rows = rows.masked_fill(log_weights == -torch.inf, -1)
+    rows = rows.sort(dim=1).values
+    slot = torch.searchsorted(rows, ids.contiguous()).clamp_max_(rows.shape[1] - 1)
+    return rows.gather(1, slot) == ids

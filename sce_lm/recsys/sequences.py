@@ -1,0 +1,143 @@
+"""From the events of a log to token sequences, a training set and statistics."""
+
+import warnings
+
+import numpy as np
+import polars as pl
+import pyarrow as pa
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from sce_lm.recsys.events import read_events
+
+
+def catalogue(log: pl.LazyFrame) -> list[str]:
+    """The distinct item ids of a log by first appearance, an order that a longer log only adds
+    to."""
+    distinct = log.select(pl.col("item").unique(maintain_order=True))
+    return distinct.collect(engine="streaming")["item"].to_list()
+
+
+def user_sequences(log: pl.LazyFrame, tokenizer: PreTrainedTokenizerBase) -> pl.DataFrame:
+    """Every user's items as tokens, in order of time (ties keep the order of the file).
+
+    Items that the tokenizer does not know are left out, and a warning counts their events.
+
+    Args:
+        log: as from ``read_interactions``.
+        tokenizer: an item tokenizer.
+
+    Returns:
+        A row a user, in order of first appearance: ``user`` (string), ``items`` (list of int32
+        token ids) and, if the log has times, ``times`` (a list as long).
+
+    Raises:
+        ValueError: the tokenizer knows none of the items.
+    """
+    vocabulary = tokenizer.get_vocab()
+    tokens = pl.DataFrame(
+        {"item": list(vocabulary), "token": list(vocabulary.values())},
+        schema={"item": pl.String, "token": pl.Int32},
+    ).filter(~pl.col("token").is_in(tokenizer.all_special_ids))
+    del vocabulary
+    events = read_events(log)
+    of_item = events.items.to_frame("item").join(
+        tokens, on="item", how="left", maintain_order="left"
+    )["token"]
+    token = of_item.fill_null(-1).to_numpy()[events.item]
+    known = token >= 0
+    unknown = len(token) - int(known.sum())
+    if unknown == len(token):
+        raise ValueError(
+            f"The tokenizer ({len(tokenizer)} tokens) knows none of the items of "
+            f"the log's {unknown} events; build it from this log or give the log behind it."
+        )
+    user, time = events.user, events.time
+    if unknown:
+        warnings.warn(
+            f"{unknown} of {len(token)} events are of items that the tokenizer does not know; "
+            "they are left out.",
+            stacklevel=2,
+        )
+        token, user = token[known], user[known]
+        time = None if time is None else time.filter(pl.Series(known))
+    lengths = np.bincount(user, minlength=len(events.users))
+    columns = {"user": events.users, "items": as_lists(pl.Series(token), lengths)}
+    if time is not None:
+        columns["times"] = as_lists(time, lengths)
+    return pl.DataFrame(columns).filter(pl.Series(lengths > 0))
+
+
+def as_lists(values: pl.Series, lengths: np.ndarray) -> pl.Series:
+    """Cut a column into consecutive lists.
+
+    Args:
+        values: [sum of lengths], without nulls.
+        lengths: int [lists].
+    """
+    offsets = pa.array(np.concatenate(([0], np.cumsum(lengths, dtype=np.int64))))
+    lists = pl.from_arrow(pa.LargeListArray.from_arrays(offsets, values.to_physical().to_arrow()))
+    assert isinstance(lists, pl.Series)
+    return lists.cast(pl.List(values.dtype))
+
+
+def training_dataset(sequences: pl.DataFrame, max_length: int) -> Dataset:
+    """The training sequences as a ``datasets.Dataset`` with ``input_ids`` and ``labels``.
+
+    Labels are the same ids: as with any causal language model the shift by one happens inside. Each
+    user gives one row, the last ``max_length`` items; users with a single item have nothing to
+    predict and are left out. Pad with ``transformers.DataCollatorForSeq2Seq(tokenizer)``, which
+    fills labels with -100.
+
+    Args:
+        sequences: frame with a column ``items``.
+        max_length: largest number of items in a row, at least 2.
+
+    Raises:
+        ValueError: ``max_length`` below 2, or no user has two items.
+    """
+    if max_length < 2:
+        raise ValueError(
+            f"max_length is {max_length}, but predicting an item from another takes at least 2."
+        )
+    rows = sequences.select(input_ids=pl.col("items").list.tail(max_length))
+    rows = rows.filter(pl.col("input_ids").list.len() >= 2)
+    if rows.is_empty():
+        raise ValueError(
+            f"None of the {len(sequences)} training sequences has 2 items; there is nothing "
+            "to learn from: give a log with longer histories."
+        )
+    return Dataset.from_polars(rows.with_columns(labels="input_ids"))
+
+
+def statistics(sequences: pl.DataFrame) -> dict[str, int | float]:
+    """Users, items, events, the distribution of sequence lengths, and ties in time; ready for
+    printing or JSON.
+
+    Args:
+        sequences: as from :func:`user_sequences`.
+
+    Returns:
+        With times also ``tied_events`` (events at the same time as the user's event before) and
+        ``users_tied_at_the_end`` (those whose last two events tie: the order of the file decides
+        which of the two a leave-one-out split asks for).
+    """
+    lengths = sequences["items"].list.len()
+    quantiles = {"min": 0.0, "p25": 0.25, "median": 0.5, "p75": 0.75, "p95": 0.95, "max": 1.0}
+    found = {
+        "users": len(sequences),
+        "items": sequences["items"].explode().n_unique(),
+        "events": int(lengths.sum()),
+        "length_mean": float(lengths.cast(pl.Float64).sum() / len(sequences)),
+    } | {
+        f"length_{name}": int(lengths.quantile(q, "nearest") or 0) for name, q in quantiles.items()
+    }
+    if "times" in sequences.columns:
+        times = sequences["times"].explode().to_physical().to_numpy()
+        ends = lengths.cum_sum().to_numpy()
+        same = np.zeros(len(times), dtype=bool)
+        np.equal(times[1:], times[:-1], out=same[1:])
+        same[ends[:-1]] = False  # a user's first event has none before it
+        found["tied_events"] = int(same.sum())
+        found["users_tied_at_the_end"] = int(same[ends - 1].sum())
+    return found

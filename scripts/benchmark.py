@@ -1,0 +1,53 @@
+"""Measure losses over a large vocabulary.
+
+    python scripts/benchmark.py loss --tokens 2048 --vocab 151936 --dim 896
+    python scripts/benchmark.py estimators --real runs/lm_embedded --plot estimators.png
+    python scripts/benchmark.py scale --plot scale.png
+    python scripts/benchmark.py kernels --json kernels.json
+
+`--help` after a subcommand lists its options. The table goes to standard output, progress to
+standard error, and with `--json FILE` every figure to a file.
+"""
+
+import argparse
+import importlib
+import signal
+import sys
+from pathlib import Path
+
+import torch
+
+from sce_lm.benchmarks import SUBCOMMANDS
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description="Measure losses over a large vocabulary.",
+        epilog="`benchmark.py SUBCOMMAND --help` lists its options.",
+    )
+    parser.add_argument("subcommand", choices=SUBCOMMANDS)
+    parser.add_argument("options", nargs=argparse.REMAINDER)
+    chosen = parser.parse_args()
+
+    module = importlib.import_module(f"sce_lm.benchmarks.{chosen.subcommand}")
+    command = argparse.ArgumentParser(
+        prog=f"benchmark.py {chosen.subcommand}",
+        description=module.__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    command.add_argument("--json", type=Path, metavar="FILE", help="write all figures there")
+    command.add_argument("--plot", type=Path, metavar="FILE", help="write a plot (PNG) there")
+    command.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
+    command.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of the CPU")
+    module.add_arguments(command)
+    arguments = command.parse_args(chosen.options)
+    arguments.device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # temporary files go then too
+    try:
+        module.run(arguments)
+    except (ValueError, OSError, ImportError) as error:
+        sys.exit(f"benchmark.py: {error}")
+
+
+if __name__ == "__main__":
+    main()

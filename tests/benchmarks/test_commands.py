@@ -1,0 +1,180 @@
+"""scripts/benchmark.py end to end, at tiny sizes."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from support.models import tiny_model
+from support.training import ONE_THREAD, documentation, write_text
+from transformers import AutoTokenizer
+
+from sce_lm import objectives
+from sce_lm.benchmarks import rows, scale
+from sce_lm.benchmarks.estimators import ESTIMATORS
+from sce_lm.benchmarks.loss import methods
+from sce_lm.benchmarks.methods import Method, choose
+from sce_lm.benchmarks.peers import PEERS, Peer
+from sce_lm.benchmarks.problem import random_problem
+from sce_lm.benchmarks.rows import Settings, measure_rows
+
+ONCE = ("--repeats", "1", "--threads", "1")
+
+
+def benchmark(*arguments: object, fails: bool = False) -> subprocess.CompletedProcess:
+    command = [sys.executable, "scripts/benchmark.py", *map(str, arguments)]
+    result = subprocess.run(command, capture_output=True, text=True, env=ONE_THREAD, check=False)
+    assert bool(result.returncode) == fails, result.stderr
+    return result
+
+
+def test_loss(tmp_path):
+    sizes = ("--tokens", 96, "--vocab", 700, "--dim", 16, "--candidates", 64)
+    result = benchmark(
+        *("loss", *sizes, *ONCE, "--draws", 2, "--methods", "stock,liger,tail"),
+        *("--json", tmp_path / "loss.json", "--plot", tmp_path / "loss.png"),
+    )
+    found = json.loads((tmp_path / "loss.json").read_text())
+    stock, liger, tail = found["rows"]
+    assert found["problem"]["vocab_size"] == 700
+    assert found["machine"]["threads"] == 1
+    assert liger["skipped"]  # not installed, or no GPU
+    assert f"Liger: skipped; {liger['skipped']}" in " ".join(result.stdout.split())
+    for head in ("trainable", "frozen"):
+        assert stock[head]["speedup"] == 1
+        speedup = stock[head]["seconds"] / tail[head]["seconds"]
+        assert tail[head]["speedup"] == pytest.approx(speedup)
+        over = tail[head]["seconds"] / tail["floor"][head]["seconds"]
+        assert tail[head]["over_floor"] == pytest.approx(over)
+        assert sum(tail["floor"][head]["terms"].values()) == tail["floor"][head]["seconds"]
+    assert abs(stock["quality"]["bias"]) < 1e-5
+    assert tail["quality"]["products"] == 64
+    assert 0.5 < tail["quality"]["cos_weight"] < 1
+    assert "SCE, tail of 64" in result.stdout
+    assert "3/3" in result.stderr
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_estimators(tmp_path):
+    write_text(tmp_path)
+    model = tiny_model("llama", vocab_size=600)
+    model.save_pretrained(tmp_path / "model")
+    AutoTokenizer.from_pretrained(tmp_path / "tokenizer").save_pretrained(tmp_path / "model")
+    (tmp_path / "plain.txt").write_text(documentation()[0])
+    benchmark(
+        *("estimators", "--real", tmp_path / "model", "--text", tmp_path / "plain.txt"),
+        *(*ONCE, "--tokens", 100, "--draws", 1, "--methods", "published-64", "--initial"),
+        *("--json", tmp_path / "found.json", "--plot", tmp_path / "found.png"),
+    )
+    trained, initial = json.loads((tmp_path / "found.json").read_text())["tables"]
+    assert initial["problem"]["title"].endswith("at initialisation")
+    for table in (trained, initial):
+        (row,) = table["rows"]
+        assert row["quality"]["coverage"] <= 1
+        assert row["quality"]["relative_error"] > 0
+        assert row["floor"] == {}
+    assert trained["rows"][0]["quality"]["loss"] != initial["rows"][0]["quality"]["loss"]
+    assert (tmp_path / "found.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_scale(tmp_path):
+    benchmark(
+        *("scale", "--dim", 8, "--tokens", 32, "--vocab", 600, "--vocabs", 500, 1000),
+        *("--token-counts", 16, "--candidates", 20, "--budget", "1e-9", *ONCE),
+        *("--json", tmp_path / "scale.json", "--plot", tmp_path / "scale.png"),
+    )
+    points = json.loads((tmp_path / "scale.json").read_text())["points"]
+    sizes = [(p["method"], p["positions"], p["vocab_size"]) for p in points]
+    assert sizes == [
+        ("sce", 32, 500),
+        ("sce", 32, 1000),
+        ("exact", 32, 500),
+        ("exact", 32, 1000),
+        ("sce", 16, 600),
+        ("exact", 16, 600),
+    ]
+    assert points[3]["error"].startswith("about")  # over the budget, by the point before
+    for point in points[:3] + points[4:]:
+        assert point["seconds"] > 0
+        assert point["table_mib"] == point["vocab_size"] * 8 * 4 / 2**20
+    assert points[0]["state_bytes_an_item"] >= 8  # counts
+    assert points[2]["state_bytes_an_item"] == 0
+    assert (tmp_path / "scale.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_state_bytes_are_those_of_all_its_tensors():
+    objective = objectives.get("sce", num_buckets=0)
+    hidden, weight = torch.randn(5, 4), torch.randn(1000, 4, requires_grad=True)
+    objective(hidden, weight, torch.arange(5))
+    state = objective.state
+    assert state is not None
+    held = scale.tensor_bytes(state)
+    assert 8 * 1000 <= held < 8 * 1000 * 4
+    state.more = [{"a": torch.zeros(100)}, torch.zeros(50)[:10]]
+    assert scale.tensor_bytes(state) == held + 4 * 150
+    assert scale.tensor_bytes(None) == 0
+
+
+def test_what_is_missing_or_fails_is_a_row(tmp_path, monkeypatch):
+    problem = random_problem(tmp_path, 32, 200, 8, "float32")
+    monkeypatch.setitem(PEERS, "absent", Peer(lambda post, device: None, {}, "no-pkg", "no_pkg"))
+    asked = [
+        Method("absent", "absent", {"name": "absent"}),
+        Method("broken", "broken", {"name": "sce", "tails": 3}),
+    ]
+    settings = Settings(repeats=1, budget=1.0, draws=1, device="cpu", threads=1)
+    absent, broken = measure_rows(
+        problem, tmp_path, asked, settings, heads=("trainable",), floors=False
+    )
+    assert absent["skipped"] == "not installed: pip install no-pkg"
+    assert "no option 'tails'" in broken["trainable"]["error"]
+    assert broken["quality"] == {}
+
+
+def test_logits_that_do_not_fit_are_not_tried():
+    stock = PEERS["stock"]
+    assert stock.unavailable(10**6, "cpu") is None
+    reason = stock.unavailable(10**15, "cpu")
+    assert reason is not None
+    assert "GiB for its logits" in reason
+    assert replace(stock, logit_buffers={}).unavailable(10**15, "cpu") is None
+    assert replace(stock, devices=("cuda",)).unavailable(1, "cpu") == "runs on cuda only"
+
+
+def test_names():
+    known = methods(128)
+    assert [m.name for m in choose(known, "tail,stock")] == ["tail", "stock"]
+    assert choose(known, None) == known
+    with pytest.raises(ValueError, match="'tial'; choose from stock"):
+        choose(known, "tial")
+    for method in known:
+        if method.specification["name"] not in PEERS:
+            objectives.get(**method.specification)
+    for _, _, specification in ESTIMATORS:
+        objectives.get(**specification)
+
+
+def test_errors_are_one_line(tmp_path):
+    result = benchmark("loss", "--methods", "nothing", fails=True)
+    assert result.stderr.startswith("benchmark.py: --methods has 'nothing'")
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_a_state_that_has_seen_text_is_taken_over(tmp_path, monkeypatch):
+    """Objectives start with the counts of the problem's past, as in the course of training."""
+    random_problem(tmp_path, 32, 200, 8, "float32")
+    rows.write_reference(str(tmp_path), "cpu", 1)
+    seen = []
+    build = rows._build
+
+    def spy(*arguments):
+        loss, objective = build(*arguments)
+        seen.append(objective)
+        return loss, objective
+
+    monkeypatch.setattr(rows, "_build", spy)
+    settings = {"repeats": 1, "budget": 1.0, "draws": 1, "device": "cpu", "threads": 1}
+    rows.measure_method(str(tmp_path), {"name": "sce"}, True, settings)
+    assert seen[-1].state.counts.sum() >= 50 * 32

@@ -1,0 +1,267 @@
+"""BIR and XIR: the published loss, what it weighs by, and the corrected form's Monte-Carlo test."""
+
+import pytest
+import torch
+from support.monte_carlo import PAST, V, call_bias, peaked_problem, pool_bias
+from support.problems import gradients, make_problem
+
+import sce_lm.objectives.xir as module
+from sce_lm import LogitTransform, objectives
+from sce_lm.candidates.cache import DRAWN, OCCURRENCES
+from sce_lm.objectives.base import HeadInputs
+from sce_lm.objectives.reference import position_reference
+
+PLAIN, CAP = LogitTransform(), LogitTransform(1.2, 12.0)
+
+
+def estimator(name, **options):
+    """With a past of labels and, for XIR, of draws that met the classes with large logits."""
+    made = objectives.get(name, **options)
+    made.state.counts = PAST.clone()
+    made.state.memory[OCCURRENCES] = 1.0 + 20 * torch.exp(2 * peaked_problem().bias)
+    return made
+
+
+def spy(monkeypatch):
+    """Logs of resampling weights, and counts, of each call to multinomial_counts."""
+    calls = []
+    draw = module.multinomial_counts
+
+    def watched(log_weights, draws, generator):
+        calls.append((log_weights, draw(log_weights, draws, generator)))
+        return calls[-1][1]
+
+    monkeypatch.setattr(module, "multinomial_counts", watched)
+    return calls
+
+
+@pytest.mark.parametrize("popularity", ["counts", "log", "power"])
+def test_published_bir_is_the_papers(popularity, monkeypatch):
+    """A pool of N rows with repetitions, as the paper has it, against distinct ids with counts."""
+    problem, calls = make_problem(40, V, 6), spy(monkeypatch)
+    loss = estimator("bir", num_negatives=25, popularity=popularity)(
+        *problem[:3], bias=problem.bias, post=CAP
+    )
+    s = CAP(problem.hidden @ problem.weight.T + problem.bias)[:, problem.labels]
+    pop = (PAST + torch.bincount(problem.labels, minlength=V))[problem.labels].double()
+    pop = {"counts": pop, "log": torch.log1p(pop), "power": pop**0.75}[popularity]
+    w = torch.softmax(s - pop.log(), dim=1)
+    ids, slot = torch.unique(problem.labels, return_inverse=True)
+    log_w, k = calls[0]
+    expected_w = torch.zeros(40, len(ids), dtype=w.dtype).index_add(1, slot, w)
+    torch.testing.assert_close(torch.softmax(log_w, dim=1), expected_w)
+    assert (k.sum(dim=1) == 25).all()
+    expected = position_reference(
+        *problem[:3], ids.expand(40, -1), k.log(), bias=problem.bias, post=CAP, keep_label=True
+    ).mean()
+    torch.testing.assert_close(loss, expected)
+    for mine, want in zip(gradients(loss, problem), gradients(expected, problem)):
+        torch.testing.assert_close(mine, want, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("cache_weight", [0.5, 0.2])
+def test_published_xir_is_the_papers(cache_weight, monkeypatch):
+    problem, calls = make_problem(40, V, 6), spy(monkeypatch)
+    xir = estimator("xir", num_negatives=25, cache_size=60, cache_weight=cache_weight)
+    caches = []
+    draw = module.draw_cache
+    monkeypatch.setattr(
+        module, "draw_cache", lambda *args, **k: caches.append(draw(*args, **k)) or caches[-1]
+    )
+    loss = xir(*problem[:3], bias=problem.bias)
+    ids, n = torch.unique(problem.labels, return_counts=True)
+    cache = caches[0]
+    assert cache.counts.sum() == 60
+    held = cache.counts > 0
+    seen = PAST + torch.bincount(problem.labels, minlength=V)
+    s = problem.hidden @ problem.weight.T + problem.bias
+    expected = []
+    for pool, m, (log_w, k) in zip((ids, cache.ids[held]), (n, cache.counts[held]), calls):
+        w = torch.softmax(s[:, pool] + (m / seen[pool].double()).log(), dim=1)
+        torch.testing.assert_close(torch.softmax(log_w, dim=1), w)
+        assert (k.sum(dim=1) == 12).all()
+        expected.append(
+            position_reference(
+                *problem[:3], pool.expand(40, -1), k.log(), bias=problem.bias, keep_label=True
+            ).mean()
+        )
+    wanted = (1 - cache_weight) * expected[0] + cache_weight * expected[1]
+    torch.testing.assert_close(loss, wanted)
+    for mine, want in zip(gradients(loss, problem), gradients(wanted, problem)):
+        torch.testing.assert_close(mine, want, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("corrected", [False, True], ids=["published", "importance"])
+def test_negatives_weigh_as_p_squared_as_published_and_as_p_corrected(corrected):
+    hidden, weight, _, bias = peaked_problem()
+    inputs = HeadInputs(hidden[:1], weight, torch.tensor([V - 1]), bias, PLAIN, None, None, False)
+    everyone = torch.arange(V - 1)
+    pool = module._Pool(everyone, torch.zeros(V - 1, dtype=torch.float64))  # n_j = pop_j
+    generator = torch.Generator().manual_seed(0)
+    c, drawn = module._resample(inputs, pool, 400_000, generator, corrected=corrected)
+    assert drawn.sum() == 400_000
+    s = (hidden[:1] @ weight.T + bias)[:, : V - 1]
+    found = torch.softmax(s + c, dim=1)
+    wanted = {power: torch.softmax(power * s, dim=1) for power in (1, 2)}
+    distance = {power: 0.5 * (found - p).abs().sum() for power, p in wanted.items()}
+    right, wrong = (1, 2) if corrected else (2, 1)
+    assert distance[right] < 0.03
+    assert distance[wrong] > 0.15
+
+
+CORRECTED = {
+    "bir": {"num_negatives": 30, "correction": "importance"},
+    "xir": {"num_negatives": 30, "cache_size": 300, "correction": "importance"},
+}
+
+
+@pytest.mark.parametrize("post", [PLAIN, CAP], ids=["", "cap"])
+@pytest.mark.parametrize("name", CORRECTED)
+def test_partition_is_unbiased(name, post):
+    draws = 120 if name == "bir" else 60
+    bias = pool_bias(estimator(name, **CORRECTED[name]), draws, post=post)
+    assert (bias.standard_error <= 0.003).all()
+    assert bias.is_zero, bias
+
+
+def test_xir_stays_unbiased_after_training_on_other_parameters():
+    """Occurrences have followed calls with other weights; the new ones must not notice."""
+    xir = estimator("xir", **CORRECTED["xir"])
+    before = xir.state.memory[OCCURRENCES].clone()
+    for seed in range(5):
+        past = make_problem(200, V, 8, seed=seed, spread=2.0)
+        xir(*past[:3], bias=past.bias)
+    xir.state.counts = PAST.clone()
+    assert (xir.state.memory[OCCURRENCES] > before + 10).any()
+    assert pool_bias(xir, 60).is_zero
+
+
+def test_planted_errors_are_found(monkeypatch):
+    draw, resample = module.draw_cache, module._resample
+
+    def found():
+        return not pool_bias(estimator("xir", **CORRECTED["xir"]), 50).is_zero
+
+    with monkeypatch.context() as planted:  # the cache's classes weighed as if from the batch
+        planted.setattr(
+            module, "draw_cache", lambda *a, **k: draw(*a, **k)._replace(q=torch.zeros(()))
+        )
+        assert found()
+    with monkeypatch.context() as planted:  # the density before the latest occurrences
+        planted.setattr(
+            module,
+            "draw_cache",
+            lambda *a, **k: (c := draw(*a, **k))._replace(q=torch.full_like(c.q, 1 / V)),
+        )
+        assert found()
+    with monkeypatch.context() as planted:  # the label twice
+
+        def with_label(inputs, *args, corrected):
+            nobody = inputs.labels.new_full(inputs.labels.shape, -1)
+            kept = HeadInputs(
+                inputs.hidden, inputs.weight, nobody, inputs.bias, inputs.post, None, None, False
+            )
+            return resample(kept, *args, corrected=corrected)
+
+        make = module.PositionCandidates
+        planted.setattr(module, "_resample", with_label)
+        planted.setattr(
+            module,
+            "PositionCandidates",
+            lambda *a, **fields: make(*a, **{**fields, "keep_label": True}),
+        )
+        assert found()
+    assert not found()
+
+
+@pytest.mark.parametrize("name", ["bir", "xir"])
+def test_published_form_is_biased(name):
+    assert not call_bias(estimator(name, num_negatives=30), peaked_problem(), 50).is_zero
+
+
+def test_one_label_for_all_positions():
+    problem = make_problem(4, 20, 3)
+    labels = torch.full((4,), 7)
+    loss = objectives.get("bir", correction="importance")(problem.hidden, problem.weight, labels)
+    assert abs(loss) < 1e-12
+    assert all(torch.isfinite(g).all() for g in torch.autograd.grad(loss, problem[:2]))
+
+
+def test_draws_reach_the_cache_and_the_log():
+    problem = make_problem(50, V, 6, spread=3.0)
+    xir = objectives.get("xir", num_negatives=20, cache_size=40)
+    with torch.no_grad():
+        xir(*problem[:3])
+    assert not xir.state.memory  # calls without gradients do not count
+    xir(*problem[:3])
+    occurrences = xir.state.memory[OCCURRENCES]
+    assert occurrences.sum() == V + 50 * 20
+    drawn = xir.state.memory[DRAWN]
+    assert torch.equal((occurrences > 1).nonzero().squeeze(1), drawn)
+    first = xir.state.summary()["distinct_cached"]
+    assert 20 < first <= 40
+    for _ in range(40):
+        xir(*problem[:3])
+    assert xir.state.summary()["distinct_cached"] < 0.8 * first  # the published cache collapses
+
+
+def test_cache_from_drawn_holds_only_what_was_drawn():
+    problem = make_problem(50, V, 6)
+    xir = objectives.get("xir", num_negatives=20, cache_size=300, cache_from="drawn")
+    xir(*problem[:3])
+    before = set(xir.state.memory[DRAWN].tolist())
+    cache = module.draw_cache(
+        xir.state, 300, torch.arange(3), torch.Generator().manual_seed(0), V, among_drawn=True
+    )
+    assert set(cache.ids[cache.counts > 0].tolist()) <= before
+    assert cache.counts.sum() == 300
+    torch.testing.assert_close(
+        cache.q.sum(), torch.tensor(1.0, dtype=torch.float64), atol=0.2, rtol=0
+    )
+
+
+def test_decay_forgets():
+    problem = make_problem(50, V, 6)
+    xir = objectives.get("xir", num_negatives=20, decay=0.0)
+    for _ in range(3):
+        xir(*problem[:3])
+    assert xir.state.memory[OCCURRENCES].sum() == V + 50 * 20
+
+
+def test_a_cache_survives_saving_and_is_refused_by_a_smaller_catalogue(tmp_path):
+    problem = make_problem(50, V, 6)
+    path = tmp_path / "state.safetensors"
+    xir = objectives.get("xir", num_negatives=20)
+    xir(*problem[:3])
+    xir.state.save(path)
+    again = objectives.get("xir", num_negatives=20)
+    again.state.load(path)
+    torch.manual_seed(0)
+    expected = xir(*problem[:3])
+    torch.manual_seed(0)
+    assert torch.equal(again(*problem[:3]), expected)
+    assert torch.equal(again.state.memory[OCCURRENCES], xir.state.memory[OCCURRENCES])
+    smaller = objectives.get("xir")
+    smaller.state.load(path)
+    with pytest.raises(ValueError, match=f"counts {V} classes but weight has 100"):
+        smaller(problem.hidden, problem.weight[:100], problem.labels.clamp_max(99))
+    smaller.state.counts = None
+    with pytest.raises(ValueError, match=f"a cache over {V} classes but weight has 100"):
+        smaller(problem.hidden, problem.weight[:100], problem.labels.clamp_max(99))
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("bir", {"num_negatives": 0}, 'BIRConfig.num_negatives is 0; give .* or "auto"'),
+        ("bir", {"cache_size": 3}, "objective 'bir' has no option 'cache_size'"),
+        ("bir", {"correction": "importance", "popularity": "log"}, "flattens what"),
+        ("xir", {"num_negatives": 1}, "half of the draws come from the cache"),
+        ("xir", {"correction": "importance", "cache_weight": 0.2}, "one pool"),
+        ("xir", {"cache_from": "some"}, "choose one of 'all', 'drawn'"),
+        ("xir", {"decay": 1.5}, "XIRConfig.decay is 1.5"),
+    ],
+)
+def test_bad_options_are_one_sentence(name, options, message):
+    with pytest.raises(ValueError, match=message):
+        objectives.get(name, **options)

@@ -1,0 +1,152 @@
+"""The kernels of candidate cross-entropy against fp64 straight-line code."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from support.problems import relative_error
+from support.triton_cases import CASES, Case, draw, weighted_bucket_reference
+
+import sce_lm.ops.triton.backward_pass as backward_pass
+import sce_lm.ops.triton.configurations as configurations
+from sce_lm.objectives.reference import candidate_reference
+from sce_lm.ops.candidate_cross_entropy import Candidates
+from sce_lm.ops.logits import LogitTransform
+from sce_lm.ops.triton.candidate_cross_entropy import (
+    candidate_cross_entropy,
+    candidate_cross_entropy_supported,
+)
+
+TOLERANCE = {torch.float32: 3e-6, torch.float16: 2e-3}
+
+
+def check(case: Case) -> None:
+    """Loss and gradients of weighted losses."""
+    problem, double, candidates = draw(case)
+    bias = problem.bias
+    assert candidate_cross_entropy_supported(*problem[:2], bias, candidates) is None
+    if case.weighted:
+        expected = weighted_bucket_reference(double, candidates, case.post)
+    else:
+        plain = replace(candidates, sparse_grad=False)
+        expected = candidate_reference(*double[:3], plain, bias=double.bias, post=case.post)
+    weights = torch.linspace(0.5, 1.5, case.positions) / 64
+    result = candidate_cross_entropy(
+        *problem[:3], candidates, bias=bias, post=case.post, position_weight=weights
+    )
+    limit = TOLERANCE[case.dtype]
+    wanted_loss = (expected * weights).sum()
+    torch.testing.assert_close(result.loss.double(), wanted_loss, rtol=limit, atol=limit)
+    inputs = [t for t in problem.parameters if t.requires_grad]
+    wanted = [t for t in double.parameters if t.requires_grad]
+    found = torch.autograd.grad(result.loss, inputs)
+    for actual, want, like in zip(found, torch.autograd.grad(wanted_loss, wanted), inputs):
+        assert actual.dtype == like.dtype
+        if actual.is_sparse:
+            assert actual.is_coalesced()
+            ids = actual.indices()[0]
+            touched = torch.cat([candidates.shared, candidates.tail, problem.labels])
+            assert torch.equal(ids, torch.unique(touched))
+            if not case.control:
+                assert relative_error(actual.to_dense(), want) < limit
+                continue
+            # The part through the mean is the same vector in every row of the rest.
+            missing = want[ids] - actual.values().double()
+            is_rest = ~torch.isin(ids, candidates.shared)
+            one = missing[is_rest][:1]
+            assert relative_error(missing[is_rest], one.expand(int(is_rest.sum()), -1)) < 1e-3
+            assert missing[~is_rest].abs().max() < limit * want.abs().max()
+        else:
+            assert (actual.double() - want).norm() < limit * want.norm() + 1e-7
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_equals_the_reference(case):
+    check(case)
+
+
+@pytest.mark.parametrize(
+    ("width", "dtype"),
+    [
+        (64, torch.float16),
+        (300, torch.float32),
+        (300, torch.float16),
+        (520, torch.float32),
+        (896, torch.float32),
+        (2304, torch.float16),
+    ],
+)
+def test_widths(width, dtype, monkeypatch):
+    tile = configurations.Configuration(16, 16, 128 if width < 600 else 512, 1, 1)
+    monkeypatch.setattr(configurations, "INTERPRETER", tile)
+    small = Case("width", dtype, 20, 40, width, shared=17, tail=10, control=True, bias=True)
+    check(small)
+
+
+def test_a_small_workspace_gives_the_same(monkeypatch):
+    """Lists cut into pieces of a tile of columns each."""
+    monkeypatch.setattr(backward_pass, "WORKSPACE_ELEMENTS", 1)
+    check(Case("pieces", buckets=2, bias=True, control=True, width=33))
+
+
+def test_clamped_positions():
+    """A capped phi that would swallow Zhat: only the terms seen are left, as in the core's test."""
+    x = torch.full((40,), -6.0)
+    x[:20] = 6.0
+    hidden = torch.ones(2, 1, requires_grad=True)
+    weight = x[:, None].clone().requires_grad_()
+    labels = torch.tensor([39, 3])
+    candidates = Candidates(
+        torch.arange(0), torch.tensor([0, 1]), torch.tensor([4.0, 4.0]), control_variate=True
+    )
+    post = LogitTransform(1.0, 1.0)
+    result = candidate_cross_entropy(hidden, weight, labels, candidates, post=post)
+    assert result.num_clamped == 2
+    double = [t.detach().double().requires_grad_() for t in (hidden, weight)]
+    expected = candidate_reference(*double, labels, candidates, post=post)
+    torch.testing.assert_close(result.loss.double(), expected, rtol=1e-6, atol=1e-6)
+    found = torch.autograd.grad(result.loss.sum(), (hidden, weight))
+    for actual, want in zip(found, torch.autograd.grad(expected.sum(), double)):
+        torch.testing.assert_close(actual.double(), want, rtol=1e-5, atol=1e-6)
+
+
+def test_large_deltas_stay_finite():
+    """exp(95) overflows fp32; the shifted sums do not."""
+    problem, _, candidates = draw(Case("large", width=3, shared=30, tail=20, control=True))
+    first = problem.hidden[0].detach()
+    weight = problem.weight.detach().clone()
+    weight[candidates.tail[0]] = first * 95.0 / first.norm() ** 2
+    double = weight.double().requires_grad_()
+    loss = candidate_cross_entropy(
+        problem.hidden, weight.requires_grad_(), problem.labels, candidates
+    ).loss
+    expected = candidate_reference(problem.hidden.double(), double, problem.labels, candidates)
+    assert relative_error(loss, expected) < 1e-6
+    found = torch.autograd.grad(loss.sum(), weight)[0]
+    assert relative_error(found, torch.autograd.grad(expected.sum(), double)[0]) < 1e-5
+
+
+def test_the_same_bits_every_time():
+    problem, _, candidates = draw(Case("repeat", buckets=2, bias=True, control=True))
+    runs = []
+    for _ in range(2):
+        loss = candidate_cross_entropy(*problem[:3], candidates, bias=problem.bias).loss
+        assert loss.shape == problem.labels.shape
+        runs.append([loss, *torch.autograd.grad(loss.sum(), problem.parameters)])
+    assert all(torch.equal(a, b) for a, b in zip(*runs))
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda h, w: (h.double(), w), "float64"),
+        (lambda h, w: (h.half(), w), "float16 and the weight is torch.float32"),
+        (lambda h, w: (h, w.T.contiguous().T), "contiguous"),
+        (lambda h, w: (h.to("meta"), w), "meta"),
+    ],
+    ids=["fp64", "mixed", "strides", "device"],
+)
+def test_unsupported_inputs_are_named(change, reason):
+    problem, _, candidates = draw(Case("unsupported"))
+    hidden, weight = change(problem.hidden.detach(), problem.weight.detach())
+    assert reason in candidate_cross_entropy_supported(hidden, weight, None, candidates)

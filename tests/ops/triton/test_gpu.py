@@ -1,0 +1,103 @@
+"""The kernels on a GPU: bf16 against fp64, equal bits, no wait for the device, graph capture."""
+
+import pytest
+import torch
+from support.problems import Problem, make_problem, relative_error
+
+from sce_lm.objectives.reference import candidate_reference, exact_reference
+from sce_lm.ops.candidate_cross_entropy import Candidates
+from sce_lm.ops.triton.candidate_cross_entropy import candidate_cross_entropy
+from sce_lm.ops.triton.catalogue_scan import catalogue_topk
+from sce_lm.ops.triton.exact_cross_entropy import exact_cross_entropy
+from sce_lm.ops.triton.tail_sample import tail_sample
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+]
+
+
+def drawn(width: int, dtype: torch.dtype) -> tuple[Problem, Problem, Candidates]:
+    """A problem on the GPU, the same numbers in fp64, and candidates in all three lists."""
+    n, v = 700, 3000
+    exact = make_problem(n, v, width, with_bias=True)
+    low = [None if t is None else t.detach().cuda() for t in exact]
+    low = [t.to(dtype).requires_grad_() if t.is_floating_point() else t for t in low]
+    double = [t.detach().double() if t.is_floating_point() else t for t in low]
+    for tensor in double:
+        if tensor.is_floating_point():
+            tensor.requires_grad_()
+    order = torch.randperm(v, generator=torch.Generator().manual_seed(1)).cuda()
+    items = torch.stack([order[500 + 7 * k :][:200] for k in range(5)]).sort(dim=1).values
+    log_weights = torch.linspace(0, 2, 400, dtype=torch.float64, device="cuda")
+    bucket_of = torch.arange(n, device="cuda") % 5
+    candidates = Candidates(
+        order[:500], order[600:1000], log_weights, items, bucket_of, control_variate=True
+    )
+    return Problem(*low), Problem(*double), candidates
+
+
+def results(problem: Problem, candidates: Candidates) -> list[torch.Tensor]:
+    loss = candidate_cross_entropy(*problem[:3], candidates, bias=problem.bias).loss
+    exact = exact_cross_entropy(*problem[:3], bias=problem.bias).loss
+    total = loss.mean() + exact.mean()
+    return [loss, exact, *torch.autograd.grad(total, problem.parameters)]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("width", [64, 300, 896, 2304])
+def test_equals_fp64(width, dtype):
+    problem, double, candidates = drawn(width, dtype)
+    loss = candidate_reference(*double[:3], candidates, bias=double.bias)
+    exact = exact_reference(*double[:3], bias=double.bias)
+    wanted = torch.autograd.grad(loss.mean() + exact.mean(), double.parameters)
+    rounding = 4 * torch.finfo(dtype).eps + 1e-5
+    for actual, want in zip(results(problem, candidates), [loss, exact, *wanted]):
+        assert relative_error(actual, want) < rounding
+
+
+def test_the_same_bits_every_time():
+    problem, _, candidates = drawn(896, torch.bfloat16)
+    first = results(problem, candidates)
+    for _ in range(3):
+        assert all(torch.equal(a, b) for a, b in zip(first, results(problem, candidates)))
+
+
+def test_nothing_waits_for_the_device():
+    problem, _, candidates = drawn(256, torch.bfloat16)
+    results(problem, candidates)  # compiles
+    catalogue_topk(problem.hidden.detach()[:64], problem.weight.detach(), 128)
+    tail_sample(torch.zeros(3000, device="cuda"), 256, 1)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        results(problem, candidates)
+        catalogue_topk(problem.hidden.detach()[:64], problem.weight.detach(), 128)
+        tail_sample(torch.zeros(3000, device="cuda"), 256, 2)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_graph_replays():
+    problem, _, candidates = drawn(256, torch.bfloat16)
+    expected = results(problem, candidates)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = results(problem, candidates)
+    graph.replay()
+    torch.cuda.synchronize()
+    assert all(torch.equal(a, b) for a, b in zip(captured, expected))
+
+
+def test_offsets_past_int32():
+    rows, width = 2**31 // 256 + 64, 256
+    if torch.cuda.mem_get_info()[0] < 6 * rows * width:
+        pytest.skip("needs 12 GiB of GPU memory")
+    weight = torch.zeros(rows, width, dtype=torch.bfloat16, device="cuda")
+    weight[-64:] = torch.randn(64, width, device="cuda").bfloat16()
+    hidden = torch.randn(40, width, device="cuda").bfloat16()
+    labels = torch.arange(40, device="cuda") + rows - 50
+    last = torch.arange(rows - 64, rows, device="cuda")
+    candidates = Candidates(last, last[:0], torch.zeros(0, device="cuda"))
+    loss = candidate_cross_entropy(hidden, weight, labels, candidates).loss
+    wanted = exact_reference(hidden.double(), weight[-64:].double(), labels - rows + 64)
+    assert relative_error(loss, wanted) < 1e-3
