@@ -5,10 +5,11 @@ a frozen head; choosing the candidates of buckets costs a product of their centr
 
     6·N·K·d  +  6·N·K_b·d  +  2·n_b·V·d  operations,   or 4 for 6 with a frozen head
 
-K: candidates that all positions meet, K_b: those of a position's own bucket. Then W is read once if
-its mean is needed and no scan reads it anyway, and dW is written once, into new memory, as each
-backward pass of autograd must. Rates are taken in the same run: products in the same shapes, and
-passes over memory of the same size. Exponentials, gathering and sampling are not in the floor.
+K: candidates that all positions meet, K_b: those of a position's own bucket. Then W, if trainable,
+is read once if its mean is needed and no scan reads it anyway, and dW is written once, into new
+memory, as each backward pass of autograd must. Rates are taken in the same run: products in the
+same shapes, and passes over memory of the same size. Exponentials, gathering and sampling are not
+in the floor.
 """
 
 from __future__ import annotations

@@ -24,8 +24,8 @@ from torch.autograd.function import once_differentiable
 from sce_lm.ops.logits import LogitTransform
 from sce_lm.ops.memory import large_empty
 
-BLOCK_ELEMENTS = 3 * 2**23
-"""Logits held at a time by blocks of positions (96 MiB in fp32)."""
+BLOCK_ELEMENTS = 5 * 2**22
+"""Logits held at a time by blocks of positions (80 MiB in fp32)."""
 MIN_BLOCK = 64
 """Positions below which a block is not worth it."""
 TILE_CLASSES = 2048
