@@ -21,7 +21,7 @@ PROBED_POSITIONS = 256
 """Positions of a micro-batch on whose whole softmax the training metrics are computed."""
 
 
-class SCESFTTrainer(SFTTrainer):
+class SCESFTTrainer(SFTTrainer):  # pyright: ignore
     """``SFTTrainer`` for a model that :func:`~sce_lm.apply_sce` patched; its arguments are TRL's.
 
     Packing, completion-only and assistant-only loss, PEFT and accumulation are as in TRL, since
