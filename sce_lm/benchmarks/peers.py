@@ -44,9 +44,7 @@ class Peer:
             return f"not installed: pip install {self.package}"
         if device not in self.devices:
             return f"runs on {' and '.join(self.devices)} only"
-        free = (
-            torch.cuda.mem_get_info()[0] if device == "cuda" else psutil.virtual_memory().available
-        )
+        free = free_memory(device)
         needed = 4 * num_logits * self.logit_buffers.get(device, 0)
         if needed > free:
             return f"needs {needed / 2**30:.0f} GiB for its logits; {free / 2**30:.0f} GiB are free"

@@ -77,7 +77,7 @@ class WeightClasses:
         Args:
             size: expected number; all that are left, if there are no more.
             counts: ``[V]`` present counts, to tell the groups of ``excluded``.
-            excluded: ``[E]`` ascending distinct ids that are never drawn.
+            excluded: ``[E]`` distinct ids that are never drawn.
             generator: source of the noise, on the device of ``order``.
             power: on the counts, in the proposal ``(1 - floor)·n^power / sum + floor / V``.
             uniform_floor: share of the proposal that is spread evenly.
@@ -125,10 +125,7 @@ class WeightClasses:
         group = torch.searchsorted(torch.tensor(starts[1:], device=device), place, right=True)
         log_weight = -torch.tensor(inclusion, dtype=f64, device=device).log()
         ids = self.order[place].long()
-        slot = torch.searchsorted(excluded, ids)
-        is_in = slot < len(excluded)
-        if len(excluded):
-            is_in &= excluded[slot.clamp_max(len(excluded) - 1)] == ids
+        is_in = torch.isin(ids, excluded, assume_unique=True)
         return ids[~is_in], log_weight[group[~is_in]].clamp_min_(0.0)
 
 

@@ -32,7 +32,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch.nn.functional import pad
 
 from sce_lm.candidates.kernel_sampler import KernelSampler, fit_projection, mean_kernel_proposal
 from sce_lm.candidates.noise import draw_seed, stream
@@ -43,6 +42,7 @@ from sce_lm.objectives.sampled import SampledObjective, check_choice, check_coun
 from sce_lm.ops.candidate_cross_entropy import Candidates, candidate_cross_entropy
 from sce_lm.ops.exact_cross_entropy import compute_dtype
 from sce_lm.ops.position_cross_entropy import PositionCandidates, position_cross_entropy
+from sce_lm.ops.rows import take_rows, with_one
 
 AUTO_WIDTH, AUTO_PROJECTION = 128, 64
 """Models wider than the first are projected to the second by "auto"."""
@@ -183,7 +183,7 @@ class Kernel(SampledObjective):
         if width == "auto":
             width = AUTO_PROJECTION if wide > AUTO_WIDTH else None
         if width is None or width >= wide:
-            return queries, _extended_rows(inputs, slice(None), dtype)
+            return queries, take_rows(inputs.weight, inputs.bias, slice(None), dtype)
         of_hidden, of_rows = self.state.once(
             seed, "projection", lambda: self._projection(inputs, queries, width, counted)
         )
@@ -191,7 +191,7 @@ class Kernel(SampledObjective):
         tile = max(1, TILE_ELEMENTS // wide)
         for start in range(0, len(rows), tile):
             part = slice(start, start + tile)
-            torch.mm(_extended_rows(inputs, part, dtype), of_rows, out=rows[part])
+            torch.mm(take_rows(inputs.weight, inputs.bias, part, dtype), of_rows, out=rows[part])
         return queries @ of_hidden, rows
 
     def _projection(self, inputs: HeadInputs, queries: torch.Tensor, width: int, counted: bool):
@@ -201,7 +201,7 @@ class Kernel(SampledObjective):
         shape = (queries.shape[1], width)
         if is_due or "of_hidden" not in memory or memory["of_hidden"].shape != shape:
             some = _spread(len(inputs.weight), PROJECTION_ROWS * queries.shape[1], queries.device)
-            rows = _extended_rows(inputs, some, queries.dtype)
+            rows = take_rows(inputs.weight, inputs.bias, some, queries.dtype)
             fitted = fit_projection(queries, rows, width)
             if counted:
                 memory["of_hidden"], memory["of_rows"] = fitted
@@ -217,7 +217,7 @@ class Kernel(SampledObjective):
         positions = _spread(len(queries), AUTO_POSITIONS, queries.device)
         classes = _spread(len(rows), AUTO_ROWS, queries.device)
         exact = _extended_hidden(inputs, positions, queries.dtype)
-        x = exact @ _extended_rows(inputs, classes, queries.dtype).T
+        x = exact @ take_rows(inputs.weight, inputs.bias, classes, queries.dtype).T
         p = torch.softmax(inputs.post(x / inputs.post.scale), dim=1)
         kernel = queries[positions] @ rows[classes].T
         if shift is not None:
@@ -233,17 +233,8 @@ class Kernel(SampledObjective):
 
 def _extended_hidden(inputs: HeadInputs, positions, dtype: torch.dtype) -> torch.Tensor:
     """Hidden states with a 1 that meets the bias, times the model's scale."""
-    hidden = inputs.hidden[positions].to(dtype)
-    hidden = hidden if inputs.bias is None else pad(hidden, (0, 1), value=1.0)
+    hidden = with_one(inputs.hidden[positions], inputs.bias, dtype)
     return hidden if inputs.post.scale == 1.0 else hidden * inputs.post.scale
-
-
-def _extended_rows(inputs: HeadInputs, classes, dtype: torch.dtype) -> torch.Tensor:
-    """Rows of the weight with the bias as one more column."""
-    rows = inputs.weight[classes].to(dtype)
-    if inputs.bias is None:
-        return rows
-    return torch.cat([rows, inputs.bias[classes, None].to(dtype)], dim=1)
 
 
 def _spread(total: int, size: int, device: torch.device) -> torch.Tensor:

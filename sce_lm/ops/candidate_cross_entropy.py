@@ -52,6 +52,7 @@ from torch.autograd.function import once_differentiable
 from sce_lm.ops.exact_cross_entropy import compute_dtype
 from sce_lm.ops.logits import LogitTransform
 from sce_lm.ops.memory import large_empty, row_sum
+from sce_lm.ops.rows import dense_gradient, sparse_gradient, take_rows, with_one
 
 BLOCK_ELEMENTS = 2**21
 """Logits of a block of positions (8 MiB in fp32), and half the elements of the rows of W that
@@ -255,10 +256,18 @@ class _Problem:
         if candidates.bucket_items is None or candidates.bucket_of is None:
             self.items = self.dense.new_empty(1, 0)
             self.bucket_of = torch.zeros_like(labels)
+            self.own_column = torch.full_like(labels, -1)
         else:
             self.items, self.bucket_of = candidates.bucket_items, candidates.bucket_of
             if candidates.bucket_log_weights is not None:
                 self.item_weight = candidates.bucket_log_weights.to(dtype).exp()
+            # The column of each label in its own bucket's list, -1 where it is not there: buckets
+            # one after the other make one ascending list.
+            buckets = torch.arange(len(self.items), device=labels.device).unsqueeze(1)
+            ascending = (self.items + buckets * len(weight)).flatten()
+            slot, found = _find(labels + self.bucket_of * len(weight), ascending)
+            first = self.bucket_of * self.items.shape[1]
+            self.own_column = torch.where(found, slot - first, -1)
             # Tail items that a bucket's own list holds with certainty.
             tails = candidates.tail.expand(len(self.items), -1).contiguous()
             self.own_tail = _find(tails, self.items)[1]
@@ -292,10 +301,7 @@ class _Problem:
 
     def rows(self, ids: torch.Tensor) -> torch.Tensor:
         """Rows of W, with the bias as one more column."""
-        rows = self.weight[ids].to(self.dtype)
-        if self.bias is None:
-            return rows
-        return torch.cat([rows, self.bias[ids, None].to(self.dtype)], dim=1)
+        return take_rows(self.weight, self.bias, ids, self.dtype)
 
     def bucket_rows(self, items: torch.Tensor) -> torch.Tensor:
         """``[b, K_b, d]`` rows of ``items [b, K_b]``."""
@@ -303,8 +309,7 @@ class _Problem:
 
     def extend(self, hidden: torch.Tensor) -> torch.Tensor:
         """Hidden states, with a 1 that meets the bias."""
-        h = hidden.to(self.dtype)
-        return h if self.bias is None else torch.nn.functional.pad(h, (0, 1), value=1.0)
+        return with_one(hidden, self.bias, self.dtype)
 
     def spans(self) -> list[_Span]:
         """Blocks of positions within the memory budget; fixes the working order.
@@ -398,7 +403,8 @@ def _block(p: _Problem, hidden, labels, span: _Span, x: torch.Tensor, with_mean:
     at = slice(span.start, span.stop)
     if p.order is not None:
         at = p.order[at]
-    h, y, bucket, column = p.extend(hidden[at]), labels[at], p.bucket_of[at], p.label_column[at]
+    h, y, bucket = p.extend(hidden[at]), labels[at], p.bucket_of[at]
+    column, own_column = p.label_column[at], p.own_column[at]
     torch.mm(h, p.dense_rows.T, out=x[:, : p.num_dense])
     items = p.items[span.buckets]
     item_rows = p.bucket_rows(items)
@@ -408,12 +414,11 @@ def _block(p: _Problem, hidden, labels, span: _Span, x: torch.Tensor, with_mean:
         own = torch.bmm(group.pad(h[group.rows]), item_rows[group.buckets].mT)
         x[group.rows, p.num_dense :] = group.unpad(own)
 
-    slot, is_own = _find(y.unsqueeze(1), p.items[bucket])
-    slot, is_own = slot.squeeze(1), is_own.squeeze(1)
+    is_own = own_column >= 0
     in_dense, in_bucket = (column >= 0).nonzero().squeeze(1), is_own.nonzero().squeeze(1)
     is_label = (
         torch.cat([in_dense, in_bucket]),
-        torch.cat([column[in_dense], p.num_dense + slot[in_bucket]]),
+        torch.cat([column[in_dense], p.num_dense + own_column[in_bucket]]),
     )
     is_shared = (column >= 0) & (column < p.num_shared)
     outside = (~is_shared & ~is_own).to(p.dtype)
@@ -640,24 +645,12 @@ class _CandidateCrossEntropy(torch.autograd.Function):
             if factor is not None:
                 rows, everywhere = rows.mul_(factor), everywhere * factor
             if ctx.needs_input_grad[1] and ctx.candidates.sparse_grad:
-                grad_weight = torch.sparse_coo_tensor(
-                    ids.unsqueeze(0),
-                    rows[:, :width].to(weight.dtype),
-                    weight.shape,
-                    is_coalesced=True,
-                    check_invariants=False,
-                )
+                grad_weight = sparse_gradient(weight, ids, rows[:, :width])
             elif ctx.needs_input_grad[1]:
-                grad_weight = _at_rows(weight, ids, rows[:, :width], everywhere[:width])
+                grad_weight = dense_gradient(weight, ids, rows[:, :width], everywhere[:width])
             if bias is not None and ctx.needs_input_grad[2]:
-                grad_bias = _at_rows(bias, ids, rows[:, width], everywhere[width])
+                grad_bias = dense_gradient(bias, ids, rows[:, width], everywhere[width])
         return grad_hidden, grad_weight, grad_bias, None, None, None, None, None
-
-
-def _at_rows(like, ids, rows, everywhere) -> torch.Tensor:
-    """``rows`` at ``ids`` and ``everywhere`` at all others, in the dtype and shape of ``like``."""
-    full = large_empty(like.shape, like.dtype, like.device).copy_(everywhere)
-    return full.index_copy_(0, ids, rows.to(like.dtype))
 
 
 def _of(table: torch.Tensor, bucket: torch.Tensor) -> torch.Tensor:

@@ -20,10 +20,10 @@ from typing import NamedTuple
 
 import torch
 from torch.autograd.function import once_differentiable
-from torch.nn.functional import pad
 
 from sce_lm.ops.exact_cross_entropy import compute_dtype
 from sce_lm.ops.logits import LogitTransform
+from sce_lm.ops.rows import take_rows, with_one
 
 BLOCK_ELEMENTS = 2**22
 """Logits held at a time (16 MiB in fp32; about three such buffers are live)."""
@@ -84,17 +84,12 @@ class _Problem:
     """A call's tensors in the dtype of the computation, the bias as one more column."""
 
     def __init__(self, hidden, weight, bias, labels, chunks, post, dtype):
-        self.hidden = hidden.to(dtype)
-        if bias is not None:
-            self.hidden = pad(self.hidden, (0, 1), value=1.0)
+        self.hidden = with_one(hidden, bias, dtype)
         self.weight, self.bias, self.labels = weight, bias, labels
         self.chunks, self.post, self.dtype = chunks, post, dtype
 
     def rows(self, ids: torch.Tensor) -> torch.Tensor:
-        rows = self.weight[ids].to(self.dtype)
-        if self.bias is None:
-            return rows
-        return torch.cat([rows, self.bias[ids, None].to(self.dtype)], dim=1)
+        return take_rows(self.weight, self.bias, ids, self.dtype)
 
     def pieces(self) -> Iterator[tuple[_Piece, torch.Tensor]]:
         """Every chunk of every round, and the rows of its classes."""

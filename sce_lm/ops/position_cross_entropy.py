@@ -30,6 +30,7 @@ from torch.nn.functional import embedding_bag, pad, softplus
 
 from sce_lm.ops.exact_cross_entropy import compute_dtype
 from sce_lm.ops.logits import LogitTransform
+from sce_lm.ops.rows import dense_gradient, sparse_gradient, take_rows, with_one
 
 BLOCK_ELEMENTS = 2**22
 """Elements of the gathered rows, or logits, of a block of positions (16 MiB in fp32)."""
@@ -174,15 +175,12 @@ class _Problem:
         """``[N, P]`` slots of what a position alone has: its label first."""
         self.common = listed[0] if self.is_shared else listed.new_empty(0)
         """``[K]`` slots of the shared list."""
-        self.rows = weight[self.touched].to(dtype)
-        if bias is not None:
-            self.rows = torch.cat([self.rows, bias[self.touched, None].to(dtype)], dim=1)
+        self.rows = take_rows(weight, bias, self.touched, dtype)
         self.common_rows = self.rows[self.common]
 
     def extend(self, positions: slice) -> torch.Tensor:
         """Hidden states, with a 1 that meets the bias."""
-        h = self.hidden[positions].to(self.dtype)
-        return h if self.bias is None else pad(h, (0, 1), value=1.0)
+        return with_one(self.hidden[positions], self.bias, self.dtype)
 
     def blocks(self) -> list[slice]:
         columns = self.own.shape[1] * self.rows.shape[1] + len(self.common)
@@ -298,18 +296,8 @@ class _PositionLoss(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             grad_hidden = (gradients.hidden[:, :width] * factor).to(hidden.dtype)
         if ctx.needs_input_grad[1]:
-            rows = (gradients.rows[:, :width] * factor).to(weight.dtype)
-            if ctx.candidates.sparse_grad:
-                grad_weight = torch.sparse_coo_tensor(
-                    gradients.touched.unsqueeze(0),
-                    rows,
-                    weight.shape,
-                    is_coalesced=True,
-                    check_invariants=False,
-                )
-            else:
-                grad_weight = torch.zeros_like(weight).index_copy_(0, gradients.touched, rows)
+            make = sparse_gradient if ctx.candidates.sparse_grad else dense_gradient
+            grad_weight = make(weight, gradients.touched, gradients.rows[:, :width] * factor)
         if bias is not None and ctx.needs_input_grad[2]:
-            column = (gradients.rows[:, width] * factor).to(bias.dtype)
-            grad_bias = torch.zeros_like(bias).index_copy_(0, gradients.touched, column)
+            grad_bias = dense_gradient(bias, gradients.touched, gradients.rows[:, width] * factor)
         return grad_hidden, grad_weight, grad_bias, *[None] * 6

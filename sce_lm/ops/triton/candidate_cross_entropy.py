@@ -19,6 +19,7 @@ from torch import Tensor
 
 from sce_lm.ops.candidate_cross_entropy import CandidateLoss, Candidates
 from sce_lm.ops.logits import LogitTransform
+from sce_lm.ops.rows import sparse_gradient
 from sce_lm.ops.triton.backward_pass import backward_pass, normalised
 from sce_lm.ops.triton.candidate_forward import list_sums
 from sce_lm.ops.triton.candidate_lists import Strata, candidate_lists
@@ -290,9 +291,7 @@ def _differentiate(ctx, grad_loss, *_):
         grad_loss, *saved, *tensors, *ctx.options, needs_hidden, needs_row or needs_bias
     )
     if sparse_grad and needs_row:
-        grad_weight = torch.sparse_coo_tensor(
-            ids.unsqueeze(0), grad_weight, weight.shape, is_coalesced=True, check_invariants=False
-        )
+        grad_weight = sparse_gradient(weight, ids, grad_weight)
     return (
         grad_hidden if needs_hidden else None,
         grad_weight if needs_row else None,
