@@ -42,6 +42,37 @@ MIN_BUCKETS = 8
 """Buckets below which "auto" makes none."""
 
 
+def check_choice(config: Any, name: str, *allowed: Any) -> None:
+    """Raise one sentence unless the field is one of ``allowed``."""
+    value = getattr(config, name)
+    if not any(value is choice or value == choice for choice in allowed):
+        raise ValueError(
+            f"{type(config).__name__}.{name} is {value!r}; choose one of "
+            + ", ".join(map(repr, allowed))
+            + "."
+        )
+
+
+def check_count(config: Any, name: str, *, low: int = 1, auto: bool = False) -> None:
+    """Raise one sentence unless the field is an integer from ``low`` up (or "auto")."""
+    value = getattr(config, name)
+    is_count = isinstance(value, int) and not isinstance(value, bool) and value >= low
+    if not is_count and not (auto and value == "auto"):
+        raise ValueError(
+            f"{type(config).__name__}.{name} is {value!r}; give an integer from {low} up"
+            + (', or "auto".' if auto else ".")
+        )
+
+
+def check_share(config: Any, name: str, *, zero: bool = True) -> None:
+    """Raise one sentence unless the field lies in [0, 1], or in (0, 1] without ``zero``."""
+    value = getattr(config, name)
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not (is_number and math.isfinite(value) and 0 <= value <= 1 and (zero or value > 0)):
+        interval = "[0, 1]" if zero else "(0, 1]"
+        raise ValueError(f"{type(config).__name__}.{name} is {value!r}; give one in {interval}.")
+
+
 @dataclass(frozen=True)
 class SCEConfig:
     """Configuration of SCE: corrected by default, as published by :meth:`published`.
@@ -113,42 +144,18 @@ class SCEConfig:
     """Implementation of the numeric core; "torch" is the only one in this version."""
 
     def __post_init__(self) -> None:
-        choices = {
-            "correction": ("priority", "none"),
-            "assignment": ("nearest", "balanced", "topk"),
-            "centers": ("kmeans", "mix", "random"),
-            "prior": ("labels", "uniform"),
-            "reduce": ("max", "mean"),
-            "backend": ("auto", "torch"),
-        }
-        for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(
-                    f"SCEConfig.{name} is {getattr(self, name)!r}; choose one of "
-                    + ", ".join(map(repr, allowed))
-                    + "."
-                )
-        smallest = {
-            "num_buckets": 0,
-            "bucket_candidates": 1,
-            "shared_frequent": 0,
-            "tail_candidates": 0,
-            "bucket_positions": 1,
-        }
-        for name, low in smallest.items():
-            value = getattr(self, name)
-            is_count = isinstance(value, int) and not isinstance(value, bool) and value >= low
-            if value != "auto" and not is_count:
-                raise ValueError(
-                    f'SCEConfig.{name} is {value!r}; give an integer from {low} up, or "auto".'
-                )
-        if self.control_variate not in (True, False, "auto"):
-            raise ValueError(
-                f"SCEConfig.control_variate is {self.control_variate!r}; give True, False or "
-                '"auto".'
-            )
-        if not 0.0 <= self.prior_power <= 1.0:
-            raise ValueError(f"SCEConfig.prior_power is {self.prior_power}; give one in [0, 1].")
+        check_choice(self, "correction", "priority", "none")
+        check_choice(self, "assignment", "nearest", "balanced", "topk")
+        check_choice(self, "centers", "kmeans", "mix", "random")
+        check_choice(self, "prior", "labels", "uniform")
+        check_choice(self, "reduce", "max", "mean")
+        check_choice(self, "backend", "auto", "torch")
+        check_choice(self, "control_variate", True, False, "auto")
+        for name in ("num_buckets", "shared_frequent", "tail_candidates"):
+            check_count(self, name, low=0, auto=True)
+        for name in ("bucket_candidates", "bucket_positions"):
+            check_count(self, name, auto=True)
+        check_share(self, "prior_power")
         if self.uniform_floor != "auto" and not 0.0 < self.uniform_floor <= 1.0:
             raise ValueError(
                 f"SCEConfig.uniform_floor is {self.uniform_floor!r}; give one in (0, 1], or "

@@ -6,7 +6,6 @@ import dataclasses
 import difflib
 from typing import Any
 
-from sce_lm.config import SCEConfig
 from sce_lm.objectives.base import Objective, Statistics
 from sce_lm.objectives.binary import BCE, GBCE, BCEConfig, GBCEConfig
 from sce_lm.objectives.exact import Exact
@@ -43,23 +42,26 @@ __all__ = [
     "names",
 ]
 
-_CONFIGURATIONS: dict[str, tuple[Any, Any]] = {
-    "exact": (Exact, None),
-    "sce": (SCE, SCEConfig),
-    "sampled_softmax": (SampledSoftmax, SampledSoftmaxConfig),
-    "in_batch": (InBatch, InBatchConfig),
-    "bce": (BCE, BCEConfig),
-    "gbce": (GBCE, GBCEConfig),
-    "bir": (BIR, BIRConfig),
-    "xir": (XIR, XIRConfig),
-    "kernel": (Kernel, KernelConfig),
-    "rece": (RECE, RECEConfig),
+_OBJECTIVES: dict[str, type[Objective]] = {
+    objective.name: objective
+    for objective in (
+        Exact,
+        SCE,
+        SampledSoftmax,
+        InBatch,
+        BCE,
+        GBCE,
+        BIR,
+        XIR,
+        Kernel,
+        RECE,
+    )
 }
 
 
 def names() -> list[str]:
     """Names that :func:`get` knows."""
-    return list(_CONFIGURATIONS)
+    return list(_OBJECTIVES)
 
 
 def get(name: str, *, published: bool = False, **options: Any) -> Objective:
@@ -74,9 +76,10 @@ def get(name: str, *, published: bool = False, **options: Any) -> Objective:
     Raises:
         ValueError: an unknown name, an unknown option, or options that do not go together.
     """
-    if name not in _CONFIGURATIONS:
+    if name not in _OBJECTIVES:
         raise ValueError(f"unknown objective {name!r}; choose one of {', '.join(names())}.")
-    objective_class, config_class = _CONFIGURATIONS[name]
+    objective_class: Any = _OBJECTIVES[name]
+    config_class = objective_class.config_class
     known = [f.name for f in dataclasses.fields(config_class)] if config_class else []
     if published and not hasattr(config_class, "published"):
         raise ValueError(f"objective {name!r} has no other published form; leave published out.")
@@ -100,8 +103,9 @@ def from_config(config: Any) -> Objective:
     """
     if isinstance(config, Objective):
         return config
-    for objective_class, config_class in _CONFIGURATIONS.values():
-        if config_class is not None and type(config) is config_class:
+    objective_class: Any
+    for objective_class in _OBJECTIVES.values():
+        if type(config) is objective_class.config_class:
             return objective_class(config)
     raise TypeError(
         f"got {type(config).__name__}; pass an SCEConfig or another objective's configuration, or "

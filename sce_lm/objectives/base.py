@@ -62,6 +62,8 @@ class Objective(ABC):
 
     name: str
     """Its name in :func:`sce_lm.objectives.get`."""
+    config_class: Any = None
+    """The dataclass of its options, or None."""
     config: Any = None
     """Its frozen configuration, or None."""
     state: SCEState | None = None

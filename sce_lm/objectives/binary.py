@@ -20,9 +20,9 @@ import torch
 
 from sce_lm.candidates.noise import draw_seed, stream
 from sce_lm.candidates.proposals import Uniform
-from sce_lm.candidates.state import SCEState
+from sce_lm.config import check_choice, check_count, check_share
 from sce_lm.objectives.base import HeadInputs, Statistics
-from sce_lm.objectives.sampled import SampledObjective, check_choice, check_count, check_share
+from sce_lm.objectives.sampled import SampledObjective
 from sce_lm.ops.position_cross_entropy import PositionCandidates, position_binary_cross_entropy
 
 
@@ -73,10 +73,8 @@ class BCE(SampledObjective):
     """Binary cross-entropy with sampled negatives by a :class:`BCEConfig`."""
 
     name = "bce"
+    config_class = BCEConfig
     config: BCEConfig
-
-    def __init__(self, config: BCEConfig = BCEConfig(), state: SCEState | None = None) -> None:
-        super().__init__(config, state)
 
     def compute(self, inputs: HeadInputs) -> tuple[torch.Tensor, Statistics]:
         config, num_positions, vocab_size = self.config, len(inputs.labels), len(inputs.weight)
@@ -104,7 +102,5 @@ class GBCE(BCE):
     """Generalised binary cross-entropy by a :class:`GBCEConfig`."""
 
     name = "gbce"
+    config_class = GBCEConfig
     config: GBCEConfig
-
-    def __init__(self, config: GBCEConfig = GBCEConfig(), state: SCEState | None = None) -> None:
-        super().__init__(config, state)

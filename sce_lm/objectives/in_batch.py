@@ -27,8 +27,9 @@ import torch
 
 from sce_lm.candidates.noise import draw_seed
 from sce_lm.candidates.state import SCEState
+from sce_lm.config import check_choice, check_share
 from sce_lm.objectives.base import HeadInputs, Statistics
-from sce_lm.objectives.sampled import SampledObjective, check_choice, check_share
+from sce_lm.objectives.sampled import SampledObjective
 from sce_lm.ops.candidate_cross_entropy import Candidates, candidate_cross_entropy
 
 
@@ -59,12 +60,8 @@ class InBatch(SampledObjective):
     """In-batch softmax by an :class:`InBatchConfig`."""
 
     name = "in_batch"
+    config_class = InBatchConfig
     config: InBatchConfig
-
-    def __init__(
-        self, config: InBatchConfig = InBatchConfig(), state: SCEState | None = None
-    ) -> None:
-        super().__init__(config, state)
 
     def compute(self, inputs: HeadInputs) -> tuple[torch.Tensor, Statistics]:
         num_positions = len(inputs.labels)

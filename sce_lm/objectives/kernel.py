@@ -36,9 +36,9 @@ import torch
 from sce_lm.candidates.kernel_sampler import KernelSampler, fit_projection, mean_kernel_proposal
 from sce_lm.candidates.noise import draw_seed, stream
 from sce_lm.candidates.proposals import draw_with_replacement
-from sce_lm.candidates.state import SCEState
+from sce_lm.config import check_choice, check_count
 from sce_lm.objectives.base import HeadInputs, Statistics
-from sce_lm.objectives.sampled import SampledObjective, check_choice, check_count
+from sce_lm.objectives.sampled import SampledObjective
 from sce_lm.ops.candidate_cross_entropy import Candidates, candidate_cross_entropy
 from sce_lm.ops.exact_cross_entropy import compute_dtype
 from sce_lm.ops.position_cross_entropy import PositionCandidates, position_cross_entropy
@@ -121,12 +121,8 @@ class Kernel(SampledObjective):
     """Kernel-based sampled softmax by a :class:`KernelConfig`."""
 
     name = "kernel"
+    config_class = KernelConfig
     config: KernelConfig
-
-    def __init__(
-        self, config: KernelConfig = KernelConfig(), state: SCEState | None = None
-    ) -> None:
-        super().__init__(config, state)
 
     def compute(self, inputs: HeadInputs) -> tuple[torch.Tensor, Statistics]:
         config, m = self.config, self.config.num_negatives

@@ -25,9 +25,9 @@ import torch
 
 from sce_lm.candidates.hashing import hash_chunks
 from sce_lm.candidates.noise import draw_seed, stream
-from sce_lm.candidates.state import SCEState
+from sce_lm.config import check_count
 from sce_lm.objectives.base import HeadInputs, Statistics
-from sce_lm.objectives.sampled import SampledObjective, check_count
+from sce_lm.objectives.sampled import SampledObjective
 from sce_lm.ops.chunk_cross_entropy import Chunks, chunk_cross_entropy
 from sce_lm.ops.exact_cross_entropy import compute_dtype
 
@@ -73,10 +73,8 @@ class RECE(SampledObjective):
     """Reduced cross-entropy by a :class:`RECEConfig`."""
 
     name = "rece"
+    config_class = RECEConfig
     config: RECEConfig
-
-    def __init__(self, config: RECEConfig = RECEConfig(), state: SCEState | None = None) -> None:
-        super().__init__(config, state)
 
     def compute(self, inputs: HeadInputs) -> tuple[torch.Tensor, Statistics]:
         num_positions, vocab_size = len(inputs.labels), len(inputs.weight)

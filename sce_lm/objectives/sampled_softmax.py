@@ -27,9 +27,9 @@ from sce_lm.candidates.proposals import (
     draw_rows,
     draw_with_replacement,
 )
-from sce_lm.candidates.state import SCEState
+from sce_lm.config import check_choice, check_count, check_share
 from sce_lm.objectives.base import HeadInputs, Statistics
-from sce_lm.objectives.sampled import SampledObjective, check_choice, check_count, check_share
+from sce_lm.objectives.sampled import SampledObjective
 from sce_lm.ops.candidate_cross_entropy import Candidates, candidate_cross_entropy
 from sce_lm.ops.position_cross_entropy import PositionCandidates, position_cross_entropy
 
@@ -83,12 +83,8 @@ class SampledSoftmax(SampledObjective):
     """Sampled softmax by a :class:`SampledSoftmaxConfig`."""
 
     name = "sampled_softmax"
+    config_class = SampledSoftmaxConfig
     config: SampledSoftmaxConfig
-
-    def __init__(
-        self, config: SampledSoftmaxConfig = SampledSoftmaxConfig(), state: SCEState | None = None
-    ) -> None:
-        super().__init__(config, state)
 
     def compute(self, inputs: HeadInputs) -> tuple[torch.Tensor, Statistics]:
         config, num_positions = self.config, len(inputs.labels)

@@ -35,9 +35,9 @@ from sce_lm.candidates.buckets import (
 from sce_lm.candidates.noise import draw_seed, stream
 from sce_lm.candidates.prior import log_label_prior
 from sce_lm.candidates.priority import priority_sample
-from sce_lm.candidates.state import SCEState
 from sce_lm.config import SCEConfig, SCESizes
-from sce_lm.objectives.base import HeadInputs, Objective, Statistics
+from sce_lm.objectives.base import HeadInputs, Statistics
+from sce_lm.objectives.sampled import SampledObjective
 from sce_lm.ops.candidate_cross_entropy import (
     Candidates,
     candidate_cross_entropy,
@@ -54,14 +54,12 @@ MONITOR_POSITIONS = 256
 """Positions that each of them looks at, spread evenly over the batch."""
 
 
-class SCE(Objective):
+class SCE(SampledObjective):
     """Scalable Cross-Entropy by an :class:`SCEConfig`, with its state."""
 
     name = "sce"
-
-    def __init__(self, config: SCEConfig = SCEConfig(), state: SCEState | None = None) -> None:
-        self.config = config
-        self.state: SCEState = SCEState() if state is None else state
+    config_class = SCEConfig
+    config: SCEConfig
 
     def compute(self, inputs: HeadInputs) -> tuple[torch.Tensor, Statistics]:
         seed = draw_seed(inputs.generator)
@@ -88,12 +86,8 @@ class SCE(Objective):
         )
         products = self._products(candidates, num_positions, vocab_size)
         relative_error = self._relative_error(inputs, candidates, result.log_partition, counted)
-        if counted:
-            self.state.average(coverage=1.0, products_per_position=products)
-        return result.loss, Statistics(
-            num_valid=num_positions,
-            products_per_position=products,
-            relative_error=relative_error,
+        return result.loss, self.statistics(
+            num_positions, products, counted=counted, relative_error=relative_error
         )
 
     def _products(self, candidates: Candidates, num_positions: int, vocab_size: int) -> float:

@@ -50,9 +50,9 @@ import torch
 from sce_lm.candidates.cache import Cache, draw_cache, merge_occurrences, record_draws
 from sce_lm.candidates.noise import draw_seed, stream
 from sce_lm.candidates.resampling import multinomial_counts
-from sce_lm.candidates.state import SCEState
+from sce_lm.config import check_choice, check_count, check_share
 from sce_lm.objectives.base import HeadInputs, Statistics
-from sce_lm.objectives.sampled import SampledObjective, check_choice, check_count, check_share
+from sce_lm.objectives.sampled import SampledObjective
 from sce_lm.ops.exact_cross_entropy import compute_dtype
 from sce_lm.ops.position_cross_entropy import PositionCandidates, position_cross_entropy
 
@@ -137,10 +137,8 @@ class BIR(SampledObjective):
     """In-batch importance resampling by a :class:`BIRConfig`."""
 
     name = "bir"
+    config_class = BIRConfig
     config: BIRConfig
-
-    def __init__(self, config: BIRConfig = BIRConfig(), state: SCEState | None = None) -> None:
-        super().__init__(config, state)
 
     def compute(self, inputs: HeadInputs) -> tuple[torch.Tensor, Statistics]:
         num_positions = len(inputs.labels)
@@ -188,10 +186,8 @@ class XIR(BIR):
     """Cache-augmented in-batch importance resampling by an :class:`XIRConfig`."""
 
     name = "xir"
+    config_class = XIRConfig
     config: XIRConfig
-
-    def __init__(self, config: XIRConfig = XIRConfig(), state: SCEState | None = None) -> None:
-        super().__init__(config, state)
 
     def compute(self, inputs: HeadInputs) -> tuple[torch.Tensor, Statistics]:
         config, state = self.config, self.state

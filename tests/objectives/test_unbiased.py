@@ -9,7 +9,7 @@ import dataclasses
 import pytest
 import torch
 from support.estimators import measure
-from support.problems import make_problem
+from support.monte_carlo import peaked_problem
 
 import sce_lm.candidates.priority as priority
 import sce_lm.objectives.sce as sce
@@ -17,7 +17,6 @@ import sce_lm.ops.candidate_cross_entropy as core
 from sce_lm import LogitTransform, SCEConfig
 from sce_lm.candidates.weight_classes import WeightClasses
 
-V = 240
 PLAIN, CAP = LogitTransform(), LogitTransform(1.2, 12.0)
 STRATA = {
     "tail": {"num_buckets": 0, "shared_labels": False, "shared_frequent": 0},
@@ -38,30 +37,6 @@ STRATA = {
 }
 
 
-def case(post=PLAIN, with_bias=True, spread=0.5):
-    """Six positions whose label is likely to be drawn and holds 20-50 % of Z."""
-    problem = make_problem(6, V, 8, with_bias=with_bias, seed=3, spread=spread)
-    hidden, weight = problem.hidden.detach(), problem.weight.detach().clone()
-    labels = torch.tensor([17, 17, 17, 17, 17, 90])
-    bias = problem.bias.detach() if with_bias else torch.zeros(V, dtype=torch.float64)
-    # Rows for the two labels: a raw logit that gives a position's own label a third of Z, and the
-    # mean of the bias to the other positions.
-    x = hidden @ weight.T + bias
-    x[:, [17, 90]] = -torch.inf
-    own = torch.logsumexp(post(x), dim=1) - 0.7
-    if post.soft_cap is not None:
-        own = post.soft_cap * torch.atanh(own / post.soft_cap)
-    own = own / post.scale
-    for label in (17, 90):
-        target = torch.where(labels == label, own, 1.0) - bias[label]
-        weight[label] = torch.linalg.lstsq(hidden, target[:, None]).solution[:, 0]
-    s = post(hidden @ weight.T + bias)
-    share = torch.softmax(s, dim=1)[torch.arange(6), labels]
-    assert ((share > 0.2) & (share < 0.5)).all()
-    assert not with_bias or bias.mean() > 0.5
-    return problem._replace(weight=weight, labels=labels, bias=bias if with_bias else None)
-
-
 def objective(strata, *, control, m=80, **options):
     fields = {"tail_candidates": m, "control_variate": control, "uniform_floor": 0.3}
     return sce.SCE(SCEConfig(**{**fields, **STRATA[strata], **options}))
@@ -78,7 +53,7 @@ def check(estimator, problem, post=PLAIN, draws=1000):
 @pytest.mark.parametrize("control", [False, True], ids=["plain", "control"])
 @pytest.mark.parametrize("strata", STRATA)
 def test_partition_is_unbiased(strata, control, with_bias, post):
-    check(objective(strata, control=control), case(post, with_bias), post)
+    check(objective(strata, control=control), peaked_problem(post, with_bias=with_bias), post)
 
 
 @pytest.mark.parametrize("control", [False, True], ids=["plain", "control"])
@@ -89,7 +64,7 @@ def test_every_prior_is_unbiased(prior, control):
         "labels": {"prior_power": 1.0, "uniform_floor": 0.5},
         "flat labels": {"prior_power": 0.0, "uniform_floor": 0.9},
     }[prior]
-    check(objective("all", control=control, **options), case())
+    check(objective("all", control=control, **options), peaked_problem())
 
 
 @pytest.mark.parametrize("control", [False, True], ids=["plain", "control"])
@@ -99,14 +74,14 @@ def test_tiles_with_thresholds_of_their_own_are_unbiased(tile, control, monkeypa
         return priority.priority_sample(proposal, size, generator, tile=tile)
 
     monkeypatch.setattr(sce, "priority_sample", tiled)
-    check(objective("buckets", control=control), case())
+    check(objective("buckets", control=control), peaked_problem())
 
 
 @pytest.mark.parametrize("control", [False, True], ids=["plain", "control"])
 @pytest.mark.parametrize("prior", ["labels", "uniform"])
 def test_large_catalogues_are_unbiased(prior, control, monkeypatch):
     monkeypatch.setattr(sce, "LARGE_CATALOGUE", 0)
-    check(objective("buckets", control=control, prior=prior), case())
+    check(objective("buckets", control=control, prior=prior), peaked_problem())
 
 
 def wrong_threshold(proposal, size, generator):
@@ -169,7 +144,10 @@ def test_planted_errors_are_found(error, control, monkeypatch):
     # The wrong threshold is off by 1/m of what is sampled: a small m and a wide spread show it.
     is_tau = error == "tau the m-th"
     strata, m, draws, spread = ("tail", 3, 8000, 1.0) if is_tau else ("buckets", 80, 1000, 0.5)
-    estimator, problem = objective(strata, control=control, m=m), case(post, spread=spread)
+    estimator, problem = (
+        objective(strata, control=control, m=m),
+        peaked_problem(post, spread=spread),
+    )
     bias = measure(estimator, problem, post, draws, plant(error, monkeypatch))
     assert not bias.is_zero, bias
 
@@ -185,20 +163,20 @@ def test_weights_of_a_large_catalogue_matter(control, monkeypatch):
         return ids, (c - 0.1).clamp_min(0.0)
 
     monkeypatch.setattr(WeightClasses, "sample", wrong)
-    assert not measure(objective("buckets", control=control), case(), PLAIN, 1000).is_zero
+    assert not measure(objective("buckets", control=control), peaked_problem(), PLAIN, 1000).is_zero
 
 
 @pytest.mark.parametrize("strata", ["buckets", "all"])
 def test_without_correction_it_is_biased(strata):
     config = SCEConfig(correction="none", **STRATA[strata])
-    assert not measure(sce.SCE(config), case(), PLAIN, 20).is_zero
+    assert not measure(sce.SCE(config), peaked_problem(), PLAIN, 20).is_zero
 
 
 def test_published_is_a_lower_bound():
     estimator = sce.SCE(
         SCEConfig.published(num_buckets=4, bucket_candidates=40, bucket_positions=3)
     )
-    problem = case()
+    problem = peaked_problem()
     hidden, weight, labels, bias = (t.detach() for t in problem)
     s = hidden @ weight.T + bias
     exact = torch.logsumexp(s, dim=1) - s.gather(1, labels[:, None]).squeeze(1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -45,6 +46,11 @@ def measure(objective: SCE, problem, post: LogitTransform, draws: int, replace=l
             result = candidate_cross_entropy(
                 hidden, weight, labels, candidates, bias=bias, post=post
             )
-            ratios.append((result.log_partition - log_z).expm1())
-    ratio = torch.stack(ratios)
-    return Bias(ratio.mean(dim=0), ratio.std(dim=0) / draws**0.5)
+            ratios.append(result.log_partition - log_z)
+    return ratio_bias(ratios)
+
+
+def ratio_bias(log_ratios: Iterable[torch.Tensor]) -> Bias:
+    """Mean and standard error of ``exp(log_ratio) - 1`` over draws."""
+    ratio = torch.stack(list(log_ratios)).expm1()
+    return Bias(ratio.mean(dim=0), ratio.std(dim=0) / len(ratio) ** 0.5)

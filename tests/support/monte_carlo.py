@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import torch
-from support.estimators import Bias
+from support.estimators import Bias, ratio_bias
 from support.problems import Problem, make_problem
 
 from sce_lm import LogitTransform
@@ -120,9 +118,3 @@ def pool_bias(
             yield torch.stack(found)
 
     return ratio_bias(losses())
-
-
-def ratio_bias(log_ratios: Iterable[torch.Tensor]) -> Bias:
-    """Mean and standard error of ``exp(log_ratio) - 1`` over draws."""
-    ratio = torch.stack(list(log_ratios)).expm1()
-    return Bias(ratio.mean(dim=0), ratio.std(dim=0) / len(ratio) ** 0.5)
