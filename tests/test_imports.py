@@ -10,12 +10,13 @@ PACKAGE = Path(__file__).parents[1] / "sce_lm"
 MAY_IMPORT = {
     "ops": set(),
     "config": set(),
-    "candidates": {"config", "ops"},
+    "files": set(),
+    "candidates": {"config", "files", "ops"},
     "objectives": {"candidates", "config", "ops"},
-    "hf": {"objectives", "candidates", "config", "ops"},
-    "recsys": {"hf", "objectives", "candidates", "config", "ops"},
-    "training": {"recsys", "hf", "objectives", "candidates", "config", "ops"},
-    "benchmarks": {"training", "hf", "objectives", "candidates", "config", "ops"},
+    "hf": {"objectives", "candidates", "config", "files", "ops"},
+    "recsys": {"hf", "objectives", "candidates", "config", "files", "ops"},
+    "training": {"recsys", "hf", "objectives", "candidates", "config", "files", "ops"},
+    "benchmarks": {"training", "hf", "objectives", "candidates", "config", "files", "ops"},
 }
 """What each part of the package may import from the others."""
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import platform
@@ -14,6 +13,8 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
+
+from sce_lm import files
 
 WIDTH = 150
 """Characters of a table's line where the output is no terminal."""
@@ -75,12 +76,9 @@ def figures(values: Mapping[str, float | None], forms: Mapping[str, str]) -> lis
 
 
 def write_json(path: Path | None, value: Any) -> None:
-    """Write a JSON file, complete or not at all; infinities become null. None: write nothing."""
-    if path is None:
-        return
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(_finite(value), indent=2, allow_nan=False) + "\n")
-    os.replace(temporary, path)
+    """Write a JSON file; infinities become null. None: write nothing."""
+    if path is not None:
+        files.write_json(path, _finite(value), allow_nan=False)
 
 
 def _finite(value: Any) -> Any:

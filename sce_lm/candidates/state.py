@@ -27,6 +27,7 @@ from safetensors.torch import load_file, save_file
 
 from sce_lm.candidates.row_sum import RowSum
 from sce_lm.candidates.weight_classes import WeightClasses
+from sce_lm.files import replacing
 
 REMEMBERED_CALLS = 64
 """Calls that can be replayed: a backward pass comes at most this many calls after its forward."""
@@ -193,18 +194,17 @@ class SCEState:
         path = Path(path)
         counts = torch.zeros(0, dtype=torch.int64) if self.counts is None else self.counts
         averages = [self.averages.get(name, float("nan")) for name in _AVERAGES]
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        save_file(
-            {
-                "counts": counts.cpu().contiguous(),
-                "step": torch.tensor(self.step),
-                "averages": torch.tensor(averages, dtype=torch.float64),
-                **{_MEMORY + name: t.cpu().contiguous() for name, t in self.memory.items()},
-                **self._lists(),
-            },
-            temporary,
-        )
-        os.replace(temporary, path)
+        with replacing(path) as partial:
+            save_file(
+                {
+                    "counts": counts.cpu().contiguous(),
+                    "step": torch.tensor(self.step),
+                    "averages": torch.tensor(averages, dtype=torch.float64),
+                    **{_MEMORY + name: t.cpu().contiguous() for name, t in self.memory.items()},
+                    **self._lists(),
+                },
+                partial,
+            )
 
     def _lists(self) -> dict[str, torch.Tensor]:
         """What is derived from past counts, and would come out otherwise from today's."""

@@ -3,8 +3,9 @@
     objective.json                   name and options; `objectives.get(**...)` builds it again
     sce_state_rank0.safetensors      what one process counted so far, one file a process
 
-`SCECallback` writes both into every checkpoint of the Trainer, `scripts/train.py` into its run
-folder. The weights stay those of a stock model, so a folder is loaded in two lines:
+`SCECallback` writes both into every checkpoint of the Trainer; `scripts/train.py` writes the
+options into its run folder and the state into its checkpoints. The weights stay those of a stock
+model, so a folder is loaded in two lines:
 
     model = AutoModelForCausalLM.from_pretrained(folder)
     apply_sce(model, load_objective(folder))
@@ -17,6 +18,7 @@ import os
 from pathlib import Path
 
 from sce_lm import objectives
+from sce_lm.files import write_json
 from sce_lm.objectives import Objective
 
 OBJECTIVE_FILE = "objective.json"
@@ -34,8 +36,7 @@ def save_objective(objective: Objective, folder: str | os.PathLike, rank: int = 
     """
     folder = Path(folder)
     if rank == 0:
-        text = json.dumps(objective.to_dict(), indent=2) + "\n"
-        (folder / OBJECTIVE_FILE).write_text(text)
+        write_json(folder / OBJECTIVE_FILE, objective.to_dict())
     if objective.state is not None and not objective.state.is_new:
         objective.state.save(state_file(folder, rank))
 

@@ -16,6 +16,7 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from sce_lm.files import replacing
 from sce_lm.recsys.data import read_interactions
 from sce_lm.recsys.events import read_events
 from sce_lm.recsys.recommendation import recommend
@@ -131,18 +132,13 @@ def _writer(path: Path) -> Iterator[Callable[[pl.DataFrame], object]]:
             f"{', '.join(OUTPUT_SUFFIXES[:-1])} or {OUTPUT_SUFFIXES[-1]}."
         )
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        with partial.open("wb") as file:
-            if suffix == ".csv":
-                COLUMNS.to_frame().write_csv(file)
-                yield lambda frame: frame.write_csv(file, include_header=False)
-            elif suffix == ".parquet":
-                schema: pa.Schema = COLUMNS.to_frame().to_arrow().schema
-                with pq.ParquetWriter(file, schema) as writer:
-                    yield lambda frame: writer.write_table(frame.to_arrow())
-            else:
-                yield lambda frame: frame.write_ndjson(file)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with replacing(path) as partial, partial.open("wb") as file:
+        if suffix == ".csv":
+            COLUMNS.to_frame().write_csv(file)
+            yield lambda frame: frame.write_csv(file, include_header=False)
+        elif suffix == ".parquet":
+            schema: pa.Schema = COLUMNS.to_frame().to_arrow().schema
+            with pq.ParquetWriter(file, schema) as writer:
+                yield lambda frame: writer.write_table(frame.to_arrow())
+        else:
+            yield lambda frame: frame.write_ndjson(file)

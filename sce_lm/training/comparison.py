@@ -1,7 +1,6 @@
 """The same training with several objectives, side by side: one table, one plot, one JSON file."""
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from sce_lm import objectives
+from sce_lm.files import write_json
 from sce_lm.hf.adapter import apply_sce, lazy_logits
 from sce_lm.training import loss_cost
 from sce_lm.training.config import TrainConfig
@@ -145,7 +145,5 @@ def compare(config: TrainConfig, methods: Mapping[str, Method], folder: Path) ->
     curves = folder / "curves.png"
     draw_curves(runs, curves, task.headline[0])
     comparison = Comparison(summaries, costs, measured, task.baselines(), curves)
-    (folder / "comparison.json").write_text(
-        json.dumps(dataclasses.asdict(comparison) | {"curves": str(curves)}, indent=2)
-    )
+    write_json(folder / "comparison.json", dataclasses.asdict(comparison) | {"curves": str(curves)})
     return comparison

@@ -14,7 +14,6 @@ divides by their number, as transformers' Trainer does: `num_items_in_batch`.
 
 import json
 import math
-import os
 import statistics
 import time
 from contextlib import nullcontext
@@ -29,6 +28,7 @@ from tqdm.auto import tqdm
 from transformers import get_scheduler
 
 from sce_lm import objectives
+from sce_lm.files import write_json
 from sce_lm.hf.adapter import apply_sce, remove_sce
 from sce_lm.training.checkpoint import Checkpoints
 from sce_lm.training.config import TrainConfig
@@ -126,8 +126,8 @@ class Run:
         self.is_finished = (self.folder / "summary.json").exists()
         if self.is_main and not self.is_finished:
             self.folder.mkdir(parents=True, exist_ok=True)
-            _write_json(self.folder / "config.json", config.to_dict())
-            _write_json(self.folder / "objective.json", self.objective.to_dict())
+            write_json(self.folder / "config.json", config.to_dict())
+            write_json(self.folder / "objective.json", self.objective.to_dict())
             self.metrics.keep_until(self.step)
 
     def _check_folder(self) -> None:
@@ -315,16 +315,6 @@ class Run:
                 draw_curves({label: self.folder}, curves, self.task.headline[0])
             except ImportError:
                 tqdm.write("matplotlib is not installed, so no curves are drawn.")
-            _write_json(self.folder / "summary.json", summary)
+            write_json(self.folder / "summary.json", summary)
         self.accelerator.wait_for_everyone()
         return summary
-
-
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    """Write a JSON file under a temporary name and rename it."""
-    temporary = path.with_name(f".{path.name}.partial")
-    with temporary.open("w", encoding="utf-8") as file:
-        json.dump(value, file, indent=2)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)

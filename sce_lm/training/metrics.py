@@ -5,6 +5,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from sce_lm.files import replacing
+
 
 class MetricsLog:
     """The records of a run, appended line by line by the one process that writes."""
@@ -25,11 +27,10 @@ class MetricsLog:
     def keep_until(self, step: int) -> None:
         """Drop the records after `step`, which a resumed run writes again."""
         kept = [record for record in read_metrics(self.path) if record["step"] <= step]
-        temporary = self.path.with_suffix(".partial")
-        temporary.write_text(
-            "".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8"
-        )
-        temporary.replace(self.path)
+        with replacing(self.path) as partial:
+            partial.write_text(
+                "".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8"
+            )
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
