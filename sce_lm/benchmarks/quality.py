@@ -22,7 +22,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import cross_entropy, linear
 
-from sce_lm.objectives import Objective
+from sce_lm.objectives import Exact, Objective
 from sce_lm.ops.logits import LogitTransform
 from sce_lm.training.loss_cost import Inputs, Loss, load_inputs, one_pass
 
@@ -72,11 +72,12 @@ def quality_of(
         loss: called once a draw, with gradients.
         objective: what is behind it; None for a peer, which is exact and asked for its mean only.
         reference: the file of :func:`write_reference`.
-        draws: independent choices of candidates.
+        draws: independent choices of candidates; exact losses are called once.
     """
     exact = load_file(reference)
     found: list[Figures] = []
-    for _ in range(draws):
+    is_exact = objective is None or isinstance(objective, Exact)
+    for _ in range(1 if is_exact else draws):
         value, gradients = one_pass(loss, inputs)
         figures: Figures = {"loss": value}
         figures["bias"] = value - exact["losses"].mean().item()
