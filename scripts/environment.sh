@@ -30,7 +30,8 @@ make_environment() {
             if command -v nvidia-smi >/dev/null; then
                 .venv/bin/python -m pip install --quiet 'torch==2.13.0'
             else
-                .venv/bin/python -m pip install --quiet 'torch==2.13.0+cpu' \
+                # What it needs comes with the rest, from the ordinary index alone.
+                .venv/bin/python -m pip install --quiet --no-deps 'torch==2.13.0+cpu' \
                     --extra-index-url https://download.pytorch.org/whl/cpu
             fi
         fi
