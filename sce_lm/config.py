@@ -7,7 +7,7 @@ every term of the cost alike, so it decides nothing.
 problem                    buckets  candidates of each    frequent   tail
 =========================  =======  ====================  =========  ====
 V < 65,536                 none                           1,024      2,048
-V >= 65,536, N large       64       24·N/64, 1,024-4,096  1,024      1,024
+V >= 65,536, N large       64       32·N/64, 1,024-4,096  1,024      1,024
 the same, fewer positions  N/32                           1,024      1,024
 scan over 4,096·N/V        fewer, none below 8            1,024      as above
 =========================  =======  ====================  =========  ====
@@ -17,7 +17,7 @@ scan over 4,096·N/V        fewer, none below 8            1,024      as above
   as measured by ``scripts/benchmark.py estimators``: candidates of a bucket against bias of the
   loss, deviation of log Zhat and cosine of dL/dh: 1,024: -.015, .119, .995; 2,048: -.013, .103,
   .997; 3,072: -.010, .092, .997; 4,096: -.008, .086, .998. Their rows are gathered once a call, at
-  a cost that many positions share: hence 24 of them for each position of a bucket.
+  a cost that many positions share: hence 32 of them for each position of a bucket.
 * Below 65,536 classes logits of models trained from scratch are flat enough that a larger tail
   gains as much, and the scan, ``num_buckets · V / N`` products a position, is not needed. It is
   bounded for millions of classes too: without buckets no part of a call grows with V.
@@ -34,7 +34,7 @@ Auto = Literal["auto"]
 
 SCAN_PRODUCTS = 4096
 """Inner products a position that the catalogue scan may cost under "auto"."""
-CANDIDATES_PER_POSITION = 24
+CANDIDATES_PER_POSITION = 32
 """Candidates of a bucket for each of its positions: gathering their rows costs that much."""
 MIN_FLOOR = 0.03
 """Least share of the proposal that "auto" spreads evenly."""

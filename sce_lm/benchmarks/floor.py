@@ -6,8 +6,8 @@ a frozen head; choosing the candidates of buckets costs a product of their centr
     6·N·K·d  +  6·N·K_b·d  +  2·n_b·V·d  operations,   or 4 for 6 with a frozen head
 
 K: candidates that all positions meet, K_b: those of a position's own bucket. Then W, if trainable,
-is read once if its mean is needed and no scan reads it anyway, and dW is written once, into new
-memory, as each backward pass of autograd must. Rates are taken in the same run: products in the
+is read once if its mean is needed and no scan reads it anyway, and dW is written once, into memory
+that the process has already. Rates are taken in the same run: products in the
 same shapes, and passes over memory of the same size. Exponentials, gathering and sampling are not
 in the floor.
 """
@@ -26,7 +26,6 @@ from safetensors.torch import load_file
 from sce_lm import objectives
 from sce_lm.benchmarks.peers import PEERS
 from sce_lm.objectives import SCE, Exact
-from sce_lm.ops.memory import large_empty
 from sce_lm.training.loss_cost import load_inputs
 from sce_lm.training.measure import time_calls
 
@@ -127,8 +126,7 @@ def measure_floor(
 def measure_rates(
     work: Work, n: int, v: int, d: int, dtype: torch.dtype, device: str, *, trainable: bool
 ) -> dict[str, float]:
-    """Operations and bytes a second, by the names of :meth:`Work.amounts`; "rewrite dW" besides,
-    for memory that the process has already."""
+    """Operations and bytes a second, by the names of :meth:`Work.amounts`."""
 
     def normal(*shape: int) -> torch.Tensor:
         return torch.randn(shape, dtype=dtype, device=device)
@@ -165,7 +163,5 @@ def measure_rates(
         "buckets": products(work.buckets, -(-n // max(1, work.buckets)), work.bucket_candidates),
         "scan": scan(work.buckets),
         "read W": table.nbytes / best(lambda: ones @ table),
-        "write dW": table.nbytes
-        / best(lambda: large_empty(table.shape, dtype, table.device).zero_()),
-        "rewrite dW": table.nbytes / best(lambda: table.zero_()),
+        "write dW": table.nbytes / best(lambda: table.zero_()),
     }

@@ -115,12 +115,12 @@ def run(arguments: argparse.Namespace) -> None:
         {"command": "loss", "machine": described, "problem": asdict(problem), "rows": rows},
     )
     report.print_heading(described, problem)
-    _print_cost(rows)
+    _print_cost(rows, problem.positions)
     _print_quality(rows, drawn=arguments.real is None)
     report.draw(arguments.plot, [_panel(head, rows) for head in HEADS])
 
 
-def _print_cost(rows: Sequence[Row]) -> None:
+def _print_cost(rows: Sequence[Row], positions: int) -> None:
     columns = ["method", "forward s"]
     for name in ("train s", "frozen s"):
         columns += [name, "x stock", "x floor", "peak MiB"]
@@ -135,15 +135,21 @@ def _print_cost(rows: Sequence[Row]) -> None:
     title = "Cost (x stock: times faster than stock; x floor: times the least time)"
     report.print_table(title, columns, table)
     for row in rows:
-        for note in _notes(row):
+        for note in _notes(row, positions):
             report.print_line(f"{row['label']}: {note}")
 
 
-def _notes(row: Row) -> list[str]:
+def _notes(row: Row, positions: int) -> list[str]:
     """Why figures are missing, and what the floor of one of our own losses is made of."""
     if "skipped" in row:
         return [f"skipped; {row['skipped']}"]
-    notes = [
+    notes = []
+    if row["positions"] < positions:
+        notes.append(
+            f"measured on {row['positions']:,} positions, as many as fit, and seconds multiplied "
+            f"by {positions / row['positions']:g}"
+        )
+    notes += [
         f"{part} failed; {row[part]['error']}"
         for part in (*HEADS, "floor")
         if "error" in row.get(part, {})
@@ -184,6 +190,6 @@ def _panel(head: str, rows: Sequence[Row]) -> report.Panel:
     series = {
         row["label"]: [(row[head]["seconds"], row[head]["peak_mib"], row["label"])]
         for row in rows
-        if "seconds" in row.get(head, {})
+        if "peak_mib" in row.get(head, {})
     }
     return report.Panel(f"{head} head", "seconds, forward and backward", "peak MiB", series)

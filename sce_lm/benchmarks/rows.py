@@ -1,6 +1,9 @@
 """Rows of a table: every method measured in processes of its own.
 
-A method that is missing or fails is a row that says so, and never ends the run.
+A method that is missing or fails is a row that says so, and never ends the run. Where the logits of
+stock cross-entropy do not fit into memory, it is measured on half of the positions, or on half of
+those, and its seconds are multiplied accordingly: its work is proportional to the positions. The
+row then has no peak.
 """
 
 from __future__ import annotations
@@ -22,13 +25,13 @@ from sce_lm.benchmarks.report import progress
 from sce_lm.candidates.state import SCEState
 from sce_lm.objectives import Objective
 from sce_lm.ops.logits import LogitTransform
-from sce_lm.training.loss_cost import Loss, cost_of, load_inputs, loss_of, warm_up
+from sce_lm.training.loss_cost import STOCK, Loss, cost_of, load_inputs, loss_of, warm_up
 from sce_lm.training.measure import in_process
 
 Row = dict[str, Any]
 """The fields of a Method, and "skipped", why; or "trainable" and "frozen", each the fields of
 LossCost with speedup (over stock) and over_floor, "quality" and "floor". What failed holds "error",
-why, instead."""
+why, instead. "positions" are those that were measured."""
 
 
 @dataclass(frozen=True)
@@ -67,12 +70,16 @@ def measure_rows(
     rows = []
     for number, method in enumerate(methods, start=1):
         progress(f"{number}/{len(methods)} {method.label}")
-        row: Row = asdict(method)
+        row: Row = asdict(method) | {"positions": problem.positions}
         rows.append(row)
-        peer = PEERS.get(method.specification["name"])
+        name = method.specification["name"]
+        peer = PEERS.get(name)
         if peer is not None:
-            logits = problem.positions * problem.vocab_size
-            reason = peer.unavailable(logits, settings.device)
+            vocab_size, device = problem.vocab_size, settings.device
+            reason = peer.unavailable(row["positions"] * vocab_size, device)
+            while reason is not None and name == STOCK and row["positions"] > 1:
+                row["positions"] //= 2
+                reason = peer.unavailable(row["positions"] * vocab_size, device)
             if reason is not None:
                 row["skipped"] = reason
                 progress(f"    skipped: {reason}")
@@ -81,7 +88,11 @@ def measure_rows(
         call = {"folder": str(folder), "specification": method.specification}
         for head in heads:
             row[head] = or_error(
-                measure_method, **call, trainable=head == "trainable", settings=asdict(settings)
+                measure_method,
+                **call,
+                trainable=head == "trainable",
+                settings=asdict(settings),
+                positions=row["positions"],
             )
         row["quality"] = row.get("trainable", {}).pop("quality", {})
         row["floor"] = or_error(measure_floor, **call, **where) if floors else {}
@@ -115,13 +126,23 @@ def _add_ratios(rows: Sequence[Row]) -> None:
 
 
 def measure_method(
-    folder: str, specification: dict[str, Any], trainable: bool, settings: dict[str, Any]
+    folder: str,
+    specification: dict[str, Any],
+    trainable: bool,
+    settings: dict[str, Any],
+    positions: int,
 ) -> dict[str, Any]:
-    """Cost, and quality if the head is trainable, in this process."""
+    """Cost, and quality if the head is trainable, in this process.
+
+    Of fewer ``positions`` than there are the seconds are scaled to all of them; peak memory, the
+    loss and its quality, which are not proportional to positions, are left out.
+    """
     how = Settings(**settings)
     torch.set_num_threads(how.threads)
     torch.manual_seed(0)
     inputs, post = load_inputs(Path(folder) / "inputs.safetensors", how.device)
+    share = len(inputs["labels"]) / positions
+    inputs |= {name: inputs[name][:positions] for name in ("hidden_states", "labels")}
     warm_up(lambda: _build(specification, post, how.device)[0], inputs)
     loss, objective = _build(specification, post, how.device)
     state = Path(folder) / "state.safetensors"
@@ -129,6 +150,8 @@ def measure_method(
         objective.state.load(state)
     cost = cost_of(loss, inputs, trainable=trainable, repeats=how.repeats, budget=how.budget)
     result: dict[str, Any] = asdict(cost)
+    if share > 1:
+        return {name: result[name] * share for name in ("seconds", "forward_seconds")}
     if trainable:
         draws = how.draws if objective is not None and objective.state is not None else 1
         reference = Path(folder) / "reference.safetensors"

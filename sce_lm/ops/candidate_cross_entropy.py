@@ -51,7 +51,7 @@ from torch.autograd.function import once_differentiable
 
 from sce_lm.ops.exact_cross_entropy import compute_dtype
 from sce_lm.ops.logits import LogitTransform
-from sce_lm.ops.memory import large_empty, row_sum
+from sce_lm.ops.memory import row_sum
 from sce_lm.ops.rows import dense_gradient, sparse_gradient, take_rows, with_one
 
 BLOCK_ELEMENTS = 2**21
@@ -471,8 +471,7 @@ class _Gradients:
             self.weighted_rows = p.dense_rows * p.dense_weight.unsqueeze(1)
         if with_weight:
             self.ids = torch.unique(torch.cat([p.dense, labels, p.items.reshape(-1)]))
-            shape = (len(self.ids), width)
-            self.rows = large_empty(shape, p.dtype, labels.device).zero_()
+            self.rows = p.dense_rows.new_zeros(len(self.ids), width)
             self.dense = torch.zeros_like(p.dense_rows)
             self.pull = p.dense_rows.new_zeros(len(p.items), width)
             self.mean = torch.zeros_like(self.pull)
@@ -486,12 +485,13 @@ class _Gradients:
         of positions; the weights of dense candidates are still to be applied."""
         p, h = self.p, block.h
         dense, own = e[:, : p.num_dense], e[:, p.num_dense :]
+        own_by_group = [group.pad(own[group.rows]) for group in block.groups]
         if self.with_hidden:
             in_place = isinstance(block.at, slice)
             out = self.hidden[block.at] if in_place else torch.empty_like(h)
             torch.mm(dense, self.weighted_rows, out=out)
-            for group in block.groups:
-                back = torch.bmm(group.pad(own[group.rows]), block.item_rows[group.buckets])
+            for group, padded in zip(block.groups, own_by_group):
+                back = torch.bmm(padded, block.item_rows[group.buckets])
                 out[group.rows] += group.unpad(back)
             out *= list_factor.unsqueeze(1)
             out.addcmul_(label_grad.unsqueeze(1), block.label_rows)
@@ -503,8 +503,8 @@ class _Gradients:
         if self.with_weight:
             scaled = h * list_factor.unsqueeze(1)
             self.dense.addmm_(dense.T, scaled)
-            for group in block.groups:
-                rows = torch.bmm(group.pad(own[group.rows]).mT, group.pad(scaled[group.rows]))
+            for group, padded in zip(block.groups, own_by_group):
+                rows = torch.bmm(padded.mT, group.pad(scaled[group.rows]))
                 slots = self.slots(block.items[group.buckets].reshape(-1))
                 self.rows.index_add_(0, slots, rows.flatten(0, 1))
             torch.mul(h, label_grad.unsqueeze(1), out=scaled)

@@ -22,7 +22,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from sce_lm.ops.logits import LogitTransform
-from sce_lm.ops.memory import large_empty
+from sce_lm.ops.memory import gradient_memory
 
 BLOCK_ELEMENTS = 5 * 2**22
 """Logits held at a time by blocks of positions (80 MiB in fp32)."""
@@ -205,8 +205,7 @@ class _Streamed:
         grad_hidden = torch.zeros_like(hidden) if needs_hidden else None
         grad_weight = grad_bias = None
         if needs_weight:
-            like = self.weight
-            grad_weight = large_empty(like.shape, like.dtype, like.device)
+            grad_weight = gradient_memory(self.weight, self.weight.dtype)
             weighted = hidden * position_weight.unsqueeze(1)
             rows_gradient = hidden.new_empty(TILE_CLASSES, hidden.shape[1])
         if needs_bias:
@@ -253,7 +252,7 @@ def _by_blocks(hidden, weight, bias, labels, post, position_weight, needs):
     losses = hidden.new_empty(count, dtype=dtype)
     correct = torch.empty_like(labels, dtype=torch.bool)
     grad_hidden = torch.empty_like(hidden, dtype=dtype) if needs_hidden else None
-    grad_weight = large_empty(weight.shape, dtype, weight.device)
+    grad_weight = gradient_memory(weight, dtype)
     grad_bias = hidden.new_zeros(vocab_size, dtype=dtype) if needs_bias else None
     block = min(count, BLOCK_ELEMENTS // vocab_size)
     buffer = losses.new_empty(block, vocab_size)

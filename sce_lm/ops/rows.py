@@ -5,17 +5,18 @@ from __future__ import annotations
 import torch
 from torch.nn.functional import pad
 
-from sce_lm.ops.memory import large_empty
+from sce_lm.ops.memory import gradient_memory
 
 
 def take_rows(
     weight: torch.Tensor, bias: torch.Tensor | None, ids: torch.Tensor | slice, dtype: torch.dtype
 ) -> torch.Tensor:
     """``[n, d]`` rows of ``weight [V, d]`` in ``dtype``; ``[n, d + 1]`` with a bias."""
-    rows = weight[ids].to(dtype)
+    # index_select is several times as fast as weight[ids] on a CPU.
+    rows = weight[ids] if isinstance(ids, slice) else weight.index_select(0, ids)
     if bias is None:
-        return rows
-    return torch.cat([rows, bias[ids, None].to(dtype)], dim=1)
+        return rows.to(dtype)
+    return torch.cat([rows.to(dtype), bias[ids, None].to(dtype)], dim=1)
 
 
 def with_one(hidden: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
@@ -32,7 +33,7 @@ def dense_gradient(
 ) -> torch.Tensor:
     """``rows`` at ``ids`` and ``everywhere`` (None: 0) at all others, cast to the dtype of ``like``
     and in its shape."""
-    full = large_empty(like.shape, like.dtype, like.device)
+    full = gradient_memory(like, like.dtype)
     full = full.zero_() if everywhere is None else full.copy_(everywhere)
     return full.index_copy_(0, ids, rows.to(like.dtype))
 

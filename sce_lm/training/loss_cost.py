@@ -151,10 +151,14 @@ def _warm_median(seconds: list[float]) -> float:
 
 
 def one_pass(loss: Loss, inputs: Inputs, trainable: bool = True) -> tuple[float, Inputs]:
-    """The loss, and the gradients of hidden states and, if ``trainable``, weight and bias."""
-    fresh = {name: tensor.detach() for name, tensor in inputs.items()}
+    """The loss, and the gradients of hidden states and, if ``trainable``, weight and bias. They are
+    taken off the inputs again, as by ``zero_grad()``, which are the same tensors in each pass."""
     leaves = ("hidden_states", "weight", "bias") if trainable else ("hidden_states",)
-    wanted = {name: fresh[name].requires_grad_() for name in leaves if name in fresh}
-    value = loss(**fresh)
+    wanted = {name: inputs[name].requires_grad_() for name in leaves if name in inputs}
+    value = loss(**inputs)
     value.backward()
-    return value.item(), {name: t.grad for name, t in wanted.items() if t.grad is not None}
+    gradients = {name: t.grad for name, t in wanted.items() if t.grad is not None}
+    for tensor in wanted.values():
+        tensor.grad = None
+        tensor.requires_grad_(False)
+    return value.item(), gradients

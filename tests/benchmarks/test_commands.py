@@ -12,7 +12,7 @@ from support.training import ONE_THREAD, documentation, write_text
 from transformers import AutoTokenizer
 
 from sce_lm import objectives
-from sce_lm.benchmarks import rows, scale
+from sce_lm.benchmarks import loss, rows, scale
 from sce_lm.benchmarks.estimators import ESTIMATORS
 from sce_lm.benchmarks.loss import methods
 from sce_lm.benchmarks.methods import Method, choose
@@ -143,6 +143,32 @@ def test_logits_that_do_not_fit_are_not_tried():
     assert replace(stock, devices=("cuda",)).unavailable(1, "cpu") == "runs on cuda only"
 
 
+def test_stock_that_does_not_fit_is_measured_on_part_of_the_positions(tmp_path, monkeypatch):
+    problem = random_problem(tmp_path, 64, 200, 8, "float32")
+    fits = 20 * 200
+    unavailable = Peer.unavailable
+    monkeypatch.setattr(
+        Peer,
+        "unavailable",
+        lambda peer, logits, device: "no" if logits > fits else unavailable(peer, logits, device),
+    )
+    asked = [Method(name, name, {"name": name}) for name in ("stock", "compile", "exact")]
+    settings = Settings(repeats=1, budget=1.0, draws=1, device="cpu", threads=1)
+    stock, other, exact = measure_rows(
+        problem, tmp_path, asked, settings, heads=("trainable",), floors=False
+    )
+    assert stock["positions"] == 16
+    assert stock["quality"] == {}
+    assert "peak_mib" not in stock["trainable"]
+    assert exact["trainable"]["speedup"] == pytest.approx(
+        stock["trainable"]["seconds"] / exact["trainable"]["seconds"]
+    )
+    assert other["skipped"] == "no"
+    (note,) = loss._notes(stock | {"floor": {}}, 64)
+    assert "measured on 16 positions" in note
+    assert "multiplied by 4" in note
+
+
 def test_names():
     known = methods(128)
     assert [m.name for m in choose(known, "tail,stock")] == ["tail", "stock"]
@@ -176,5 +202,5 @@ def test_a_state_that_has_seen_text_is_taken_over(tmp_path, monkeypatch):
 
     monkeypatch.setattr(rows, "_build", spy)
     settings = {"repeats": 1, "budget": 1.0, "draws": 1, "device": "cpu", "threads": 1}
-    rows.measure_method(str(tmp_path), {"name": "sce"}, True, settings)
+    rows.measure_method(str(tmp_path), {"name": "sce"}, True, settings, 32)
     assert seen[-1].state.counts.sum() >= 50 * 32
