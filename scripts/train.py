@@ -20,6 +20,9 @@ def main() -> None:
         run = Run(parse_config(sys.argv[1:]))
     except (ValueError, OSError) as error:
         sys.exit(f"train.py: {error}")
+    if run.is_main:
+        print("Data:", json.dumps(run.task.describe(), indent=2))
+        print(run.memory)
     try:
         summary = run.train()
     except FloatingPointError as error:

@@ -34,6 +34,8 @@ class ItemRanking:
     """int64 [users], the target's 1-based rank; depth + 1 where it is not in the list."""
     best_positions: Tensor
     """int64 [items], an item's best 1-based position in any list; depth + 1 where it is in none."""
+    times_listed: Tensor
+    """int64 [items], the lists that hold an item, among the first ``depth``."""
     unrankable_targets: int = 0
     """Targets outside the catalogue."""
 
@@ -43,6 +45,7 @@ class ItemRanking:
         return ItemRanking(
             torch.cat([part.ranks for part in parts]),
             torch.stack([part.best_positions for part in parts]).amin(0),
+            torch.stack([part.times_listed for part in parts]).sum(0),
             sum(part.unrankable_targets for part in parts),
         )
 
@@ -193,6 +196,7 @@ def rank_items(
     all_targets = torch.from_numpy(np.array(targets, dtype=np.int64))
     ranks = torch.full((len(lengths),), depth + 1)
     best_positions = torch.full((len(items),), depth + 1)
+    times_listed = torch.zeros(len(items), dtype=torch.int64)
     # Users of like length share a batch, which saves padding; the longest come first, so that a
     # lack of memory shows at once.
     by_length = np.argsort(-lengths, kind="stable")
@@ -209,6 +213,8 @@ def rank_items(
         top = top.cpu()
         user, position = (top == target[:, None]).nonzero(as_tuple=True)
         ranks[torch.from_numpy(users)[user]] = position + 1
-        metrics.update_best_positions(best_positions, torch.where(top >= 0, top - items.start, -1))
+        listed = torch.where(top >= 0, top - items.start, -1)
+        metrics.update_best_positions(best_positions, listed)
+        times_listed += torch.bincount(listed[listed >= 0], minlength=len(items))
     unrankable = (all_targets < items.start) | (all_targets >= items.stop)
-    return ItemRanking(ranks, best_positions, int(unrankable.sum()))
+    return ItemRanking(ranks, best_positions, times_listed, int(unrankable.sum()))

@@ -98,3 +98,32 @@ def update_best_positions(best_positions: Tensor, top_items: Tensor) -> None:
     positions = top_items.new_tensor(range(1, top_items.shape[1] + 1)).expand_as(top_items)
     listed = top_items >= 0
     best_positions.scatter_reduce_(0, top_items[listed], positions[listed], "amin")
+
+
+PROFILE_SHARES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
+"""Shares of the catalogue, most popular items first, at which a profile is taken."""
+
+
+def popularity_profile(times_listed: Tensor, counts: Tensor) -> dict[str, list[float]]:
+    """How much of all recommendations goes to the most popular items.
+
+    Args:
+        times_listed: int [items], lists that hold an item.
+        counts: int [items], events of an item in training.
+
+    Returns:
+        ``"catalogue"``, ``PROFILE_SHARES``; ``"recommended"`` and ``"trained"``, the shares of all
+        list entries and of all events that fall on so much of the catalogue (at least one item).
+    """
+    order = counts.argsort(descending=True, stable=True)
+    stops = [max(1, round(share * len(counts))) for share in PROFILE_SHARES]
+
+    def shares(values: Tensor) -> list[float]:
+        total = values[order].double().cumsum(0)
+        return [(total[stop - 1] / total[-1].clamp(min=1)).item() for stop in stops]
+
+    return {
+        "catalogue": list(PROFILE_SHARES),
+        "recommended": shares(times_listed),
+        "trained": shares(counts),
+    }

@@ -9,6 +9,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from sce_lm.recsys.events import read_events
+from sce_lm.recsys.histories import training_rows
 
 
 def catalogue(log: pl.LazyFrame) -> list[str]:
@@ -96,17 +97,7 @@ def training_dataset(sequences: pl.DataFrame, max_length: int) -> Dataset:
     Raises:
         ValueError: ``max_length`` below 2, or no user has two items.
     """
-    if max_length < 2:
-        raise ValueError(
-            f"max_length is {max_length}, but predicting an item from another takes at least 2."
-        )
-    rows = sequences.select(input_ids=pl.col("items").list.tail(max_length))
-    rows = rows.filter(pl.col("input_ids").list.len() >= 2)
-    if rows.is_empty():
-        raise ValueError(
-            f"None of the {len(sequences)} training sequences has 2 items; there is nothing "
-            "to learn from: give a log with longer histories."
-        )
+    rows = training_rows(sequences, max_length).alias("input_ids").to_frame()
     return Dataset.from_polars(rows.with_columns(labels="input_ids"))
 
 

@@ -32,6 +32,19 @@ class Split:
     protocol: str
     """How it was made, in words, the rule for ties in time included."""
 
+    def before_test(self) -> pl.Series:
+        """[training users] everything of theirs that precedes the test, validation items included:
+        what baselines count.
+
+        After :func:`last_n` that is all but the test items; after :func:`temporal_split`, where
+        nobody is both trained on and asked, the training sequences.
+        """
+        first = self.test.select("user", before="history").unique(
+            "user", keep="first", maintain_order=True
+        )
+        joined = self.train.join(first, on="user", how="left", maintain_order="left")
+        return joined.select(pl.coalesce("before", "items"))["before"]
+
     def summary(self) -> dict[str, str | int]:
         """The protocol and its sizes, ready for printing or JSON."""
         trained = self.train["items"].explode().unique()

@@ -16,6 +16,9 @@ from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 import yaml
 from transformers import HfArgumentParser
 
+from sce_lm.recsys.events import Duplicates
+from sce_lm.recsys.splits import ColdItems, Past
+
 EMBEDDED = "embedded"
 
 
@@ -119,7 +122,72 @@ class TrainConfig:
         default="~/.cache/sce_lm",
         metadata={"help": "Folder where embedded data and tokenised text are kept between runs."},
     )
-    sequence_length: int = field(default=512, metadata={"help": "Tokens of a training sequence."})
+    sequence_length: int = field(
+        default=512,
+        metadata={
+            "help": "Tokens of a training sequence; of a recommender, the latest items of a user "
+            "that are trained on and read."
+        },
+    )
+
+    # The data of a recommender.
+    duplicates: Duplicates = field(
+        default="keep",
+        metadata={
+            "help": "What becomes of a user's events with the same item: all are kept, the first, "
+            "the last, or all but those right after an event with the same item."
+        },
+    )
+    min_user_events: int = field(
+        default=1, metadata={"help": "Users with fewer events are left out."}
+    )
+    min_item_events: int = field(
+        default=1, metadata={"help": "Items with fewer events are left out."}
+    )
+    iterate_filters: bool = field(
+        default=True,
+        metadata={
+            "help": "Filter until all that are left have enough events (a k-core); false: once."
+        },
+    )
+    split: Literal["leave_one_out", "last_n", "temporal"] = field(
+        default="leave_one_out",
+        metadata={
+            "help": "What is held out: each user's last item for the test and the one before for "
+            "validation; the last split_n for each; or all users with events after a cut in time."
+        },
+    )
+    split_n: int = field(
+        default=1, metadata={"help": "Items a user in each held-out set of split last_n."}
+    )
+    split_quantile: float = field(
+        default=0.95,
+        metadata={"help": "The cut of split temporal as a quantile of all events' times."},
+    )
+    split_time: str | None = field(
+        default=None,
+        metadata={
+            "help": "The cut of split temporal as a time: ISO 8601, or a number where the log has "
+            "numbers; unset: split_quantile."
+        },
+    )
+    split_past: Past = field(
+        default="after",
+        metadata={"help": "Events in the histories of split temporal: after the cut, or all."},
+    )
+    split_cold_items: ColdItems = field(
+        default="drop",
+        metadata={
+            "help": "Events after the cut of split temporal whose items do not occur in training."
+        },
+    )
+    packing: bool = field(
+        default=True,
+        metadata={
+            "help": "Put several users into a row, told apart by position_ids, so that short "
+            "histories cost what they hold; false: a user a row, padded. The same loss either way."
+        },
+    )
 
     # The objective.
     objective: str = field(
@@ -221,6 +289,31 @@ class TrainConfig:
             "help": "Users of a recommender's evaluation, a fixed random sample; 0: all of them."
         },
     )
+    eval_k: list[int] = field(
+        default_factory=lambda: [10],
+        metadata={
+            "help": "Lengths of a recommender's evaluated lists; NDCG at the first is what "
+            "keep_best and patience go by."
+        },
+    )
+    mask_seen: bool = field(
+        default=True,
+        metadata={"help": "Leave the items of a user's history out of the evaluated lists."},
+    )
+    keep_best: bool = field(
+        default=False,
+        metadata={
+            "help": "Save and test the model of the best held-out evaluation (lowest nll, highest "
+            "NDCG), not the last."
+        },
+    )
+    patience: int = field(
+        default=0,
+        metadata={
+            "help": "Stop after so many evaluations in a row without a better one; 0: train for "
+            "max_steps."
+        },
+    )
     log_every: int = field(
         default=10,
         metadata={"help": "Steps between records of the loss in metrics.jsonl and the trackers."},
@@ -253,6 +346,9 @@ class TrainConfig:
             "max_steps",
             "per_device_batch_size",
             "gradient_accumulation_steps",
+            "min_user_events",
+            "min_item_events",
+            "split_n",
         ):
             self._require(name, getattr(self, name) >= 1, "at least 1")
         self._require(
@@ -266,6 +362,7 @@ class TrainConfig:
             "eval_batches",
             "eval_users",
             "checkpoint_every",
+            "patience",
             "seed",
         ):
             self._require(name, getattr(self, name) >= 0, "0 or more")
@@ -280,6 +377,13 @@ class TrainConfig:
             "two numbers in [0, 1)",
         )
         self._require("held_out_fraction", 0 < self.held_out_fraction < 1, "between 0 and 1")
+        self._require("split_quantile", 0 < self.split_quantile < 1, "between 0 and 1")
+        self._require("eval_k", bool(self.eval_k) and min(self.eval_k) >= 1, "numbers from 1 up")
+        if self.patience and not self.eval_every:
+            raise ValueError(
+                f"patience is {self.patience} and eval_every 0, so nothing is evaluated before the "
+                "end; set eval_every to a number of steps."
+            )
         if self.optimizer == "adamw" and rate is not None:
             raise ValueError(
                 f"sparse_learning_rate is {rate} and the optimizer is adamw, which has one rate "

@@ -1,10 +1,13 @@
 """The items task: next-item prediction on an interaction log, ranked against the whole catalogue.
 
-Leave-one-out: a user's last item is for the final test, the one before it for validation in the
-course of training, and what is left is trained on, the latest `sequence_length` items of each user.
+The log is filtered, split and tokenised as the configuration says. What is left for training is
+trained on, the latest `sequence_length` items of each user, several users to a row; validation
+questions are asked in the course of training, and test questions at the end.
 """
 
 from collections.abc import Sequence
+from datetime import date
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -12,21 +15,19 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import nn
-from transformers import DataCollatorForSeq2Seq, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sce_lm import recsys
-from sce_lm.recsys import metrics
+from sce_lm.recsys.histories import TrainingHistories, can_pack, training_rows
+from sce_lm.recsys.metrics import popularity_profile
 from sce_lm.training.config import TrainConfig
 from sce_lm.training.task import Task
 
-DEPTH = 10
-"""Length of the lists that are evaluated."""
-
 
 class ItemsTask(Task):
-    """Next-item prediction; figures are those of `recsys.evaluate_items` with seen items masked."""
+    """Next-item prediction; figures are those of `recsys.evaluate_items`."""
 
-    headline = (f"ndcg@{DEPTH}", f"hr@{DEPTH}")
+    higher_is_better = True
     separate_test = True
 
     def __init__(
@@ -34,51 +35,86 @@ class ItemsTask(Task):
     ):
         """Take the log of `recsys.read_interactions`, and a tokenizer if the items have one already
         (else one is made from the catalogue)."""
-        self.tokenizer = tokenizer or recsys.build_item_tokenizer(recsys.catalogue(log))
         self.config = config
+        log = recsys.filter_interactions(
+            log,
+            duplicates=config.duplicates,
+            min_user_events=config.min_user_events,
+            min_item_events=config.min_item_events,
+            iterate=config.iterate_filters,
+        )
+        self.tokenizer = tokenizer or recsys.build_item_tokenizer(recsys.catalogue(log))
+        self.items = recsys.item_tokens(self.tokenizer)
+        recsys.check_list_lengths(config.eval_k, self.items)
         sequences = recsys.user_sequences(log, self.tokenizer)
-        self.split = recsys.leave_one_out(sequences)
-        self.train = recsys.training_dataset(self.split.train, config.sequence_length)
+        self.split = _split(sequences, config)
+        self._description = {
+            **recsys.statistics(sequences),
+            "catalogue": len(self.items),
+            **self.split.summary(),
+        }
+        self.train = TrainingHistories(training_rows(self.split.train, config.sequence_length))
         self.num_rows = len(self.train)
-        if self.split.test.is_empty():
+        first = config.eval_k[0]
+        self.headline = (f"ndcg@{first}", f"hr@{first}")
+
+    def describe(self) -> dict[str, Any]:
+        return self._description
+
+    def check_model(self, model: PreTrainedModel) -> None:
+        if self.config.packing and not can_pack(model):
             raise ValueError(
-                f"None of the {len(sequences)} users has 3 events; leave-one-out takes one to "
-                "train on, one for validation and one for the test; give a longer log."
+                f"A {model.config.model_type} model does not keep histories in one row apart by "
+                "their position_ids; set packing to false."
             )
-        self.collate = DataCollatorForSeq2Seq(self.tokenizer)
 
     def batch(self, rows: Sequence[int]) -> dict[str, torch.Tensor]:
-        return dict(self.collate([self.train[row] for row in rows]))
+        return self.train.packed(rows) if self.config.packing else self.train.padded(rows)
 
     def evaluate(
         self, model: PreTrainedModel, accelerator: Accelerator, *, final: bool
-    ) -> dict[str, float]:
-        """NDCG, HR, MRR and coverage at 10 over the whole catalogue, seen items masked.
+    ) -> dict[str, Any]:
+        """NDCG, HR, MRR and coverage at each of `eval_k`, over the whole catalogue; a final
+        evaluation is the report of `recsys.ranking_report`, with the list entries by popularity.
 
-        Where `eval_users` bounds the evaluation, a random sample of users is taken, the same each
-        time; coverage is then that of their lists.
+        Where `eval_users` bounds the evaluation, a random sample of questions is taken, the same
+        each time; coverage is then that of their lists.
         """
-        frame = self._evaluated_users(final)
-        share = frame[accelerator.process_index :: accelerator.num_processes]
-        items = recsys.item_tokens(self.tokenizer)
-        ranks = torch.empty(0, dtype=torch.int64)
-        best_positions = torch.full((len(items),), DEPTH + 1)
-        if len(share):
-            ranking = self._rank(model, share)
-            ranks, best_positions = ranking.ranks, ranking.best_positions
-        ranks = torch.tensor(gather_object(ranks.tolist()))
-        together = accelerator.gather(best_positions[None].to(accelerator.device))
-        assert isinstance(together, torch.Tensor)
-        return _figures(ranks, together.amin(0).cpu())
+        report = self._report(model, accelerator, final)
+        return report if final else {k: v for k, v in report.items() if "@" in k}
 
-    def baselines(self) -> dict[str, dict[str, float]]:
-        """Popularity, counted over all but the test items, on the users of the final evaluation."""
-        past = self.split.test["history"].to_list()
-        scorer = recsys.popularity_scorer(past, recsys.item_tokens(self.tokenizer))
-        ranking = self._rank(scorer, self._evaluated_users(final=True))
-        return {"popularity": _figures(ranking.ranks, ranking.best_positions)}
+    def baselines(self, accelerator: Accelerator) -> dict[str, dict[str, Any]]:
+        """Popularity and the first-order Markov chain, counted over all that precedes the test."""
+        past = self.split.before_test()
+        scorers = {
+            "popularity": recsys.popularity_scorer(past, self.items),
+            "Markov chain": recsys.markov_scorer(past, self.items),
+        }
+        return {
+            name: self._report(scorer, accelerator, final=True) for name, scorer in scorers.items()
+        }
 
-    def _evaluated_users(self, final: bool) -> pl.DataFrame:
+    def _report(
+        self, model: nn.Module | recsys.Scorer, accelerator: Accelerator, final: bool
+    ) -> dict[str, Any]:
+        frame = self._questions(final)
+        ranking = self._rank(model, frame, accelerator)
+        report = recsys.ranking_report(
+            ranking,
+            k=self.config.eval_k,
+            split=self.split.protocol,
+            mask_seen=self.config.mask_seen,
+            max_length=self.config.sequence_length if isinstance(model, nn.Module) else None,
+        )
+        counts = np.bincount(self.train.tokens, minlength=self.items.stop)[self.items.start :]
+        return {
+            **report,
+            "list_entries_by_popularity": popularity_profile(
+                ranking.times_listed, torch.from_numpy(counts)
+            ),
+        }
+
+    def _questions(self, final: bool) -> pl.DataFrame:
         frame = self.split.test if final else self.split.validation
         if self.config.eval_users and self.config.eval_users < len(frame):
             generator = np.random.default_rng(self.config.seed)
@@ -86,21 +122,38 @@ class ItemsTask(Task):
             frame = frame[np.sort(sample)]
         return frame
 
-    def _rank(self, model: nn.Module | recsys.Scorer, frame: pl.DataFrame) -> recsys.ItemRanking:
-        return recsys.rank_items(
-            model,
-            frame["history"].to_list(),
-            frame["target"].to_list(),
-            items=recsys.item_tokens(self.tokenizer),
-            depth=DEPTH,
-            max_length=self.config.sequence_length,
+    def _rank(
+        self, model: nn.Module | recsys.Scorer, frame: pl.DataFrame, accelerator: Accelerator
+    ) -> recsys.ItemRanking:
+        """Each process ranks its share, and all get the ranking of everybody."""
+        share = frame[accelerator.process_index :: accelerator.num_processes]
+        parts = []
+        if len(share):
+            parts.append(
+                recsys.rank_items(
+                    model,
+                    share["history"],
+                    share["target"],
+                    items=self.items,
+                    depth=max(self.config.eval_k),
+                    mask_seen=self.config.mask_seen,
+                    max_length=self.config.sequence_length,
+                )
+            )
+        return recsys.ItemRanking.merged(gather_object(parts))
+
+
+def _split(sequences: pl.DataFrame, config: TrainConfig) -> recsys.Split:
+    if config.split == "temporal":
+        return recsys.temporal_split(
+            sequences,
+            config.split_quantile if config.split_time is None else _time(config.split_time),
+            past=config.split_past,
+            cold_items=config.split_cold_items,
         )
+    return recsys.last_n(sequences, config.split_n if config.split == "last_n" else 1)
 
 
-def _figures(ranks: torch.Tensor, best_positions: torch.Tensor) -> dict[str, float]:
-    return {
-        f"ndcg@{DEPTH}": metrics.ndcg(ranks, DEPTH),
-        f"hr@{DEPTH}": metrics.hit_rate(ranks, DEPTH),
-        f"mrr@{DEPTH}": metrics.mrr(ranks, DEPTH),
-        f"coverage@{DEPTH}": metrics.coverage(best_positions, DEPTH),
-    }
+def _time(text: str) -> int | str | date:
+    """A time of a log: a number where it looks like one, else left to the split to read."""
+    return int(text) if text.lstrip("-").isdigit() else text

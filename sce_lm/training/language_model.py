@@ -23,6 +23,7 @@ class LanguageModelTask(Task):
     """Next-token prediction on packed text."""
 
     headline = ("nll",)
+    higher_is_better = False
 
     def __init__(
         self,
@@ -54,6 +55,15 @@ class LanguageModelTask(Task):
                 "shorter sequence_length."
             )
         return packed
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            "training_tokens": int(self.train.ends[-1]),
+            "training_blocks": len(self.train),
+            "held_out_tokens": int(self.held_out.ends[-1]),
+            "held_out_blocks": len(self.held_out),
+            "block_length": self.config.sequence_length,
+        }
 
     def batch(self, rows: Sequence[int]) -> dict[str, torch.Tensor]:
         return _blocks(self.train, rows)

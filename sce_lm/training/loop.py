@@ -5,6 +5,8 @@ A run lives in its folder:
     config.json, objective.json     what was asked for; a later start must ask for the same
     metrics.jsonl, curves.png       records of training and evaluation, each with its step
     checkpoints/                    complete states to go on from
+    best/                           with keep_best, the best weights until the run is finished
+    data.json                       sizes of the data and how they were split
     model/                          the trained model and tokenizer, for from_pretrained
     summary.json                    the figures at the end; it is there when the run is finished
 
@@ -16,6 +18,7 @@ import json
 import math
 import statistics
 import time
+import warnings
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -30,9 +33,11 @@ from transformers import get_scheduler
 from sce_lm import objectives
 from sce_lm.files import write_json
 from sce_lm.hf.adapter import apply_sce, remove_sce
+from sce_lm.training.best import BestModel
 from sce_lm.training.checkpoint import Checkpoints
 from sce_lm.training.config import TrainConfig
-from sce_lm.training.metrics import MetricsLog, read_metrics
+from sce_lm.training.memory import estimate_memory
+from sce_lm.training.metrics import MetricsLog, read_metrics, training_seconds
 from sce_lm.training.models import build_model
 from sce_lm.training.optimizers import (
     average_rows,
@@ -89,12 +94,32 @@ class Run:
         with self.accelerator.main_process_first():
             self.task = build_task(config)
         model = build_model(config, self.task.tokenizer)
+        self.task.check_model(model)
         self.num_parameters = model.num_parameters()
         apply_sce(model, self.objective)
         self.by_rows = [] if config.optimizer == "adamw" else make_row_sparse(model)
         optimizer = build_optimizer(model, config, self.by_rows)
         if self.by_rows and self.objective.state is not None:
             self.objective.state.row_sum.follow(optimizer, self.by_rows[-1])
+        self.order = DataOrder(
+            self.task.num_rows,
+            config.per_device_batch_size,
+            config.gradient_accumulation_steps,
+            config.seed,
+        )
+        self.memory = estimate_memory(
+            model.to(self.accelerator.device),
+            self.objective,
+            self.task.batch(next(self.order.step_batches(0, 0, 1))),
+            config.optimizer,
+            self.by_rows,
+        )
+        if not self.memory.fits:
+            warnings.warn(
+                f"This run will probably not fit. {self.memory} Lower per_device_batch_size (with "
+                "gradient_accumulation_steps), or choose an objective that holds less.",
+                stacklevel=2,
+            )
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
         self.scheduler = get_scheduler(
             config.scheduler,
@@ -103,12 +128,6 @@ class Run:
             num_training_steps=config.max_steps,
         )
         self.accelerator.register_for_checkpointing(self.scheduler)
-        self.order = DataOrder(
-            self.task.num_rows,
-            config.per_device_batch_size,
-            config.gradient_accumulation_steps,
-            config.seed,
-        )
         # From here on each process draws its own dropout and its own candidates.
         set_seed(config.seed, device_specific=True)
 
@@ -128,7 +147,15 @@ class Run:
             self.folder.mkdir(parents=True, exist_ok=True)
             write_json(self.folder / "config.json", config.to_dict())
             write_json(self.folder / "objective.json", self.objective.to_dict())
+            write_json(self.folder / "data.json", self.task.describe())
             self.metrics.keep_until(self.step)
+        self.accelerator.wait_for_everyone()
+        self.best = BestModel(
+            self.folder / "best",
+            self.task.headline[0],
+            self.task.higher_is_better,
+            read_metrics(self.metrics.path),
+        )
 
     def _check_folder(self) -> None:
         """Refuse a folder that holds another run."""
@@ -175,7 +202,7 @@ class Run:
         )
         shown: dict[str, str] = {}
         window_seconds, window_steps = 0.0, 0
-        while self.step < config.max_steps:
+        while not self._is_over():
             started = time.perf_counter()
             figures = self._optimizer_step()
             self.step += 1
@@ -191,17 +218,34 @@ class Run:
             if is_last or (config.eval_every and self.step % config.eval_every == 0):
                 held_out = self.evaluate(final=False)
                 self._record(held_out)
+                self._keep_if_best(held_out)
                 shown |= {name: f"{held_out[name]:.4f}" for name in self.task.headline}
-            if config.checkpoint_every and (is_last or self.step % config.checkpoint_every == 0):
+            if config.checkpoint_every and (
+                self._is_over() or self.step % config.checkpoint_every == 0
+            ):
                 if self.is_main:
                     self.metrics.sync()
                 self.checkpoints.save(self.step)
+                if self.is_main:
+                    self.best.remove_earlier()
             bar.set_postfix(shown, refresh=False)
             bar.update()
         bar.close()
         summary = self._finish()
         self.accelerator.end_training()
         return summary
+
+    def _is_over(self) -> bool:
+        patience = self.config.patience
+        out_of_patience = 0 < patience <= self.best.evaluations_since
+        return self.step >= self.config.max_steps or out_of_patience
+
+    def _keep_if_best(self, held_out: dict[str, Any]) -> None:
+        is_best = self.best.update(self.step, held_out[self.task.headline[0]])
+        if is_best and self.config.keep_best and self.is_main:
+            self.best.save(self.accelerator.unwrap_model(self.model))
+            if not self.config.checkpoint_every:
+                self.best.remove_earlier()
 
     def _optimizer_step(self) -> dict[str, torch.Tensor]:
         """One optimiser step; the figures are on the device, so nothing has waited for it."""
@@ -269,7 +313,7 @@ class Run:
         )
         shown |= {"loss": f"{values['loss']:.4f}", "tokens/s": f"{speed:,.0f}"}
 
-    def _record(self, figures: dict[str, float]) -> None:
+    def _record(self, figures: dict[str, Any]) -> None:
         """Write figures of this step to metrics.jsonl and the trackers; JSON knows no infinity."""
         if self.is_main:
             finite = {k: v if math.isfinite(v) else None for k, v in figures.items()}
@@ -277,7 +321,7 @@ class Run:
         if self.config.trackers:
             self.accelerator.log(figures, step=self.step)
 
-    def evaluate(self, *, final: bool) -> dict[str, float]:
+    def evaluate(self, *, final: bool) -> dict[str, Any]:
         """Held-out figures of the model as it is; see the task."""
         model = self.accelerator.unwrap_model(self.model)
         model.eval()
@@ -285,16 +329,23 @@ class Run:
 
     def _finish(self) -> dict[str, Any]:
         """Evaluate, save the model, draw the curves and write the summary."""
+        reported = self.step
+        if self.config.keep_best:
+            self.accelerator.wait_for_everyone()
+            self.best.load(self.accelerator.unwrap_model(self.model))
+            reported = self.best.step
         test = self.evaluate(final=True) if self.task.separate_test else None
         summary: dict[str, Any] = {}
         if self.is_main:
             records = read_metrics(self.metrics.path)
             training = [record for record in records if "loss" in record]
-            held_out = [r for r in records if self.task.headline[0] in r][-1]
+            figure = self.task.headline[0]
+            held_out = next(r for r in records if figure in r and r["step"] == reported)
             summary = {
                 "task": self.config.task,
                 "objective": self.objective.to_dict(),
                 "steps": self.step,
+                "model_of_step": reported,
                 "processes": self.processes,
                 "device": str(self.accelerator.device),
                 "parameters": self.num_parameters,
@@ -303,6 +354,9 @@ class Run:
                 "loss": training[-1]["loss"],
                 "seconds_per_step": statistics.median(r["seconds_per_step"] for r in training),
                 "tokens_per_second": statistics.median(r["tokens_per_second"] for r in training),
+                "training_seconds": training_seconds(records)[-1][1],
+                "memory_estimate_mib": self.memory.to_mib(),
+                "data": self.task.describe(),
                 "held_out": {k: v for k, v in held_out.items() if k != "step"},
                 "test": test or {k: v for k, v in held_out.items() if k != "step"},
             }
@@ -312,9 +366,10 @@ class Run:
             try:
                 label = f"{self.config.task} {self.config.objective}"
                 curves = self.folder / "curves.png"
-                draw_curves({label: self.folder}, curves, self.task.headline[0])
+                draw_curves({label: self.folder}, curves, figure)
             except ImportError:
                 tqdm.write("matplotlib is not installed, so no curves are drawn.")
             write_json(self.folder / "summary.json", summary)
+            self.best.remove()
         self.accelerator.wait_for_everyone()
         return summary

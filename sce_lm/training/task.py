@@ -9,6 +9,7 @@ two processes see what one would with twice the batch.
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,6 +27,8 @@ class Task(ABC):
     headline: tuple[str, ...]
     """Names of the held-out figures for the progress bar; the first is also drawn as a curve."""
 
+    higher_is_better: bool
+    """The direction of the first of them."""
     separate_test: bool
     """Whether a final evaluation is on other data than those in the course of training."""
 
@@ -37,8 +40,9 @@ class Task(ABC):
     @abstractmethod
     def evaluate(
         self, model: PreTrainedModel, accelerator: Accelerator, *, final: bool
-    ) -> dict[str, float]:
-        """Held-out figures of a model in eval mode, the same on every process.
+    ) -> dict[str, Any]:
+        """Held-out figures of a model in eval mode, the same on every process. A final evaluation
+        may add what belongs to its figures, such as their protocol.
 
         Args:
             model: the model itself, not its data-parallel wrapper.
@@ -47,9 +51,16 @@ class Task(ABC):
                 that is used in the course of training (the validation items).
         """
 
-    def baselines(self) -> dict[str, dict[str, float]]:
+    def baselines(self, accelerator: Accelerator) -> dict[str, dict[str, Any]]:
         """Final held-out figures, by name, of methods that need no training; none by default."""
         return {}
+
+    @abstractmethod
+    def describe(self) -> dict[str, Any]:
+        """Sizes of the data and how they were split, for printing and JSON."""
+
+    def check_model(self, model: PreTrainedModel) -> None:  # noqa: B027 (nothing by default)
+        """Raise ValueError if the model cannot train on the task's batches; most can."""
 
 
 class DataOrder:

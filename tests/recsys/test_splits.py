@@ -48,6 +48,15 @@ def test_last_n_asks_for_each_of_the_last_items():
         last_n(sequences, 0)
 
 
+def test_baselines_count_what_precedes_the_test():
+    sequences = pl.DataFrame({"user": ["u", "v"], "items": [[2, 3, 4, 5, 6], [6, 7, 8, 9]]})
+    assert leave_one_out(sequences).before_test().to_list() == [[2, 3, 4, 5], [6, 7, 8]]
+    # The first of two test items is no longer there for the second, and v only trains.
+    assert last_n(sequences, 2).before_test().to_list() == [[2, 3, 4], [6, 7, 8, 9]]
+    cut = temporal_split(SEQUENCES, 6)
+    assert cut.before_test().to_list() == cut.train["items"].to_list()
+
+
 SEQUENCES = pl.DataFrame(
     {
         "user": ["early", "late", "new", "few", "one"],

@@ -2,10 +2,10 @@
 
 import json
 from collections import Counter
+from types import SimpleNamespace
 
 import polars as pl
 import pytest
-import torch
 from accelerate import Accelerator
 from support.training import SMALL_SCE
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -58,7 +58,8 @@ def test_a_recommender_is_trained_evaluated_and_saved(tmp_path):
     losses = [record["loss"] for record in records if "loss" in record]
     assert losses[-1] < losses[0]
     assert [r["step"] for r in records if "ndcg@10" in r] == [10, 20]
-    assert set(summary["test"]) == {"ndcg@10", "hr@10", "mrr@10", "coverage@10"}
+    figures = {"ndcg@10", "hr@10", "mrr@10", "coverage@10"}
+    assert figures < set(summary["test"])
     assert summary["test"]["hr@10"] > 0
     assert (run.folder / "curves.png").exists()
 
@@ -73,35 +74,34 @@ def test_a_recommender_is_trained_evaluated_and_saved(tmp_path):
         test["target"].to_list(),
         items=recsys.item_tokens(tokenizer),
         max_length=20,
+        split=run.task.split.protocol,
     )
-    assert {name: report[name] for name in summary["test"]} == pytest.approx(summary["test"])
-    assert evaluate_run(run.folder, Accelerator()) == pytest.approx(summary["test"])
+    assert {**summary["test"], **report} == summary["test"]
+    assert report["protocol"]["split"].startswith("leave-one-out; events of equal time")
+    rows = evaluate_run(run.folder, Accelerator())
+    assert rows["model"] == summary["test"]
+    assert set(rows) == {"model", "popularity", "Markov chain"}
+    assert json.loads((run.folder / "evaluation.json").read_text()) == rows
+    assert (run.folder / "popularity.png").read_bytes().startswith(b"\x89PNG")
+    profile = rows["popularity"]["list_entries_by_popularity"]
+    assert profile["recommended"][-1] == profile["trained"][-1] == 1
+    assert profile["recommended"][-3] > profile["trained"][-3]  # the top tenth of the catalogue
 
 
 def test_the_baseline_is_popularity_on_the_same_users(tmp_path):
     task = Run(TrainConfig(**items_fields(tmp_path, eval_users=50))).task
     assert isinstance(task, ItemsTask)
-    users = task._evaluated_users(final=True)
+    users = task._questions(final=True)
     assert len(users) == 50
     items = recsys.item_tokens(task.tokenizer)
-    counts = Counter(task.split.test["history"].explode().to_list())
+    counts = Counter(task.split.before_test().explode().to_list())
     by_popularity = sorted(items, key=lambda token: (-counts[token], token))
     hits = 0
     for history, target in users.select("history", "target").rows():
         listed = [t for t in by_popularity[:200] if t not in history or t == target][:10]
         hits += target in listed
-    assert task.baselines()["popularity"]["hr@10"] == pytest.approx(hits / 50)
+    assert task.baselines(Accelerator())["popularity"]["hr@10"] == pytest.approx(hits / 50)
     assert hits > 0
-
-
-def test_a_batch_is_padded_and_its_padding_has_no_label(tmp_path):
-    task = Run(TrainConfig(**items_fields(tmp_path))).task
-    batch = task.batch([0, 1, 2, 3])
-    padding = batch["attention_mask"] == 0
-    assert padding.any()
-    assert (batch["labels"][padding] == -100).all()
-    assert batch["labels"][~padding].equal(batch["input_ids"][~padding])
-    assert batch["input_ids"].dtype == torch.int64
 
 
 def test_the_users_of_a_bounded_evaluation_are_the_same_each_time(tmp_path):
@@ -116,6 +116,7 @@ def test_a_log_of_ones_own_is_read_by_its_column_names(tmp_path):
     pl.DataFrame(rows, schema=["who", "what", "when"], orient="row").write_csv(path)
     columns = {"user_column": "who", "item_column": "what", "time_column": "when"}
     changes = {"data": str(path), "data_options": {}, "max_steps": 2, "objective": "exact"}
+    changes["eval_k"] = [5]
     run = Run(TrainConfig(**items_fields(tmp_path, objective_options={}, **changes, **columns)))
     run.train()
     assert json.loads((run.folder / "summary.json").read_text())["vocabulary"] == 9 + 2
@@ -135,3 +136,107 @@ def test_a_log_of_ones_own_is_read_by_its_column_names(tmp_path):
 def test_options_that_the_data_do_not_have_are_refused(tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
         Run(TrainConfig(**items_fields(tmp_path, **changes)))
+
+
+def log_of_cycles(folder, users=40, events=8):
+    """Everyone walks the same cycle of nine items, from different places."""
+    path = folder / "log.csv"
+    rows = [(f"u{u}", f"i{(u + t) % 9}", 10 * u + t) for u in range(users) for t in range(events)]
+    pl.DataFrame(rows, schema=["user_id", "item_id", "time"], orient="row").write_csv(path)
+    return {"data": str(path), "data_options": {}, "time_column": "time"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "protocol", "users"),
+    [
+        ({"split": "last_n", "split_n": 2}, "last-2; ", 80),
+        ({"split": "temporal", "split_quantile": 0.8}, "temporal at the 0.8 quantile of time", 8),
+        ({"split": "temporal", "split_time": "300"}, "temporal at 300; ", 10),
+        ({"mask_seen": False}, "leave-one-out; ", 40),
+    ],
+)
+def test_split_and_masking_are_those_of_the_configuration(tmp_path, changes, protocol, users):
+    fields = items_fields(
+        tmp_path, max_steps=1, **log_of_cycles(tmp_path), **changes, eval_k=[3, 5]
+    )
+    run = Run(TrainConfig(**fields))
+    test = run.train()["test"]
+    assert test["protocol"]["split"].startswith(protocol)
+    assert test["users"] == users
+    seen = "kept" if "mask_seen" in changes else "masked, the target excepted"
+    assert test["protocol"]["seen_items"] == seen
+    assert {"ndcg@3", "ndcg@5"} < set(test)
+    described = json.loads((run.folder / "data.json").read_text())
+    assert described["users"] == 40
+    assert described["items"] == 9
+    assert described["test_questions"] == users
+    assert described["length_median"] == 8
+
+
+def test_filters_are_those_of_the_configuration(tmp_path):
+    fields = items_fields(tmp_path, **log_of_cycles(tmp_path), min_item_events=36, eval_k=[5])
+    described = Run(TrainConfig(**fields)).task.describe()
+    assert described["items"] == 5
+    with pytest.raises(ValueError, match="No event is left of 320"):
+        Run(TrainConfig(**{**fields, "min_user_events": 9}))
+    with pytest.raises(ValueError, match=r"k is \(10,\), but a list .* has 1 to 5 items"):
+        Run(TrainConfig(**{**fields, "eval_k": [10]}))
+
+
+def test_packed_and_padded_rows_train_alike(tmp_path):
+    losses = []
+    for packing in (True, False):
+        changes = {"packing": packing, "output_dir": str(tmp_path / str(packing))}
+        exact = {"objective": "exact", "objective_options": {}}
+        run = Run(
+            TrainConfig(**items_fields(tmp_path, **exact, max_steps=4, log_every=1, **changes))
+        )
+        run.train()
+        losses.append([r["loss"] for r in read_metrics(run.metrics.path) if "loss" in r])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_a_model_that_cannot_pack_is_refused(tmp_path):
+    mamba = {"model_type": "mamba", "hidden_size": 16, "num_hidden_layers": 1, "state_size": 4}
+    fields = items_fields(tmp_path, model_config=mamba)
+    with pytest.raises(ValueError, match=r"mamba model .* set packing to false"):
+        Run(TrainConfig(**fields))
+    assert (
+        Run(TrainConfig(**{**fields, "packing": False})).task.batch([0, 1])["attention_mask"].any()
+    )
+
+
+def test_the_best_model_is_kept_and_a_run_without_improvement_stops(tmp_path):
+    """A learning rate that is far too high after the first steps makes later models worse."""
+    fields = items_fields(
+        tmp_path,
+        **log_of_cycles(tmp_path),
+        eval_k=[5],
+        keep_best=True,
+        patience=3,
+        max_steps=200,
+        eval_every=5,
+        learning_rate=0.05,
+        warmup_steps=60,
+    )
+    run = Run(TrainConfig(**fields))
+    summary = run.train()
+    validation = {r["step"]: r["ndcg@5"] for r in read_metrics(run.metrics.path) if "ndcg@5" in r}
+    best = max(validation, key=validation.__getitem__)  # the first of equal ones
+    assert summary["model_of_step"] == best
+    assert summary["steps"] == best + 3 * 5 < 200
+    assert summary["held_out"]["ndcg@5"] == validation[best]
+    assert not (run.folder / "best").exists()
+
+    model = AutoModelForCausalLM.from_pretrained(run.folder / "model")
+    assert run.task.evaluate(model, run.accelerator, final=False)["ndcg@5"] == validation[best]
+    assert evaluate_run(run.folder, run.accelerator)["model"] == summary["test"]
+
+
+def test_a_run_that_does_not_fit_warns_before_it_starts(tmp_path, monkeypatch):
+    free = SimpleNamespace(available=10 * 2**20)
+    monkeypatch.setattr("sce_lm.training.memory.psutil.virtual_memory", lambda: free)
+    with pytest.warns(
+        UserWarning, match=r"will probably not fit. Memory: about \d+ MiB of \d+ free"
+    ):
+        Run(TrainConfig(**items_fields(tmp_path)))

@@ -70,7 +70,7 @@ def test_a_run_leaves_a_stock_model_metrics_curves_and_a_summary(corpus, tmp_pat
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     assert type(model).__name__ == "GPT2LMHeadModel"
     assert len(AutoTokenizer.from_pretrained(tmp_path / "model")) == model.config.vocab_size
-    assert evaluate_run(tmp_path, run.accelerator) == pytest.approx(summary["test"])
+    assert evaluate_run(tmp_path, run.accelerator)["model"] == pytest.approx(summary["test"])
 
 
 def test_a_finished_run_is_not_trained_again(corpus, tmp_path):
@@ -235,9 +235,13 @@ def test_the_script_says_what_is_wrong_in_one_line(corpus, tmp_path):
     assert "Traceback" not in done.stderr
 
 
-def test_the_evaluation_script_prints_what_the_run_ended_with(corpus, tmp_path):
+def test_the_evaluation_script_prints_and_writes_what_the_run_ended_with(corpus, tmp_path):
     summary = Run(TrainConfig(**lm_fields(corpus, output_dir=str(tmp_path), max_steps=2))).train()
     script = str(ROOT / "scripts" / "evaluate.py")
     command = [sys.executable, script, str(tmp_path)]
     done = subprocess.run(command, check=True, capture_output=True, text=True, env=ONE_THREAD)
-    assert json.loads(done.stdout) == pytest.approx(summary["test"])
+    written = json.loads((tmp_path / "evaluation.json").read_text())["model"]
+    assert written == pytest.approx(summary["test"])
+    for name, value in written.items():
+        assert name in done.stdout
+        assert f"{value:.4f}" in done.stdout

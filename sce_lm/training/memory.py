@@ -1,0 +1,175 @@
+"""What a run will hold in memory, told before it starts.
+
+Parameters, their gradients and the optimiser's state follow from their sizes. What the backbone
+keeps for its backward pass is counted on a part of a batch and scaled up. The loss is estimated:
+
+    kept logits    3·4·N·V + 4·V·d        as transformers computes it: logits, softmax, gradient
+    exact          block + 4·N·d + 4·V·d  streamed in blocks
+    another        work + rows + 4·N·d + 4·V·d, or 8·d a row met where the gradient is row-sparse
+
+with N positions, V classes and width d. Candidates are worked on in blocks of a fixed budget; the
+rows that published SCE gathers for its buckets are held together with their gradient. The estimates
+are within a factor of two of what was measured, which is what a decision needs.
+"""
+
+import dataclasses
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import psutil
+import torch
+from transformers import PreTrainedModel
+
+from sce_lm.config import SCEConfig
+from sce_lm.hf.adapter import lazy_logits
+from sce_lm.objectives import Objective
+from sce_lm.ops.exact_cross_entropy import BLOCK_ELEMENTS
+from sce_lm.training.task import on_device
+
+WORK = 32 * 2**20
+"""What the losses over candidates hold besides rows of the head: blocks of logits and scores."""
+PROBED_SHARE = 8
+"""The backbone is tried on one part in so many of a batch's rows."""
+MIB = 2**20
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes on the device of one process."""
+
+    parameters: int
+    gradients: int
+    """Of the parameters, without the head's, which is part of the loss."""
+    optimizer: int
+    backbone: int
+    """What is kept for the backward pass of everything but the loss."""
+    loss: int
+    """The chosen objective, gradient of the head included."""
+    exact_loss: int
+    """Exact cross-entropy in its place, streamed."""
+    stock_loss: int
+    """Exact cross-entropy over kept logits in its place."""
+    available: int
+    """What is free now, parameters included."""
+
+    @property
+    def total(self) -> int:
+        return self.parameters + self.gradients + self.optimizer + self.backbone + self.loss
+
+    @property
+    def fits(self) -> bool:
+        return self.total <= self.available
+
+    def to_mib(self) -> dict[str, int]:
+        """Everything in MiB, for printing and JSON."""
+        values = {**dataclasses.asdict(self), "total": self.total}
+        return {name: round(value / MIB) for name, value in values.items()}
+
+    def __str__(self) -> str:
+        mib = {name: f"{value:,}" for name, value in self.to_mib().items()}
+        return (
+            f"Memory: about {mib['total']} MiB of {mib['available']} free: parameters "
+            f"{mib['parameters']}, gradients {mib['gradients']}, optimiser {mib['optimizer']}, "
+            f"backbone {mib['backbone']}, loss {mib['loss']} (exact {mib['exact_loss']}; over kept "
+            f"logits, as transformers computes it, {mib['stock_loss']})."
+        )
+
+
+def estimate_memory(
+    model: PreTrainedModel,
+    objective: Objective,
+    batch: dict[str, torch.Tensor],
+    optimizer: str,
+    by_rows: Iterable[torch.nn.Parameter],
+) -> MemoryEstimate:
+    """What training will hold.
+
+    Args:
+        model: patched by ``apply_sce``, on the device where it will train.
+        objective: what it trains with.
+        batch: the first batch of one process.
+        optimizer: its name in the configuration.
+        by_rows: parameters that it trains by rows.
+    """
+    rows = {id(p) for p in by_rows}
+    sizes = [(p.numel(), p.element_size(), id(p) in rows) for p in model.parameters()]
+    parameters = sum(numel * bytes_each for numel, bytes_each, _ in sizes)
+    dense = sum(numel * bytes_each for numel, bytes_each, is_by_rows in sizes if not is_by_rows)
+    state = 2 * dense
+    for parameter in (p for p in model.parameters() if id(p) in rows):
+        state += 4 * len(parameter) if optimizer == "rowwise_adagrad" else 8 * parameter.numel()
+    output: Any = model.get_output_embeddings()
+    head = output.weight
+    positions = int((batch["labels"][:, 1:] != -100).sum())
+    free = (
+        torch.cuda.mem_get_info(model.device)[0]
+        if model.device.type == "cuda"
+        else psutil.virtual_memory().available
+    )
+    head_bytes = head.numel() * head.element_size()
+    return MemoryEstimate(
+        parameters=parameters,
+        gradients=max(0, dense - (0 if id(head) in rows else head_bytes)),
+        optimizer=state,
+        backbone=_kept_bytes(model, batch),
+        loss=loss_bytes(objective, positions, *head.shape),
+        exact_loss=_exact_bytes(positions, *head.shape),
+        stock_loss=12 * positions * head.shape[0] + 4 * head.numel(),
+        available=free + parameters,
+    )
+
+
+def loss_bytes(objective: Objective, positions: int, vocab_size: int, width: int) -> int:
+    """Peak of a forward and backward pass of a loss with a trainable head, over its inputs."""
+    if objective.name == "exact":
+        return _exact_bytes(positions, vocab_size, width)
+    candidates = _candidates(objective, positions, vocab_size)
+    rows = 8 * candidates * width  # the rows and their gradient
+    gradient = 4 * vocab_size * width
+    if getattr(objective.config, "sparse_grad", False):
+        gradient = 4 * (candidates + positions) * width
+    return WORK + rows + gradient + 4 * positions * width
+
+
+def _exact_bytes(positions: int, vocab_size: int, width: int) -> int:
+    block = 4 * min(BLOCK_ELEMENTS, positions * vocab_size)
+    return block + 4 * (positions + vocab_size) * width
+
+
+def _candidates(objective: Objective, positions: int, vocab_size: int) -> int:
+    """Rows of the head that are gathered in a call, about."""
+    config = objective.config
+    if isinstance(config, SCEConfig):
+        sizes = config.resolve(positions, vocab_size)
+        labels = min(positions, vocab_size) if config.shared_labels else 0
+        buckets = sizes.num_buckets * sizes.bucket_candidates
+        return labels + sizes.shared_frequent + sizes.tail_candidates + buckets
+    negatives = getattr(config, "num_negatives", positions)
+    return positions + (negatives if isinstance(negatives, int) else positions)
+
+
+def _kept_bytes(model: PreTrainedModel, batch: dict[str, torch.Tensor]) -> int:
+    """Bytes that autograd keeps of the backbone for a whole batch."""
+    num_rows = len(batch["labels"])
+    probed = -(-num_rows // PROBED_SHARE)
+    inputs = on_device({name: rows[:probed] for name, rows in batch.items()}, model.device)
+    del inputs["labels"]
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept: dict[int, int] = {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    was_training = model.training
+    model.train()
+    try:
+        with lazy_logits(model), torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+            output = model(**inputs, use_cache=False)  # kept alive until its tensors are counted
+    finally:
+        model.train(was_training)
+    del output
+    return sum(kept.values()) * num_rows // probed
