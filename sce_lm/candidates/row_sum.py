@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from sce_lm.ops.memory import row_sum
+from sce_lm.ops.rows import HeadColumns
 
 
 class RowSum:
@@ -25,15 +26,15 @@ class RowSum:
         self._read_at: tuple[int, int] | None = None
         self._is_followed = False
 
-    def of(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor | None:
-        """fp64 ``[d]`` (``[d + 1]`` with a bias), or None for a weight that is trained densely."""
+    def of(self, columns: HeadColumns) -> torch.Tensor | None:
+        """fp64 ``[D]``, or None for a weight that is trained densely. The narrow columns beside the
+        weight's are summed at each call."""
+        weight = columns.weight
         if weight.is_inference() or (weight.requires_grad and not self._is_followed):
             return None
         if self._sum is None or self._read_at != _version(weight):
             self._sum, self._read_at = row_sum(weight), _version(weight)
-        if bias is None:
-            return self._sum
-        return torch.cat([self._sum, bias.detach().sum(dtype=torch.float64).unsqueeze(0)])
+        return columns.row_sum(self._sum)
 
     def forget(self) -> None:
         """Read the weight again at the next call."""

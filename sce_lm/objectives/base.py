@@ -12,6 +12,7 @@ import torch
 from sce_lm.candidates.state import SCEState
 from sce_lm.ops.exact_cross_entropy import compute_dtype
 from sce_lm.ops.logits import LogitTransform
+from sce_lm.ops.rows import HeadColumns
 
 Reduction = Literal["mean", "sum", "none"]
 
@@ -40,7 +41,7 @@ class HeadInputs:
     """One checked call without its ignored positions: what a method's own code works on."""
 
     hidden: torch.Tensor
-    """``[N, d]``, N >= 1."""
+    """``[N, d]``, N >= 1; ``[N, d + r]`` with ``low_rank``."""
     weight: torch.Tensor
     """``[V, d]``."""
     labels: torch.Tensor
@@ -52,6 +53,23 @@ class HeadInputs:
     """0-dim factor on the sum of losses; None asks for a loss per position."""
     generator: torch.Generator | None
     want_statistics: bool
+    low_rank: torch.Tensor | None = None
+    """``[V, r]`` or None."""
+
+    @property
+    def columns(self) -> HeadColumns:
+        """The columns of the head's rows."""
+        return HeadColumns(self.weight, self.low_rank, self.bias)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The keyword arguments that every loss in :mod:`sce_lm.ops` takes."""
+        return {
+            "bias": self.bias,
+            "low_rank": self.low_rank,
+            "post": self.post,
+            "position_weight": self.position_weight,
+        }
 
 
 class Objective(ABC):
@@ -89,6 +107,7 @@ class Objective(ABC):
         labels: torch.Tensor,
         *,
         bias: torch.Tensor | None = None,
+        low_rank: torch.Tensor | None = None,
         post: LogitTransform = LogitTransform(),
         generator: torch.Generator | None = None,
         reduction: Reduction = "mean",
@@ -99,10 +118,15 @@ class Objective(ABC):
         """The loss of ``softmax(post(hidden_states @ weight.T + bias))`` against ``labels``.
 
         Args:
-            hidden_states: ``[..., d]``; fp16, bf16, fp32 or fp64.
+            hidden_states: ``[..., d]``; fp16, bf16, fp32 or fp64. ``[..., d + r]`` with
+                ``low_rank``.
             weight: ``[V, d]``; its own dtype may differ from that of ``hidden_states``.
             labels: ``[...]`` int64, aligned with ``hidden_states`` (no shift is made here).
             bias: ``[V]`` or None.
+            low_rank: ``[V, r]`` or None: B of a head ``weight + scale·B @ A`` that is never formed.
+                Beside the d hidden states then stand the r numbers that meet B,
+                ``torch.cat([h, scale * h @ A.T], -1)``, and gradients reach A through them. The
+                gradient of B is dense.
             post: what the model does to its raw logits.
             generator: CPU generator that gives the seed of this call's draws; None: torch's own.
             reduction: "mean" over valid positions, "sum", or "none" (``[...]``, 0 where ignored).
@@ -119,14 +143,15 @@ class Objective(ABC):
             ValueError: shapes that do not fit, a label outside ``[0, V)``, an unknown reduction.
             TypeError: labels that are not integers.
         """
-        check_inputs(hidden_states, weight, labels, bias, reduction, ignore_index)
+        columns = HeadColumns(weight, low_rank, bias)
+        check_inputs(hidden_states, columns, labels, reduction, ignore_index)
         dtype = compute_dtype(hidden_states, weight)
         flat_labels = labels.reshape(-1).long()
         valid = (flat_labels != ignore_index).nonzero().squeeze(1)
         num_valid = valid.numel()
         if num_valid == 0:
             is_sparse = getattr(self.config, "sparse_grad", False)
-            loss = connected_zero(hidden_states, weight, bias, is_sparse).to(dtype)
+            loss = connected_zero(hidden_states, columns, is_sparse).to(dtype)
             if reduction == "none":
                 loss = loss + hidden_states.new_zeros(labels.shape, dtype=dtype)
             return (loss, Statistics(num_valid=0)) if return_stats else loss
@@ -143,7 +168,15 @@ class Objective(ABC):
                 torch.as_tensor(denominator, dtype=dtype, device=hidden.device)
             )
         inputs = HeadInputs(
-            hidden, weight, flat_labels, bias, post, position_weight, generator, return_stats
+            hidden,
+            weight,
+            flat_labels,
+            bias,
+            post,
+            position_weight,
+            generator,
+            return_stats,
+            low_rank,
         )
         # Autocast would round the logits; the losses choose their own dtype.
         with torch.autocast(hidden.device.type, enabled=False):
@@ -170,28 +203,38 @@ def scatter_to(labels: torch.Tensor, valid: torch.Tensor, values: torch.Tensor) 
     return full.index_copy(0, valid, values).reshape(labels.shape)
 
 
-def connected_zero(hidden, weight, bias, is_sparse: bool) -> torch.Tensor:
+def connected_zero(hidden: torch.Tensor, columns: HeadColumns, is_sparse: bool) -> torch.Tensor:
     """0 that depends on every input, so that ranks without labels still join the backward pass;
     ``is_sparse`` keeps the gradient of the weight row-sparse."""
+    weight, *others = columns
     nothing = torch.empty(0, dtype=torch.int64, device=weight.device)
     rows = torch.nn.functional.embedding(nothing, weight, sparse=is_sparse)
-    parts = [hidden[:0], rows] + ([] if bias is None else [bias[:0]])
+    parts = [hidden[:0], rows, *(part[:0] for part in others if part is not None)]
     return torch.stack([part.sum().float() for part in parts]).sum()
 
 
-def check_inputs(hidden_states, weight, labels, bias, reduction, ignore_index) -> None:
+def check_inputs(hidden_states, columns: HeadColumns, labels, reduction, ignore_index) -> None:
     """Raise one sentence for inputs that do not fit together."""
+    weight, low_rank, bias = columns
     if weight.dim() != 2:
         raise ValueError(
             f"weight has shape {tuple(weight.shape)}; the output head's [vocab_size, hidden_size] "
             "matrix is needed."
         )
     vocab_size, width = weight.shape
+    if low_rank is not None:
+        if low_rank.dim() != 2 or len(low_rank) != vocab_size:
+            raise ValueError(
+                f"low_rank has shape {tuple(low_rank.shape)}; [{vocab_size}, r], a row for each "
+                "row of weight, is needed."
+            )
+        width += low_rank.shape[1]
     if hidden_states.dim() < 1 or hidden_states.shape[-1] != width:
+        beside = "" if low_rank is None else f" and low_rank {tuple(low_rank.shape)}"
         raise ValueError(
             f"hidden_states has shape {tuple(hidden_states.shape)} and weight "
-            f"{tuple(weight.shape)}; their last dimensions must be equal, so pass the hidden "
-            "states that enter this head."
+            f"{tuple(weight.shape)}{beside}; their last dimensions must be equal, so pass the "
+            "hidden states that enter this head."
         )
     if labels.shape != hidden_states.shape[:-1]:
         raise ValueError(

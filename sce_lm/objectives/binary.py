@@ -91,9 +91,7 @@ class BCE(SampledObjective):
                 ids, torch.zeros_like(ids[:1], dtype=torch.float32), sparse_grad=config.sparse_grad
             ),
             positive_weight=config.positive_weight(vocab_size),
-            bias=inputs.bias,
-            post=inputs.post,
-            position_weight=inputs.position_weight,
+            **inputs.options,
         )
         return loss, self.statistics(num_positions, float(config.num_negatives), counted=counted)
 

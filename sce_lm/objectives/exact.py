@@ -18,9 +18,7 @@ class Exact(Objective):
             inputs.hidden,
             inputs.weight,
             inputs.labels,
-            bias=inputs.bias,
-            post=inputs.post,
-            position_weight=inputs.position_weight,
+            **inputs.options,
         )
         return result.loss, Statistics(
             num_valid=inputs.labels.numel(),

@@ -90,9 +90,7 @@ class InBatch(SampledObjective):
             inputs.weight,
             inputs.labels,
             Candidates(ids[:0], ids, log_weights, sparse_grad=self.config.sparse_grad),
-            bias=inputs.bias,
-            post=inputs.post,
-            position_weight=inputs.position_weight,
+            **inputs.options,
         ).loss
         return loss, self.statistics(num_positions, float(len(ids)), counted=counted)
 

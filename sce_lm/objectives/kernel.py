@@ -42,7 +42,6 @@ from sce_lm.objectives.sampled import SampledObjective
 from sce_lm.ops.candidate_cross_entropy import Candidates, candidate_cross_entropy
 from sce_lm.ops.exact_cross_entropy import compute_dtype
 from sce_lm.ops.position_cross_entropy import PositionCandidates, position_cross_entropy
-from sce_lm.ops.rows import take_rows, with_one
 
 AUTO_WIDTH, AUTO_PROJECTION = 128, 64
 """Models wider than the first are projected to the second by "auto"."""
@@ -141,9 +140,7 @@ class Kernel(SampledObjective):
             loss = candidate_cross_entropy(
                 *head,
                 Candidates(ids[:0], ids, c, sparse_grad=config.sparse_grad),
-                bias=inputs.bias,
-                post=inputs.post,
-                position_weight=inputs.position_weight,
+                **inputs.options,
             ).loss
             operations = 2.0 * rows.numel() * rows.shape[1] / num_positions
         else:
@@ -158,9 +155,7 @@ class Kernel(SampledObjective):
             loss = position_cross_entropy(
                 *head,
                 PositionCandidates(ids, -log_q - math.log(m), sparse_grad=config.sparse_grad),
-                bias=inputs.bias,
-                post=inputs.post,
-                position_weight=inputs.position_weight,
+                **inputs.options,
                 absolute=config.absolute,
             ).loss
             operations = sampler.operations(num_positions, m)
@@ -179,7 +174,7 @@ class Kernel(SampledObjective):
         if width == "auto":
             width = AUTO_PROJECTION if wide > AUTO_WIDTH else None
         if width is None or width >= wide:
-            return queries, take_rows(inputs.weight, inputs.bias, slice(None), dtype)
+            return queries, inputs.columns.rows(slice(None), dtype)
         of_hidden, of_rows = self.state.once(
             seed, "projection", lambda: self._projection(inputs, queries, width, counted)
         )
@@ -187,7 +182,7 @@ class Kernel(SampledObjective):
         tile = max(1, TILE_ELEMENTS // wide)
         for start in range(0, len(rows), tile):
             part = slice(start, start + tile)
-            torch.mm(take_rows(inputs.weight, inputs.bias, part, dtype), of_rows, out=rows[part])
+            torch.mm(inputs.columns.rows(part, dtype), of_rows, out=rows[part])
         return queries @ of_hidden, rows
 
     def _projection(self, inputs: HeadInputs, queries: torch.Tensor, width: int, counted: bool):
@@ -197,7 +192,7 @@ class Kernel(SampledObjective):
         shape = (queries.shape[1], width)
         if is_due or "of_hidden" not in memory or memory["of_hidden"].shape != shape:
             some = _spread(len(inputs.weight), PROJECTION_ROWS * queries.shape[1], queries.device)
-            rows = take_rows(inputs.weight, inputs.bias, some, queries.dtype)
+            rows = inputs.columns.rows(some, queries.dtype)
             fitted = fit_projection(queries, rows, width)
             if counted:
                 memory["of_hidden"], memory["of_rows"] = fitted
@@ -213,7 +208,7 @@ class Kernel(SampledObjective):
         positions = _spread(len(queries), AUTO_POSITIONS, queries.device)
         classes = _spread(len(rows), AUTO_ROWS, queries.device)
         exact = _extended_hidden(inputs, positions, queries.dtype)
-        x = exact @ take_rows(inputs.weight, inputs.bias, classes, queries.dtype).T
+        x = exact @ inputs.columns.rows(classes, queries.dtype).T
         p = torch.softmax(inputs.post(x / inputs.post.scale), dim=1)
         kernel = queries[positions] @ rows[classes].T
         if shift is not None:
@@ -229,7 +224,7 @@ class Kernel(SampledObjective):
 
 def _extended_hidden(inputs: HeadInputs, positions, dtype: torch.dtype) -> torch.Tensor:
     """Hidden states with a 1 that meets the bias, times the model's scale."""
-    hidden = with_one(inputs.hidden[positions], inputs.bias, dtype)
+    hidden = inputs.columns.extend(inputs.hidden[positions], dtype)
     return hidden if inputs.post.scale == 1.0 else hidden * inputs.post.scale
 
 

@@ -86,9 +86,7 @@ class RECE(SampledObjective):
             inputs.weight,
             inputs.labels,
             chunks,
-            bias=inputs.bias,
-            post=inputs.post,
-            position_weight=inputs.position_weight,
+            **inputs.options,
         )
         buckets, count = self.config.resolve(num_positions, vocab_size)
         met = min(1.0, (1 + 2 * chunks.reach) / count) * vocab_size
@@ -100,13 +98,14 @@ class RECE(SampledObjective):
         (num_positions, width), vocab_size = inputs.hidden.shape, len(inputs.weight)
         buckets, count = self.config.resolve(num_positions, vocab_size)
         dtype = compute_dtype(inputs.hidden, inputs.weight)
+        classes = [part for part in (inputs.weight, inputs.low_rank) if part is not None]
         chunks = []
         for _ in range(self.config.rounds):
             directions = torch.randn(
                 buckets, width, generator=generator, device=generator.device, dtype=dtype
             )
             chunks.append(
-                [hash_chunks(x, directions, count) for x in (inputs.hidden, inputs.weight)]
+                [hash_chunks(vectors, directions, count) for vectors in ([inputs.hidden], classes)]
             )
         of_position, of_class = (torch.stack(rounds) for rounds in zip(*chunks))
         return Chunks(of_position, of_class, count, self.config.extra_chunks)

@@ -98,9 +98,7 @@ class SampledSoftmax(SampledObjective):
             loss = candidate_cross_entropy(
                 *head,
                 Candidates(ids[:0], ids, c, sparse_grad=config.sparse_grad),
-                bias=inputs.bias,
-                post=inputs.post,
-                position_weight=inputs.position_weight,
+                **inputs.options,
             ).loss
         else:
             is_distinct = config.sampling == "distinct"
@@ -110,9 +108,7 @@ class SampledSoftmax(SampledObjective):
             loss = position_cross_entropy(
                 *head,
                 PositionCandidates(ids, c, sparse_grad=config.sparse_grad),
-                bias=inputs.bias,
-                post=inputs.post,
-                position_weight=inputs.position_weight,
+                **inputs.options,
             ).loss
         return loss, self.statistics(num_positions, float(ids.shape[-1]), counted=counted)
 

@@ -80,9 +80,7 @@ class SCE(SampledObjective):
             inputs.weight,
             inputs.labels,
             candidates,
-            bias=inputs.bias,
-            post=inputs.post,
-            position_weight=inputs.position_weight,
+            **inputs.options,
         )
         products = self._products(candidates, num_positions, vocab_size)
         relative_error = self._relative_error(inputs, candidates, result.log_partition, counted)
@@ -122,6 +120,7 @@ class SCE(SampledObjective):
             candidates,
             log_partition,
             bias=inputs.bias,
+            low_rank=inputs.low_rank,
             post=inputs.post,
             positions=positions,
         )
@@ -146,7 +145,14 @@ class SCE(SampledObjective):
                 stream(seed, "buckets", inputs.labels.device),
                 balanced=config.assignment == "balanced",
             )
-            items = catalogue_topk(centers, weight, own, bias=inputs.bias, excluded=shared)
+            items = catalogue_topk(
+                centers,
+                weight,
+                own,
+                bias=inputs.bias,
+                low_rank=inputs.low_rank,
+                excluded=shared,
+            )
         needs_mean = sizes.control_variate and len(tail) > 0
         return Candidates(
             shared,
@@ -154,7 +160,7 @@ class SCE(SampledObjective):
             log_weights,
             items,
             bucket_of,
-            row_sum=self.state.row_sum.of(weight, inputs.bias) if needs_mean else None,
+            row_sum=self.state.row_sum.of(inputs.columns) if needs_mean else None,
             control_variate=sizes.control_variate,
             sparse_grad=config.sparse_grad,
         )
@@ -208,7 +214,11 @@ class SCE(SampledObjective):
             scores = centers @ hidden.T
             position = torch.topk(scores, sizes.bucket_positions, sorted=False).indices.reshape(-1)
             items = catalogue_topk(
-                centers, inputs.weight, sizes.bucket_candidates, bias=inputs.bias
+                centers,
+                inputs.weight,
+                sizes.bucket_candidates,
+                bias=inputs.bias,
+                low_rank=inputs.low_rank,
             )
             bucket = torch.arange(len(items), device=device)
             bucket = bucket.repeat_interleave(sizes.bucket_positions)
@@ -267,7 +277,5 @@ class SCE(SampledObjective):
                 bucket,
                 sparse_grad=self.config.sparse_grad,
             ),
-            bias=inputs.bias,
-            post=inputs.post,
-            position_weight=share,
+            **{**inputs.options, "position_weight": share},
         ).loss

@@ -175,9 +175,7 @@ class BIR(SampledObjective):
             inputs.weight,
             inputs.labels,
             candidates,
-            bias=inputs.bias,
-            post=inputs.post,
-            position_weight=inputs.position_weight,
+            **inputs.options,
         ).loss
         return loss, drawn
 
@@ -276,15 +274,15 @@ def _resample(
     the label, ``w_j = f_j exp(s_j) / Zpool`` and so ``c_j = log k_j - log R + log Zpool - s_j``.
     """
     dtype = compute_dtype(inputs.hidden, inputs.weight)
-    rows = inputs.weight[pool.ids].to(dtype)
-    bias = 0.0 if inputs.bias is None else inputs.bias[pool.ids].to(dtype)
+    rows = inputs.columns.rows(pool.ids, dtype)
+    hidden = inputs.columns.extend(inputs.hidden, dtype)
     log_factor = pool.log_factor.to(dtype)
     log_weights = rows.new_empty(len(inputs.labels), len(pool.ids))
     drawn = torch.zeros_like(pool.log_factor)
     step = max(1, BLOCK_ELEMENTS // max(draws, len(pool.ids)))
     for start in range(0, len(log_weights), step):
         block = slice(start, start + step)
-        s = inputs.post(inputs.hidden[block].to(dtype) @ rows.T + bias)
+        s = inputs.post(hidden[block] @ rows.T)
         log_w = s + log_factor
         if corrected:
             log_w.masked_fill_(pool.ids == inputs.labels[block, None], -torch.inf)

@@ -33,8 +33,8 @@ for a loss per position or for a second backward pass: no ``[N, K]`` logits are 
 itself is held for a block, and passed over four times: largest, shift, exp, and the weighted sum.
 Weights of classes scale the candidates' rows, and weights of positions scale h, before and after
 the products instead; the control's second term has rank one a bucket and is added there too. The
-gradient of W is summed in fp32 over the rows that were touched, and cast once. A bias is one more
-column of W, met by a 1 in h.
+gradient of W is summed in fp32 over the rows that were touched, and cast once. A low-rank operand
+and a bias are further columns of W (module :mod:`sce_lm.ops.rows`).
 
 Positions are sorted by bucket; each block's buckets are multiplied together, in groups of sizes
 so alike that padding them to the largest adds at most a tenth.
@@ -51,8 +51,7 @@ from torch.autograd.function import once_differentiable
 
 from sce_lm.ops.exact_cross_entropy import compute_dtype
 from sce_lm.ops.logits import LogitTransform
-from sce_lm.ops.memory import row_sum
-from sce_lm.ops.rows import dense_gradient, sparse_gradient, take_rows, with_one
+from sce_lm.ops.rows import HeadColumns, Needs
 
 BLOCK_ELEMENTS = 2**21
 """Logits of a block of positions (8 MiB in fp32), and half the elements of the rows of W that
@@ -84,8 +83,8 @@ class Candidates:
     """``[n_b, K_b]`` log-weights of ``bucket_items``; None: all 0. -inf marks an empty slot, whose
     id repeats that of the slot before it. Not with ``control_variate``."""
     row_sum: torch.Tensor | None = None
-    """``[d]`` (``[d + 1]`` with a bias) sum of the rows of W, where the caller keeps it up to date;
-    None: it is read off W. Used by the control variate only."""
+    """``[D]`` sum of the head's rows, where the caller keeps it up to date; None: they are all read
+    for it. Used by the control variate only."""
     control_variate: bool = False
     """Take the known part of the tail out of the sample."""
     sparse_grad: bool = False
@@ -110,17 +109,19 @@ def candidate_cross_entropy(
     candidates: Candidates,
     *,
     bias: torch.Tensor | None = None,
+    low_rank: torch.Tensor | None = None,
     post: LogitTransform = LogitTransform(),
     position_weight: torch.Tensor | None = None,
 ) -> CandidateLoss:
     """Cross-entropy over candidates, as in the module's equations.
 
     Args:
-        hidden: ``[N, d]``, fp16, bf16, fp32 or fp64; N >= 1.
+        hidden: ``[N, d]``, fp16, bf16, fp32 or fp64; N >= 1. ``[N, d + r]`` with ``low_rank``.
         weight: ``[V, d]``.
         labels: ``[N]`` int64 in ``[0, V)``.
         candidates: the lists and their log-weights.
         bias: ``[V]`` or None.
+        low_rank: ``[V, r]`` or None: further columns of the weight, in a tensor of their own.
         post: the map from raw logits to softmax logits.
         position_weight: 0-dim or ``[N]`` tensor. Given: ``loss`` is the sum of losses times this
             and the gradients are taken in the forward pass. None: ``loss`` is ``[N]``.
@@ -135,7 +136,15 @@ def candidate_cross_entropy(
         )
     return CandidateLoss(
         *_CandidateCrossEntropy.apply(
-            hidden, weight, bias, labels, candidates, post, position_weight, torch.is_grad_enabled()
+            hidden,
+            weight,
+            low_rank,
+            bias,
+            labels,
+            candidates,
+            post,
+            position_weight,
+            torch.is_grad_enabled(),
         )
     )
 
@@ -148,6 +157,7 @@ def candidate_variance(
     log_partition: torch.Tensor,
     *,
     bias: torch.Tensor | None = None,
+    low_rank: torch.Tensor | None = None,
     post: LogitTransform = LogitTransform(),
     positions: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -165,7 +175,8 @@ def candidate_variance(
     Returns:
         Two ``[P]`` tensors.
     """
-    p = _Problem(hidden, weight, bias, labels, candidates, compute_dtype(hidden, weight), True)
+    columns = HeadColumns(weight, low_rank, bias)
+    p = _Problem(hidden, columns, labels, candidates, compute_dtype(hidden, weight), True)
     everyone = torch.arange(len(hidden), device=hidden.device)
     chosen = everyone if positions is None else positions
     plain = hidden.new_zeros(len(chosen), dtype=p.dtype)
@@ -235,8 +246,9 @@ class _Span(NamedTuple):
 class _Problem:
     """What a call's blocks of positions share. Without buckets there is one, and it is empty."""
 
-    def __init__(self, hidden, weight, bias, labels, candidates, dtype, with_mean):
-        self.weight, self.bias, self.dtype = weight, bias, dtype
+    def __init__(self, hidden, columns, labels, candidates, dtype, with_mean):
+        self.columns, self.dtype = columns, dtype
+        vocab_size = len(columns.weight)
         self.num_positions = len(labels)
         self.num_shared, self.num_tail = len(candidates.shared), len(candidates.tail)
         self.tail = slice(self.num_shared, self.num_shared + self.num_tail)
@@ -264,8 +276,8 @@ class _Problem:
             # The column of each label in its own bucket's list, -1 where it is not there: buckets
             # one after the other make one ascending list.
             buckets = torch.arange(len(self.items), device=labels.device).unsqueeze(1)
-            ascending = (self.items + buckets * len(weight)).flatten()
-            slot, found = _find(labels + self.bucket_of * len(weight), ascending)
+            ascending = (self.items + buckets * vocab_size).flatten()
+            slot, found = _find(labels + self.bucket_of * vocab_size, ascending)
             first = self.bucket_of * self.items.shape[1]
             self.own_column = torch.where(found, slot - first, -1)
             # Tail items that a bucket's own list holds with certainty.
@@ -277,13 +289,13 @@ class _Problem:
         ones = self.dense_weight.new_ones(self.bucket_size)
         self.column_weight = torch.cat([self.dense_weight, ones])
 
-        self.rest_size = len(weight) - self.num_shared - self.bucket_size
+        self.rest_size = vocab_size - self.num_shared - self.bucket_size
         row_elements = max(1, self.bucket_size * self.dense_rows.shape[1])
         self.most_buckets = max(1, 2 * BLOCK_ELEMENTS // row_elements)
         """Buckets whose rows are held at a time."""
         if with_mean:
             total = candidates.row_sum
-            total = row_sum(weight, bias) if total is None else total
+            total = columns.row_sum() if total is None else total
             self.rest_total = total - self.dense_rows[: self.num_shared].sum(dim=0)
             self.mean_rows = self.dense_rows.new_empty(len(self.items), len(total))
             """``[n_b, d]`` mean of the rows of R; blocks fill in those of their buckets."""
@@ -300,8 +312,8 @@ class _Problem:
         self.mean_rows[buckets] = (rest / max(self.rest_size, 1)).to(self.dtype)
 
     def rows(self, ids: torch.Tensor) -> torch.Tensor:
-        """Rows of W, with the bias as one more column."""
-        return take_rows(self.weight, self.bias, ids, self.dtype)
+        """``[n, D]`` rows of the head."""
+        return self.columns.rows(ids, self.dtype)
 
     def bucket_rows(self, items: torch.Tensor) -> torch.Tensor:
         """``[b, K_b, d]`` rows of ``items [b, K_b]``."""
@@ -309,7 +321,7 @@ class _Problem:
 
     def extend(self, hidden: torch.Tensor) -> torch.Tensor:
         """Hidden states, with a 1 that meets the bias."""
-        return with_one(hidden, self.bias, self.dtype)
+        return self.columns.extend(hidden, self.dtype)
 
     def spans(self) -> list[_Span]:
         """Blocks of positions within the memory budget; fixes the working order.
@@ -459,20 +471,25 @@ class _Control:
 
 
 class _Gradients:
-    """Sums of one call's gradients: hidden states, touched rows of W, and the mean row."""
+    """Sums of one call's gradients: hidden states, touched rows of W, and the mean row.
 
-    def __init__(self, p: _Problem, labels, with_hidden, with_weight):
-        self.p = p
+    Columns of the head that are frozen, and lie before those that are not, take no part.
+    """
+
+    def __init__(self, p: _Problem, labels, needs: Needs):
+        self.p, self.needs = p, needs
+        self.with_hidden, self.with_head = needs.hidden, any(needs.head)
         width = p.dense_rows.shape[1]
-        self.with_hidden, self.with_weight = with_hidden, with_weight
-        if with_hidden:
+        if self.with_hidden:
             self.hidden = p.dense_rows.new_empty(len(labels), width)
             # Products with the candidates' rows meet their weights here.
             self.weighted_rows = p.dense_rows * p.dense_weight.unsqueeze(1)
-        if with_weight:
+        if self.with_head:
             self.ids = torch.unique(torch.cat([p.dense, labels, p.items.reshape(-1)]))
+            self.num_frozen = p.columns.num_frozen(needs.head)
+            width -= self.num_frozen
             self.rows = p.dense_rows.new_zeros(len(self.ids), width)
-            self.dense = torch.zeros_like(p.dense_rows)
+            self.dense = p.dense_rows.new_zeros(p.num_dense, width)
             self.pull = p.dense_rows.new_zeros(len(p.items), width)
             self.mean = torch.zeros_like(self.pull)
             self.everywhere = p.dense_rows.new_zeros(width)
@@ -500,7 +517,8 @@ class _Gradients:
                 out.addcmul_(mean_grad.unsqueeze(1), _of(p.mean_rows, block.bucket))
             if not in_place:
                 self.hidden[block.at] = out
-        if self.with_weight:
+        if self.with_head:
+            h = h[:, self.num_frozen :]
             scaled = h * list_factor.unsqueeze(1)
             self.dense.addmm_(dense.T, scaled)
             for group, padded in zip(block.groups, own_by_group):
@@ -519,7 +537,7 @@ class _Gradients:
         Every row of W has its share ``mean_k / |R|`` in the mean of each bucket k, except the
         shared ones, and except a bucket's own items in that bucket's mean.
         """
-        if not self.with_weight:
+        if not self.with_head:
             return
         p = self.p
         self.dense *= p.dense_weight.unsqueeze(1)
@@ -537,12 +555,12 @@ class _Gradients:
                 self.rows.addmm_(holds, share, alpha=-1.0)
 
 
-def _pass(hidden, weight, bias, labels, candidates, post, position_weight, needs, dtype):
-    """Losses, log Zhat and clamped positions; with ``needs`` = (hidden, weight), gradients."""
+def _pass(hidden, columns, labels, candidates, post, position_weight, needs: Needs, dtype):
+    """Losses, log Zhat, clamped positions, and the gradients that are needed."""
     with_control = candidates.control_variate
-    p = _Problem(hidden, weight, bias, labels, candidates, dtype, with_control)
+    p = _Problem(hidden, columns, labels, candidates, dtype, with_control)
     spans = p.spans()
-    gradients = _Gradients(p, labels, *needs)
+    gradients = _Gradients(p, labels, needs)
     losses = hidden.new_empty(len(hidden), dtype=dtype)
     log_partition = torch.empty_like(losses)
     num_clamped = torch.zeros((), dtype=torch.int64, device=hidden.device)
@@ -580,7 +598,7 @@ def _pass(hidden, weight, bias, labels, candidates, post, position_weight, needs
             z = z + known
         log_z = z.log() + shift
         losses[b.at], log_partition[b.at] = log_z - label_s, log_z
-        if not any(needs):
+        if not needs:
             continue
 
         per_row = position_weight if position_weight.dim() == 0 else position_weight[b.at]
@@ -604,19 +622,30 @@ def _pass(hidden, weight, bias, labels, candidates, post, position_weight, needs
 
 class _CandidateCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, labels, candidates, post, position_weight, grad_enabled):
-        needs = [grad_enabled and need for need in ctx.needs_input_grad[:3]]
-        ctx.needs = (needs[0], needs[1] or needs[2])
+    def forward(
+        ctx,
+        hidden,
+        weight,
+        low_rank,
+        bias,
+        labels,
+        candidates,
+        post,
+        position_weight,
+        grad_enabled,
+    ):
+        columns = HeadColumns(weight, low_rank, bias)
+        ctx.needs = Needs.of(ctx, grad_enabled)
         ctx.candidates, ctx.post = candidates, post
         ctx.dtype = compute_dtype(hidden, weight)
         ctx.position_weight = position_weight
-        now = ctx.needs if position_weight is not None else (False, False)
+        now = ctx.needs if position_weight is not None else Needs()
         losses, log_partition, num_clamped, gradients = _pass(
-            hidden, weight, bias, labels, candidates, post, position_weight, now, ctx.dtype
+            hidden, columns, labels, candidates, post, position_weight, now, ctx.dtype
         )
         ctx.mark_non_differentiable(log_partition, num_clamped)
-        ctx.save_for_backward(hidden, weight, bias, labels)
-        ctx.gradients = gradients if any(now) else None
+        ctx.save_for_backward(hidden, *columns, labels)
+        ctx.gradients = gradients if now else None
         if position_weight is None:
             return losses, log_partition, num_clamped
         return (losses * position_weight).sum(), log_partition, num_clamped
@@ -624,7 +653,8 @@ class _CandidateCrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, *grad_outputs):
-        hidden, weight, bias, labels = ctx.saved_tensors
+        hidden, *head, labels = ctx.saved_tensors
+        columns = HeadColumns(*head)
         factor = grad_outputs[0].to(ctx.dtype)
         # Gradients of the forward pass are scaled in place, so they serve once.
         gradients, ctx.gradients = ctx.gradients, None
@@ -632,25 +662,25 @@ class _CandidateCrossEntropy(torch.autograd.Function):
             if ctx.position_weight is not None:
                 factor = factor * ctx.position_weight
             gradients = _pass(
-                hidden, weight, bias, labels, ctx.candidates, ctx.post, factor, ctx.needs, ctx.dtype
+                hidden, columns, labels, ctx.candidates, ctx.post, factor, ctx.needs, ctx.dtype
             )[3]
             factor = None
-        width = weight.shape[1]
-        grad_hidden = grad_weight = grad_bias = None
-        if ctx.needs_input_grad[0]:
+        grad_hidden, of_head = None, [None] * 3
+        if ctx.needs.hidden:
             grad_hidden = gradients.hidden if factor is None else gradients.hidden.mul_(factor)
-            grad_hidden = grad_hidden[:, :width].to(hidden.dtype)
-        if ctx.needs[1]:
-            ids, rows, everywhere = gradients.ids, gradients.rows, gradients.everywhere
+            grad_hidden = grad_hidden[:, : hidden.shape[1]].to(hidden.dtype)
+        if any(ctx.needs.head):
+            rows, everywhere = gradients.rows, gradients.everywhere
             if factor is not None:
                 rows, everywhere = rows.mul_(factor), everywhere * factor
-            if ctx.needs_input_grad[1] and ctx.candidates.sparse_grad:
-                grad_weight = sparse_gradient(weight, ids, rows[:, :width])
-            elif ctx.needs_input_grad[1]:
-                grad_weight = dense_gradient(weight, ids, rows[:, :width], everywhere[:width])
-            if bias is not None and ctx.needs_input_grad[2]:
-                grad_bias = dense_gradient(bias, ids, rows[:, width], everywhere[width])
-        return grad_hidden, grad_weight, grad_bias, None, None, None, None, None
+            of_head = columns.gradients(
+                ctx.needs.head,
+                gradients.ids,
+                rows,
+                everywhere,
+                sparse=ctx.candidates.sparse_grad,
+            )
+        return grad_hidden, *of_head, None, None, None, None, None
 
 
 def _of(table: torch.Tensor, bucket: torch.Tensor) -> torch.Tensor:

@@ -14,15 +14,17 @@ def catalogue_topk(
     size: int,
     *,
     bias: torch.Tensor | None = None,
+    low_rank: torch.Tensor | None = None,
     excluded: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The ``size`` classes with the largest ``q·w_j + b_j`` for each query.
 
     Args:
-        queries: ``[Q, d]``.
+        queries: ``[Q, d]``; ``[Q, d + r]`` with ``low_rank``.
         weight: ``[V, d]``.
         size: K; at most V minus the excluded classes.
         bias: ``[V]`` or None.
+        low_rank: ``[V, r]`` or None: further columns of the weight, in a tensor of their own.
         excluded: ``[E]`` distinct int64 ids that no query may take.
 
     Returns:
@@ -30,12 +32,14 @@ def catalogue_topk(
     """
     vocab_size, num_queries = weight.shape[0], queries.shape[0]
     tile = max(size, TILE_ELEMENTS // num_queries)
-    q = queries.to(weight.dtype)
+    q, q_low = queries[:, : weight.shape[1]].to(weight.dtype), queries[:, weight.shape[1] :]
     scores = torch.empty(num_queries, 0, device=weight.device)
     ids = torch.empty(num_queries, 0, dtype=torch.int64, device=weight.device)
     for start in range(0, vocab_size, tile):
         stop = min(start + tile, vocab_size)
         s = (q @ weight[start:stop].T).float()
+        if low_rank is not None:
+            s += q_low.to(low_rank.dtype) @ low_rank[start:stop].T
         if bias is not None:
             s += bias[start:stop]
         if excluded is not None:

@@ -23,7 +23,7 @@ from torch.autograd.function import once_differentiable
 
 from sce_lm.ops.exact_cross_entropy import compute_dtype
 from sce_lm.ops.logits import LogitTransform
-from sce_lm.ops.rows import take_rows, with_one
+from sce_lm.ops.rows import HeadColumns, Needs
 
 BLOCK_ELEMENTS = 2**22
 """Logits held at a time (16 MiB in fp32; about three such buffers are live)."""
@@ -50,23 +50,33 @@ def chunk_cross_entropy(
     chunks: Chunks,
     *,
     bias: torch.Tensor | None = None,
+    low_rank: torch.Tensor | None = None,
     post: LogitTransform = LogitTransform(),
     position_weight: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Cross-entropy over the union of each position's chunks.
 
     Args:
-        hidden: ``[N, d]``, fp16, bf16, fp32 or fp64; N >= 1.
+        hidden: ``[N, d]``, fp16, bf16, fp32 or fp64; N >= 1. ``[N, d + r]`` with ``low_rank``.
         weight: ``[V, d]``.
         labels: ``[N]`` int64 in ``[0, V)``.
         chunks: the rounds.
         bias: ``[V]`` or None.
+        low_rank: ``[V, r]`` or None: further columns of the weight, in a tensor of their own.
         post: the map from raw logits to softmax logits.
         position_weight: 0-dim tensor. Given: the result is the sum of losses times this and the
             gradients are taken in the forward pass. None: the result is ``[N]``.
     """
     return _ChunkCrossEntropy.apply(
-        hidden, weight, bias, labels, chunks, post, position_weight, torch.is_grad_enabled()
+        hidden,
+        weight,
+        low_rank,
+        bias,
+        labels,
+        chunks,
+        post,
+        position_weight,
+        torch.is_grad_enabled(),
     )
 
 
@@ -81,15 +91,15 @@ class _Piece(NamedTuple):
 
 
 class _Problem:
-    """A call's tensors in the dtype of the computation, the bias as one more column."""
+    """A call's tensors, hidden states with a 1 that meets the bias."""
 
-    def __init__(self, hidden, weight, bias, labels, chunks, post, dtype):
-        self.hidden = with_one(hidden, bias, dtype)
-        self.weight, self.bias, self.labels = weight, bias, labels
+    def __init__(self, hidden, columns, labels, chunks, post, dtype):
+        self.hidden = columns.extend(hidden, dtype)
+        self.columns, self.labels = columns, labels
         self.chunks, self.post, self.dtype = chunks, post, dtype
 
     def rows(self, ids: torch.Tensor) -> torch.Tensor:
-        return take_rows(self.weight, self.bias, ids, self.dtype)
+        return self.columns.rows(ids, self.dtype)
 
     def pieces(self) -> Iterator[tuple[_Piece, torch.Tensor]]:
         """Every chunk of every round, and the rows of its classes."""
@@ -122,15 +132,15 @@ def _members(chunk: torch.Tensor, count: int) -> list[torch.Tensor]:
 
 
 class _Gradients(NamedTuple):
-    """``[N, d]`` and ``[V, d]``, the bias as one more column; empty where not asked for."""
+    """``[N, D]``, and ``[V, D]`` without the columns that are frozen; empty where not asked for."""
 
     hidden: torch.Tensor
-    weight: torch.Tensor
+    rows: torch.Tensor
 
 
-def _pass(p: _Problem, position_weight, needs) -> tuple[torch.Tensor, _Gradients]:
-    """Losses and, with ``needs`` = (hidden, weight), gradients."""
-    needs_hidden, needs_weight = needs
+def _pass(p: _Problem, position_weight, needs: Needs) -> tuple[torch.Tensor, _Gradients]:
+    """Losses, and the gradients that are needed."""
+    needs_hidden, needs_rows = needs.hidden, any(needs.head)
     label_rows = p.rows(p.labels)
     label_s = p.post(torch.linalg.vecdot(p.hidden, label_rows))
     log_z = label_s.clone()
@@ -138,37 +148,39 @@ def _pass(p: _Problem, position_weight, needs) -> tuple[torch.Tensor, _Gradients
         met = torch.logsumexp(piece.s, dim=1)
         log_z[piece.positions] = torch.logaddexp(log_z[piece.positions], met)
 
-    width = p.hidden.shape[1]
-    grad_hidden = p.hidden.new_zeros(len(p.labels) if needs_hidden else 0, width)
-    grad_weight = p.hidden.new_zeros(len(p.weight) if needs_weight else 0, width)
-    if any(needs):
+    trained = p.hidden[:, p.columns.num_frozen(needs.head) :]
+    grad_hidden = p.hidden.new_zeros(len(p.labels) if needs_hidden else 0, p.hidden.shape[1])
+    vocab_size = len(p.columns.weight)
+    grad_rows = p.hidden.new_zeros(vocab_size if needs_rows else 0, trained.shape[1])
+    if needs:
         per_row = position_weight.expand_as(log_z)
         g = (torch.exp(label_s - log_z) - 1.0) * p.post.slope(label_s) * per_row
         if needs_hidden:
             grad_hidden.addcmul_(g.unsqueeze(1), label_rows)
-        if needs_weight:
-            grad_weight.index_add_(0, p.labels, g.unsqueeze(1) * p.hidden)
+        if needs_rows:
+            grad_rows.index_add_(0, p.labels, g.unsqueeze(1) * trained)
         for piece, rows in p.pieces():
             at = piece.positions
             g = (piece.s - log_z[at, None]).exp() * piece.slope * per_row[at, None]
             if needs_hidden:
                 grad_hidden[at] += g @ rows
-            if needs_weight:
-                grad_weight.index_add_(0, piece.classes, g.T @ p.hidden[at])
-    return log_z - label_s, _Gradients(grad_hidden, grad_weight)
+            if needs_rows:
+                grad_rows.index_add_(0, piece.classes, g.T @ trained[at])
+    return log_z - label_s, _Gradients(grad_hidden, grad_rows)
 
 
 class _ChunkCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, labels, chunks, post, position_weight, grad_enabled):
-        needs = [grad_enabled and need for need in ctx.needs_input_grad[:3]]
-        ctx.needs = (needs[0], needs[1] or needs[2])
+    def forward(
+        ctx, hidden, weight, low_rank, bias, labels, chunks, post, position_weight, grad_enabled
+    ):
+        columns = HeadColumns(weight, low_rank, bias)
+        ctx.needs = Needs.of(ctx, grad_enabled)
         ctx.chunks, ctx.post, ctx.dtype = chunks, post, compute_dtype(hidden, weight)
         ctx.scalar = position_weight is not None
-        problem = _Problem(hidden, weight, bias, labels, chunks, post, ctx.dtype)
-        now = ctx.needs if ctx.scalar else (False, False)
-        losses, gradients = _pass(problem, position_weight, now)
-        ctx.save_for_backward(hidden, weight, bias, labels)
+        problem = _Problem(hidden, columns, labels, chunks, post, ctx.dtype)
+        losses, gradients = _pass(problem, position_weight, ctx.needs if ctx.scalar else Needs())
+        ctx.save_for_backward(hidden, *columns, labels)
         if not ctx.scalar:
             return losses
         ctx.gradients = gradients
@@ -177,20 +189,20 @@ class _ChunkCrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, *grad_outputs):
-        hidden, weight, bias, labels = ctx.saved_tensors
+        hidden, *head, labels = ctx.saved_tensors
+        columns = HeadColumns(*head)
         factor = grad_outputs[0].to(ctx.dtype)
         if ctx.scalar:
             gradients = ctx.gradients
         else:
-            problem = _Problem(hidden, weight, bias, labels, ctx.chunks, ctx.post, ctx.dtype)
+            problem = _Problem(hidden, columns, labels, ctx.chunks, ctx.post, ctx.dtype)
             gradients = _pass(problem, factor, ctx.needs)[1]
             factor = torch.ones_like(factor[0])
-        width = weight.shape[1]
-        grad_hidden = grad_weight = grad_bias = None
-        if ctx.needs_input_grad[0]:
-            grad_hidden = (gradients.hidden[:, :width] * factor).to(hidden.dtype)
-        if ctx.needs_input_grad[1]:
-            grad_weight = (gradients.weight[:, :width] * factor).to(weight.dtype)
-        if bias is not None and ctx.needs_input_grad[2]:
-            grad_bias = (gradients.weight[:, width] * factor).to(bias.dtype)
-        return grad_hidden, grad_weight, grad_bias, None, None, None, None, None
+        grad_hidden = None
+        if ctx.needs.hidden:
+            grad_hidden = (gradients.hidden[:, : hidden.shape[1]] * factor).to(hidden.dtype)
+        of_head = [
+            None if part is None or rows is None else (rows * factor).to(part.dtype)
+            for part, rows in zip(columns, columns.split(ctx.needs.head, gradients.rows))
+        ]
+        return grad_hidden, *of_head, None, None, None, None, None

@@ -12,6 +12,9 @@ tile, in fp32, and written once: 8·N·V·d operations, and no memory but a tile
 By blocks of positions: where a block of logits over all classes holds enough positions to keep
 the products busy, and dL/dW may be summed in place, gradients come from those very logits: 6·N·V·d
 operations. It serves fp32 and fp64 weights, a scalar loss and no soft cap.
+
+A low-rank operand B is further columns of W (module :mod:`sce_lm.ops.rows`); of a frozen W only
+dL/dB is computed.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ from torch.autograd.function import once_differentiable
 
 from sce_lm.ops.logits import LogitTransform
 from sce_lm.ops.memory import gradient_memory
+from sce_lm.ops.rows import HeadColumns, Needs
 
 BLOCK_ELEMENTS = 5 * 2**22
 """Logits held at a time by blocks of positions (80 MiB in fp32)."""
@@ -55,23 +59,25 @@ def exact_cross_entropy(
     labels: torch.Tensor,
     *,
     bias: torch.Tensor | None = None,
+    low_rank: torch.Tensor | None = None,
     post: LogitTransform = LogitTransform(),
     position_weight: torch.Tensor | None = None,
 ) -> ExactLoss:
     """Cross-entropy over all V classes.
 
     Args:
-        hidden: ``[N, d]``, fp16, bf16, fp32 or fp64; N >= 1.
+        hidden: ``[N, d]``, fp16, bf16, fp32 or fp64; N >= 1. ``[N, d + r]`` with ``low_rank``.
         weight: ``[V, d]``.
         labels: ``[N]`` int64 in ``[0, V)`` (checked by the caller; there is no ignored label here).
         bias: ``[V]`` or None.
+        low_rank: ``[V, r]`` or None: further columns of the weight, in a tensor of their own.
         post: the map from raw logits to softmax logits.
         position_weight: 0-dim or ``[N]`` tensor. Given: ``loss`` is the sum of losses times this.
             None: ``loss`` is ``[N]``, minus the labels' log-probabilities.
     """
     return ExactLoss(
         *_ExactCrossEntropy.apply(
-            hidden, weight, bias, labels, post, position_weight, torch.is_grad_enabled()
+            hidden, weight, low_rank, bias, labels, post, position_weight, torch.is_grad_enabled()
         )
     )
 
@@ -95,11 +101,12 @@ def exact_scores(
     *,
     top_k: int,
     bias: torch.Tensor | None = None,
+    low_rank: torch.Tensor | None = None,
     post: LogitTransform = LogitTransform(),
 ) -> ExactScores:
     """Log-probabilities of the labels and the ``top_k >= 1`` best classes, in one pass and without
     gradient. Arguments as for :func:`exact_cross_entropy`."""
-    scan = _Streamed(hidden, weight, bias, labels, post).scan(top_k=top_k)
+    scan = _Streamed(hidden, HeadColumns(weight, low_rank, bias), labels, post).scan(top_k=top_k)
     assert scan.top is not None
     return ExactScores(scan.label_logit - scan.log_z, scan.correct, scan.top)
 
@@ -118,49 +125,41 @@ class _Scan(NamedTuple):
 class _Streamed:
     """The two passes over tiles of classes."""
 
-    def __init__(self, hidden, weight, bias, labels, post):
-        self.hidden, self.weight, self.bias, self.labels, self.post = (
-            hidden, weight, bias, labels, post,
-        )  # fmt: skip
-        self.dtype = compute_dtype(hidden, weight)
+    def __init__(self, hidden, columns, labels, post):
+        self.columns, self.labels, self.post = columns, labels, post
+        self.vocab_size = len(columns.weight)
+        self.dtype = compute_dtype(hidden, columns.weight)
+        self.hidden = columns.extend(hidden, self.dtype)
         self.blocks = [
             slice(start, min(start + TILE_POSITIONS, len(hidden)))
             for start in range(0, len(hidden), TILE_POSITIONS)
         ]
 
     def tiles(self):
-        """(slice of classes, their rows in the computing dtype, their bias)."""
-        for start in range(0, len(self.weight), TILE_CLASSES):
-            classes = slice(start, min(start + TILE_CLASSES, len(self.weight)))
-            bias = None if self.bias is None else self.bias[classes].to(self.dtype)
-            yield classes, self.weight[classes].to(self.dtype), bias
+        """(slice of classes, their rows)."""
+        for start in range(0, self.vocab_size, TILE_CLASSES):
+            classes = slice(start, min(start + TILE_CLASSES, self.vocab_size))
+            yield classes, self.columns.rows(classes, self.dtype)
 
-    def logits(self, h, w, bias, buffer):
+    def logits(self, h, w, buffer):
         """``[n, tile]`` s, in a corner of ``buffer``."""
-        x = buffer[: len(h), : len(w)]
-        torch.mm(h, w.T, out=x)
-        if bias is not None:
-            x += bias
-        return self.post.apply_(x)
+        return self.post.apply_(torch.mm(h, w.T, out=buffer[: len(h), : len(w)]))
 
     def new_buffer(self) -> torch.Tensor:
-        return self.hidden.new_empty(
-            self.blocks[0].stop, min(TILE_CLASSES, len(self.weight)), dtype=self.dtype
-        )
+        return self.hidden.new_empty(self.blocks[0].stop, min(TILE_CLASSES, self.vocab_size))
 
     def scan(self, with_grad_hidden: bool = False, top_k: int = 0) -> _Scan:
-        count = len(self.hidden)
-        hidden, buffer = self.hidden.to(self.dtype), self.new_buffer()
+        count, hidden, buffer = len(self.hidden), self.hidden, self.new_buffer()
         best = hidden.new_full((count,), -torch.inf)
         best_class = torch.zeros_like(self.labels)
         total, label_logit = torch.zeros_like(best), torch.zeros_like(best)
         grad = torch.zeros_like(hidden) if with_grad_hidden else None
         top_values = hidden.new_empty(count, 0)
         top_classes = self.labels.new_empty(count, 0)
-        for classes, w, bias in self.tiles():
+        for classes, w in self.tiles():
             found = []
             for rows in self.blocks:
-                s = self.logits(hidden[rows], w, bias, buffer)
+                s = self.logits(hidden[rows], w, buffer)
                 if top_k:
                     found.append(torch.topk(s, min(top_k, s.shape[1]), dim=1))
                 column, is_here = _column(self.labels[rows], classes)
@@ -198,21 +197,20 @@ class _Streamed:
             top_classes if top_k else None,
         )
 
-    def gradients(self, log_z, position_weight, needs):
-        """dL/dh, dL/dW, dL/db for the loss ``sum_t position_weight_t · loss_t``."""
-        needs_hidden, needs_weight, needs_bias = needs
-        hidden, buffer = self.hidden.to(self.dtype), self.new_buffer()
-        grad_hidden = torch.zeros_like(hidden) if needs_hidden else None
-        grad_weight = grad_bias = None
-        if needs_weight:
-            grad_weight = gradient_memory(self.weight, self.weight.dtype)
-            weighted = hidden * position_weight.unsqueeze(1)
-            rows_gradient = hidden.new_empty(TILE_CLASSES, hidden.shape[1])
-        if needs_bias:
-            grad_bias = self.bias.new_empty(self.bias.shape, dtype=self.dtype)
-        for classes, w, bias in self.tiles():
+    def gradients(self, log_z, position_weight, needs: Needs):
+        """dL/dh, and those of the head, for the loss ``sum_t position_weight_t · loss_t``."""
+        hidden, buffer = self.hidden, self.new_buffer()
+        grad_hidden = torch.zeros_like(hidden) if needs.hidden else None
+        of_head = [
+            gradient_memory(part, part.dtype) if need and part is not None else None
+            for part, need in zip(self.columns, needs.head)
+        ]
+        weighted = hidden[:, self.columns.num_frozen(needs.head) :] * position_weight.unsqueeze(1)
+        rows_gradient = hidden.new_empty(TILE_CLASSES, weighted.shape[1])
+        for classes, w in self.tiles():
+            of_rows = rows_gradient[: len(w)]
             for rows in self.blocks:
-                s = self.logits(hidden[rows], w, bias, buffer)
+                s = self.logits(hidden[rows], w, buffer)
                 slope = self.post.slope(s)
                 g = s.sub_(log_z[rows].unsqueeze(1)).exp_()
                 column, is_here = _column(self.labels[rows], classes)
@@ -221,18 +219,13 @@ class _Streamed:
                 if grad_hidden is not None:
                     grad_hidden[rows].addmm_(g, w)
                 keep = 0.0 if rows.start == 0 else 1.0
-                if grad_weight is not None:
-                    out = rows_gradient[: len(w)]
-                    torch.addmm(out, g.T, weighted[rows], beta=keep, out=out)
-                if grad_bias is not None:
-                    share = position_weight[rows]
-                    out = grad_bias[classes]
-                    torch.addmv(out, g.T, share, beta=keep, out=out)
-            if grad_weight is not None:
-                grad_weight[classes] = rows_gradient[: len(w)]
+                torch.addmm(of_rows, g.T, weighted[rows], beta=keep, out=of_rows)
+            for grad, mine in zip(of_head, self.columns.split(needs.head, of_rows)):
+                if grad is not None:
+                    grad[classes] = mine
         if grad_hidden is not None:
             grad_hidden *= position_weight.unsqueeze(1)
-        return grad_hidden, grad_weight, grad_bias
+        return grad_hidden, *of_head
 
 
 def _column(labels: torch.Tensor, classes: slice) -> tuple[torch.Tensor, torch.Tensor]:
@@ -241,25 +234,32 @@ def _column(labels: torch.Tensor, classes: slice) -> tuple[torch.Tensor, torch.T
     return (labels - classes.start).masked_fill(~is_here, 0), is_here
 
 
-def _by_blocks(hidden, weight, bias, labels, post, position_weight, needs):
+def _by_blocks(hidden, columns, labels, post, position_weight, needs: Needs):
     """Losses ``[N]``, hits ``[N]`` and gradients, a block of positions over all classes at a time.
 
     The factors of positions scale h and the products, never the block.
     """
-    count, vocab_size = len(hidden), len(weight)
-    needs_hidden, _, needs_bias = needs
+    weight, low_rank, bias = columns
+    count, (vocab_size, width) = len(hidden), weight.shape
     dtype = compute_dtype(hidden, weight)
     losses = hidden.new_empty(count, dtype=dtype)
     correct = torch.empty_like(labels, dtype=torch.bool)
-    grad_hidden = torch.empty_like(hidden, dtype=dtype) if needs_hidden else None
-    grad_weight = gradient_memory(weight, dtype)
-    grad_bias = hidden.new_zeros(vocab_size, dtype=dtype) if needs_bias else None
+    grad_hidden = torch.empty_like(hidden, dtype=dtype) if needs.hidden else None
+    grad_weight, grad_low_rank = (
+        gradient_memory(part, dtype) if need else None
+        for part, need in zip(columns, needs.head[:2])
+    )
+    grad_bias = hidden.new_zeros(vocab_size, dtype=dtype) if needs.head[2] else None
+    factors = [(weight, slice(width), grad_weight)]
+    if low_rank is not None:
+        factors.append((low_rank.to(dtype), slice(width, None), grad_low_rank))
     block = min(count, BLOCK_ELEMENTS // vocab_size)
     buffer = losses.new_empty(block, vocab_size)
     for start in range(0, count, block):
         rows = slice(start, min(start + block, count))
-        h, y = hidden[rows].to(dtype), labels[rows, None]
-        s = torch.mm(h, weight.T, out=buffer[: len(h)])
+        h, y, s = hidden[rows].to(dtype), labels[rows, None], buffer[: rows.stop - start]
+        for i, (factor, at, _) in enumerate(factors):
+            torch.addmm(s, h[:, at], factor.T, beta=float(i > 0), out=s)
         if bias is not None:
             s += bias
         best, best_class = post.apply_(s).max(dim=1, keepdim=True)
@@ -270,33 +270,37 @@ def _by_blocks(hidden, weight, bias, labels, post, position_weight, needs):
         correct[rows] = (best_class == y).squeeze(1)
 
         share = position_weight if position_weight.dim() == 0 else position_weight[rows, None]
-        factor = share * post.slope(log_z)
+        scale = share * post.slope(log_z)
         p.scatter_add_(1, y, torch.full_like(log_z, -1.0))
-        if grad_hidden is not None:
-            torch.mm(p, weight, out=grad_hidden[rows]).mul_(factor)
-        torch.addmm(grad_weight, p.T, h * factor, beta=float(start > 0), out=grad_weight)
+        scaled = h * scale
+        for factor, at, grad in factors:
+            if grad_hidden is not None:
+                torch.mm(p, factor, out=grad_hidden[rows, at]).mul_(scale)
+            if grad is not None:
+                torch.addmm(grad, p.T, scaled[:, at], beta=float(start > 0), out=grad)
         if grad_bias is not None:
-            grad_bias += p.T @ factor.expand(len(h), 1).squeeze(1)
-    return losses, correct, (grad_hidden, grad_weight, grad_bias)
+            grad_bias += p.T @ scale.expand(len(h), 1).squeeze(1)
+    return losses, correct, (grad_hidden, grad_weight, grad_low_rank, grad_bias)
 
 
 class _ExactCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, labels, post, position_weight, grad_enabled):
+    def forward(ctx, hidden, weight, low_rank, bias, labels, post, position_weight, grad_enabled):
+        columns = HeadColumns(weight, low_rank, bias)
         dtype = compute_dtype(hidden, weight)
-        needs = tuple(grad_enabled and n for n in ctx.needs_input_grad[:3])
-        ctx.needs, ctx.post, ctx.position_weight = needs, post, position_weight
-        ctx.gradients = None
+        needs = ctx.needs = Needs.of(ctx, grad_enabled)
+        ctx.post, ctx.position_weight, ctx.gradients = post, position_weight, None
         is_scalar = position_weight is not None
         fits = min(len(hidden), MIN_BLOCK) * len(weight) <= BLOCK_ELEMENTS
-        if is_scalar and needs[1] and weight.dtype == dtype and post.soft_cap is None and fits:
+        in_place = any(needs.head[:2]) and weight.dtype == dtype and post.soft_cap is None
+        if is_scalar and in_place and fits:
             losses, correct, ctx.gradients = _by_blocks(
-                hidden, weight, bias, labels, post, position_weight, needs
+                hidden, columns, labels, post, position_weight, needs
             )
             log_z = None
         else:
-            streamed = _Streamed(hidden, weight, bias, labels, post)
-            only_hidden = position_weight is not None and needs == (True, False, False)
+            streamed = _Streamed(hidden, columns, labels, post)
+            only_hidden = position_weight is not None and needs == Needs(hidden=True)
             scan = streamed.scan(with_grad_hidden=only_hidden)
             log_z, correct = scan.log_z, scan.correct
             losses = log_z - scan.label_logit
@@ -304,30 +308,36 @@ class _ExactCrossEntropy(torch.autograd.Function):
                 pull = post.slope(scan.label_logit)
                 pull = pull if torch.is_tensor(pull) else torch.full_like(losses, pull)
                 grad = scan.grad_hidden.addcmul_(
-                    pull.unsqueeze(1), weight[labels].to(dtype), value=-1.0
+                    pull.unsqueeze(1), columns.rows(labels, dtype), value=-1.0
                 )
                 grad *= position_weight.expand(len(losses)).unsqueeze(1)
-                ctx.gradients = (grad, None, None)
+                ctx.gradients = (grad, None, None, None)
         ctx.mark_non_differentiable(correct)
-        ctx.save_for_backward(hidden, weight, bias, labels, log_z)
+        ctx.save_for_backward(hidden, *columns, labels, log_z)
         return (losses * position_weight).sum() if is_scalar else losses, correct
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *grad_outputs):
-        hidden, weight, bias, labels, log_z = ctx.saved_tensors
-        factor = grad_outputs[0].to(compute_dtype(hidden, weight))
+        hidden, *head, labels, log_z = ctx.saved_tensors
+        columns = HeadColumns(*head)
+        factor = grad_outputs[0].to(compute_dtype(hidden, columns.weight))
         # Gradients of the forward pass are scaled in place, so they serve once.
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is not None:
             gradients = [g if g is None else g.mul_(factor) for g in gradients]
         else:
-            streamed = _Streamed(hidden, weight, bias, labels, ctx.post)
+            streamed = _Streamed(hidden, columns, labels, ctx.post)
             if log_z is None:
                 log_z = streamed.scan().log_z
             if ctx.position_weight is not None:
                 factor = factor * ctx.position_weight
             gradients = streamed.gradients(log_z, factor.expand(len(labels)), ctx.needs)
-        inputs = (hidden, weight, bias)
-        cast = [g if g is None else g.to(t.dtype) for g, t in zip(gradients, inputs)]
-        return *cast, None, None, None, None
+        grad_hidden, *of_head = gradients
+        if grad_hidden is not None:
+            grad_hidden = grad_hidden[:, : hidden.shape[1]].to(hidden.dtype)
+        of_head = [
+            None if g is None or part is None else g.to(part.dtype)
+            for g, part in zip(of_head, columns)
+        ]
+        return grad_hidden, *of_head, None, None, None, None

@@ -14,8 +14,15 @@ TILE_ELEMENTS = 2**22
 _kept = WeakTensorKeyDictionary()
 """Weight to the ``np.ndarray`` that holds its last gradient. NumPy's memory, because its arrays
 count their references, and because it asks for huge pages."""
-_UNSHARED = sys.getrefcount(np.empty(0)) + 1
-"""References to an array that one name holds, as ``sys.getrefcount`` counts them."""
+
+
+def _references() -> int:
+    """References to an array that one local name holds, as this interpreter counts them."""
+    memory = np.empty(0)
+    return sys.getrefcount(memory)
+
+
+_UNSHARED = _references()
 
 
 def gradient_memory(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -38,19 +45,17 @@ def gradient_memory(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return torch.from_numpy(memory).view(dtype).view(weight.shape)
 
 
-def row_sum(weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """Sum of the rows of ``weight [V, d]``, and of ``bias [V]`` as one more number.
+def row_sum(weight: torch.Tensor) -> torch.Tensor:
+    """Sum of the rows of ``weight [V, d]``.
 
     Returns:
-        fp64 ``[d]``, or ``[d + 1]`` with a bias. Tiles are summed as products with a row of ones,
-        in fp32 (fp64 for an fp64 weight), which reads memory faster than a reduction does.
+        fp64 ``[d]``. Tiles are summed as products with a row of ones, in fp32 (fp64 for an fp64
+        weight), which reads memory faster than a reduction does.
     """
     dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
-    tile = max(1, TILE_ELEMENTS // weight.shape[1])
+    tile = max(1, min(len(weight), TILE_ELEMENTS // weight.shape[1]))
     ones = weight.new_ones(1, tile, dtype=dtype)
     total = weight.new_zeros(weight.shape[1], dtype=torch.float64)
     for rows in weight.detach().split(tile):
         total += (ones[:, : len(rows)] @ rows.to(dtype)).squeeze(0)
-    if bias is None:
-        return total
-    return torch.cat([total, bias.detach().sum(dtype=torch.float64).unsqueeze(0)])
+    return total

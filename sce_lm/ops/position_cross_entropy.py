@@ -15,7 +15,8 @@ respect to the raw logits, ``[N, 1 + K]``,
 and both are weighted bags of rows, so that rows are gathered as ``[n, K, d]`` for one block of
 positions and for the logits alone. For a scalar loss the gradients are taken in the forward pass;
 for a loss per position they are computed again. Only the distinct rows of W are widened to fp32,
-and their gradient is summed in fp32 and cast once. A bias is one more column of W, met by a 1 in h.
+and their gradient is summed in fp32 and cast once. A low-rank operand and a bias are further
+columns of W (module :mod:`sce_lm.ops.rows`).
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from torch.nn.functional import embedding_bag, pad, softplus
 
 from sce_lm.ops.exact_cross_entropy import compute_dtype
 from sce_lm.ops.logits import LogitTransform
-from sce_lm.ops.rows import dense_gradient, sparse_gradient, take_rows, with_one
+from sce_lm.ops.rows import HeadColumns, Needs
 
 BLOCK_ELEMENTS = 2**22
 """Elements of the gathered rows, or logits, of a block of positions (16 MiB in fp32)."""
@@ -70,6 +71,7 @@ def position_cross_entropy(
     candidates: PositionCandidates,
     *,
     bias: torch.Tensor | None = None,
+    low_rank: torch.Tensor | None = None,
     post: LogitTransform = LogitTransform(),
     position_weight: torch.Tensor | None = None,
     absolute: bool = False,
@@ -77,11 +79,12 @@ def position_cross_entropy(
     """Cross-entropy over each position's own candidates.
 
     Args:
-        hidden: ``[N, d]``, fp16, bf16, fp32 or fp64; N >= 1.
+        hidden: ``[N, d]``, fp16, bf16, fp32 or fp64; N >= 1. ``[N, d + r]`` with ``low_rank``.
         weight: ``[V, d]``.
         labels: ``[N]`` int64 in ``[0, V)``.
         candidates: ids and log-weights.
         bias: ``[V]`` or None.
+        low_rank: ``[V, r]`` or None: further columns of the weight, in a tensor of their own.
         post: the map from raw logits to softmax logits.
         position_weight: 0-dim or ``[N]`` tensor. Given: ``loss`` is the sum of losses times this
             and the gradients are taken in the forward pass. None: ``loss`` is ``[N]``.
@@ -92,6 +95,7 @@ def position_cross_entropy(
         *_PositionLoss.apply(
             hidden,
             weight,
+            low_rank,
             bias,
             labels,
             candidates,
@@ -111,6 +115,7 @@ def position_binary_cross_entropy(
     *,
     positive_weight: float = 1.0,
     bias: torch.Tensor | None = None,
+    low_rank: torch.Tensor | None = None,
     post: LogitTransform = LogitTransform(),
     position_weight: torch.Tensor | None = None,
 ) -> torch.Tensor:
@@ -125,6 +130,7 @@ def position_binary_cross_entropy(
     return _PositionLoss.apply(
         hidden,
         weight,
+        low_rank,
         bias,
         labels,
         candidates,
@@ -163,8 +169,8 @@ class _Binary(NamedTuple):
 class _Problem:
     """A call's distinct rows of W, and where each position's label and candidates lie in them."""
 
-    def __init__(self, hidden, weight, bias, labels, candidates, dtype):
-        self.hidden, self.labels, self.dtype, self.bias = hidden, labels, dtype, bias
+    def __init__(self, hidden, columns, labels, candidates, dtype):
+        self.hidden, self.columns, self.labels, self.dtype = hidden, columns, labels, dtype
         self.candidates = candidates
         self.is_shared = len(candidates.ids) == 1 and len(labels) > 1
         self.touched, slots = torch.unique(
@@ -175,12 +181,12 @@ class _Problem:
         """``[N, P]`` slots of what a position alone has: its label first."""
         self.common = listed[0] if self.is_shared else listed.new_empty(0)
         """``[K]`` slots of the shared list."""
-        self.rows = take_rows(weight, bias, self.touched, dtype)
+        self.rows = columns.rows(self.touched, dtype)
         self.common_rows = self.rows[self.common]
 
     def extend(self, positions: slice) -> torch.Tensor:
         """Hidden states, with a 1 that meets the bias."""
-        return with_one(self.hidden[positions], self.bias, self.dtype)
+        return self.columns.extend(self.hidden[positions], self.dtype)
 
     def blocks(self) -> list[slice]:
         columns = self.own.shape[1] * self.rows.shape[1] + len(self.common)
@@ -210,13 +216,14 @@ class _Problem:
         )
         return bags.addmm_(g[:, own.shape[1] :], self.common_rows)
 
-    def row_gradient(self, g_own: torch.Tensor) -> torch.Tensor:
-        """``dW`` at the touched rows from G of the positions' own columns."""
+    def row_gradient(self, g_own: torch.Tensor, num_frozen: int) -> torch.Tensor:
+        """``dW`` at the touched rows, from column ``num_frozen`` on, by G of the positions' own
+        candidates."""
         slots, order = torch.sort(self.own.reshape(-1), stable=True)
         starts = torch.searchsorted(slots, torch.arange(len(self.rows), device=slots.device))
         return embedding_bag(
             order // self.own.shape[1],
-            self.extend(slice(None)),
+            self.extend(slice(None))[:, num_frozen:],
             starts,
             mode="sum",
             per_sample_weights=g_own.reshape(-1)[order],
@@ -224,28 +231,29 @@ class _Problem:
 
 
 class _Gradients(NamedTuple):
-    """Gradients with respect to ``[N, d]`` hidden states and the ``[U, d]`` touched rows, the bias
-    as one more column; without rows where they were not asked for."""
+    """Gradients with respect to ``[N, D]`` hidden states and the ``[U, D]`` touched rows, these
+    without the columns that are frozen; without rows where they were not asked for."""
 
     touched: torch.Tensor
     hidden: torch.Tensor
     rows: torch.Tensor
 
 
-def _pass(p: _Problem, post, terms: Terms, position_weight, needs):
-    """Losses, log Zhat and, with ``needs`` = (hidden, weight), gradients."""
-    needs_hidden, needs_rows = needs
+def _pass(p: _Problem, post, terms: Terms, position_weight, needs: Needs):
+    """Losses, log Zhat, and the gradients that are needed."""
+    needs_hidden, needs_rows = needs.hidden, any(needs.head)
+    num_frozen = p.columns.num_frozen(needs.head)
     num_positions, num_own = p.own.shape
     losses = p.rows.new_empty(num_positions)
     log_partition = torch.empty_like(losses)
     grad_hidden = p.rows.new_empty(num_positions if needs_hidden else 0, p.rows.shape[1])
     g_own = p.rows.new_empty(num_positions if needs_rows else 0, num_own)
-    grad_common = torch.zeros_like(p.common_rows)
+    grad_common = torch.zeros_like(p.common_rows[:, num_frozen:])
     for positions in p.blocks():
         h = p.extend(positions)
         s = post(p.raw_logits(h, positions))
         losses[positions], log_partition[positions], g = terms(s, p.log_weights(positions))
-        if not any(needs):
+        if not needs:
             continue
         per_row = position_weight[positions, None] if position_weight.dim() else position_weight
         g = g * post.slope(s) * per_row
@@ -253,28 +261,38 @@ def _pass(p: _Problem, post, terms: Terms, position_weight, needs):
             grad_hidden[positions] = p.hidden_gradient(g, positions)
         if needs_rows:
             g_own[positions] = g[:, :num_own]
-            grad_common.addmm_(g[:, num_own:].T, h)
+            grad_common.addmm_(g[:, num_own:].T, h[:, num_frozen:])
     grad_rows = p.rows.new_empty(0, p.rows.shape[1])
     if needs_rows:
-        grad_rows = p.row_gradient(g_own).index_add_(0, p.common, grad_common)
+        grad_rows = p.row_gradient(g_own, num_frozen).index_add_(0, p.common, grad_common)
     return losses, log_partition, _Gradients(p.touched, grad_hidden, grad_rows)
 
 
 class _PositionLoss(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx, hidden, weight, bias, labels, candidates, post, terms, position_weight, grad_enabled
+        ctx,
+        hidden,
+        weight,
+        low_rank,
+        bias,
+        labels,
+        candidates,
+        post,
+        terms,
+        position_weight,
+        grad_enabled,
     ):
-        needs = [grad_enabled and need for need in ctx.needs_input_grad[:3]]
-        ctx.needs = (needs[0], needs[1] or needs[2])
+        columns = HeadColumns(weight, low_rank, bias)
+        ctx.needs = Needs.of(ctx, grad_enabled)
         ctx.candidates, ctx.post, ctx.terms = candidates, post, terms
         ctx.dtype = compute_dtype(hidden, weight)
         ctx.scalar = position_weight is not None
-        now = ctx.needs if ctx.scalar else (False, False)
-        problem = _Problem(hidden, weight, bias, labels, candidates, ctx.dtype)
+        now = ctx.needs if ctx.scalar else Needs()
+        problem = _Problem(hidden, columns, labels, candidates, ctx.dtype)
         losses, log_partition, gradients = _pass(problem, post, terms, position_weight, now)
         ctx.mark_non_differentiable(log_partition)
-        ctx.save_for_backward(hidden, weight, bias, labels)
+        ctx.save_for_backward(hidden, *columns, labels)
         if not ctx.scalar:
             return losses, log_partition
         ctx.gradients = gradients
@@ -283,21 +301,23 @@ class _PositionLoss(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, *grad_outputs):
-        hidden, weight, bias, labels = ctx.saved_tensors
+        hidden, *head, labels = ctx.saved_tensors
+        columns = HeadColumns(*head)
         factor = grad_outputs[0].to(ctx.dtype)
         if ctx.scalar:
             gradients = ctx.gradients
         else:
-            problem = _Problem(hidden, weight, bias, labels, ctx.candidates, ctx.dtype)
+            problem = _Problem(hidden, columns, labels, ctx.candidates, ctx.dtype)
             gradients = _pass(problem, ctx.post, ctx.terms, factor, ctx.needs)[2]
             factor = torch.ones_like(factor[0])
-        width = weight.shape[1]
-        grad_hidden = grad_weight = grad_bias = None
-        if ctx.needs_input_grad[0]:
-            grad_hidden = (gradients.hidden[:, :width] * factor).to(hidden.dtype)
-        if ctx.needs_input_grad[1]:
-            make = sparse_gradient if ctx.candidates.sparse_grad else dense_gradient
-            grad_weight = make(weight, gradients.touched, gradients.rows[:, :width] * factor)
-        if bias is not None and ctx.needs_input_grad[2]:
-            grad_bias = dense_gradient(bias, gradients.touched, gradients.rows[:, width] * factor)
-        return grad_hidden, grad_weight, grad_bias, *[None] * 6
+        grad_hidden, of_head = None, [None] * 3
+        if ctx.needs.hidden:
+            grad_hidden = (gradients.hidden[:, : hidden.shape[1]] * factor).to(hidden.dtype)
+        if any(ctx.needs.head):
+            of_head = columns.gradients(
+                ctx.needs.head,
+                gradients.touched,
+                gradients.rows * factor,
+                sparse=ctx.candidates.sparse_grad,
+            )
+        return grad_hidden, *of_head, *[None] * 6

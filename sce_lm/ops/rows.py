@@ -1,28 +1,126 @@
-"""Rows of the head and their gradient; a bias is one more column of W, met by a 1 in h."""
+"""Rows of the output head, ``[W | B | b]``, and their gradients.
+
+A head is up to three products, ``x_j = h·W_j + u·B_j + b_j``: its weight, the second factor of a
+low-rank adapter (the first one made u of h) and a bias. They are one product of ``[h, u, 1]`` with
+rows whose columns come from three tensors. Such rows are put together where a loss asks for them,
+never all at once, and their gradient is cut into the same columns.
+"""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 from torch.nn.functional import pad
 
-from sce_lm.ops.memory import gradient_memory
+from sce_lm.ops.memory import gradient_memory, row_sum
 
 
-def take_rows(
-    weight: torch.Tensor, bias: torch.Tensor | None, ids: torch.Tensor | slice, dtype: torch.dtype
-) -> torch.Tensor:
-    """``[n, d]`` rows of ``weight [V, d]`` in ``dtype``; ``[n, d + 1]`` with a bias."""
-    # index_select is several times as fast as weight[ids] on a CPU.
-    rows = weight[ids] if isinstance(ids, slice) else weight.index_select(0, ids)
-    if bias is None:
-        return rows.to(dtype)
-    return torch.cat([rows.to(dtype), bias[ids, None].to(dtype)], dim=1)
+class Needs(NamedTuple):
+    """Which inputs of a loss need a gradient; false if none does."""
+
+    hidden: bool = False
+    head: tuple[bool, ...] = (False, False, False)
+    """For weight, low_rank and bias."""
+
+    @classmethod
+    def of(cls, ctx, grad_enabled: bool) -> Needs:
+        """Those of an autograd function whose first inputs are hidden, weight, low_rank, bias."""
+        hidden, *head = (grad_enabled and need for need in ctx.needs_input_grad[:4])
+        return cls(hidden, tuple(head))
+
+    def __bool__(self) -> bool:
+        return self.hidden or any(self.head)
 
 
-def with_one(hidden: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
-    """Hidden states ``[N, d]`` in ``dtype``, with a 1 as one more column if there is a bias."""
-    h = hidden.to(dtype)
-    return h if bias is None else pad(h, (0, 1), value=1.0)
+class HeadColumns(NamedTuple):
+    """The tensors whose columns make the rows of an output head, D = d + r + 1 of them."""
+
+    weight: torch.Tensor
+    """``[V, d]``."""
+    low_rank: torch.Tensor | None = None
+    """``[V, r]``, or None: no columns."""
+    bias: torch.Tensor | None = None
+    """``[V]``, or None: no column."""
+
+    def rows(self, ids: torch.Tensor | slice, dtype: torch.dtype) -> torch.Tensor:
+        """``[n, D]`` rows in ``dtype``."""
+        # index_select is several times as fast as weight[ids] on a CPU.
+        parts = [
+            (part[ids] if isinstance(ids, slice) else part.index_select(0, ids)).to(dtype)
+            for part in (self.weight, self.low_rank)
+            if part is not None
+        ]
+        if self.bias is not None:
+            parts.append(self.bias[ids, None].to(dtype))
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+    def extend(self, hidden: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """``[N, D]`` of hidden states ``[N, d + r]``, in ``dtype``: a 1 meets the bias."""
+        h = hidden.to(dtype)
+        return h if self.bias is None else pad(h, (0, 1), value=1.0)
+
+    def row_sum(self, of_weight: torch.Tensor | None = None) -> torch.Tensor:
+        """fp64 ``[D]`` sum of the rows; ``of_weight [d]`` is that of the weight, where known."""
+        parts = [row_sum(self.weight) if of_weight is None else of_weight]
+        if self.low_rank is not None:
+            parts.append(row_sum(self.low_rank))
+        if self.bias is not None:
+            parts.append(self.bias.detach().sum(dtype=torch.float64).unsqueeze(0))
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def num_frozen(self, needs: tuple[bool, ...]) -> int:
+        """How many columns lie before those of the first tensor that needs a gradient.
+
+        Args:
+            needs: whether weight, low_rank and bias need one.
+        """
+        return sum(self._widths[: (*needs, True).index(True)])
+
+    def split(self, needs: tuple[bool, ...], columns: torch.Tensor) -> list[torch.Tensor | None]:
+        """``[n, D - num_frozen]`` columns as those of weight, low_rank and bias, the last one
+        ``[n]``; None for a tensor that needs no gradient."""
+        found: list[torch.Tensor | None] = []
+        at = -self.num_frozen(needs)
+        for width, is_needed in zip(self._widths, needs):
+            found.append(columns[:, at : at + width] if is_needed else None)
+            at += width
+        if found[2] is not None:
+            found[2] = found[2].squeeze(1)
+        return found
+
+    def gradients(
+        self,
+        needs: tuple[bool, ...],
+        ids: torch.Tensor,
+        rows: torch.Tensor,
+        everywhere: torch.Tensor | None = None,
+        *,
+        sparse: bool = False,
+    ) -> list[torch.Tensor | None]:
+        """Gradients of weight, low_rank and bias; None where it is not needed.
+
+        Args:
+            needs: which of them need one.
+            ids: ``[U]`` distinct, ascending.
+            rows: ``[U, D - num_frozen]`` gradient of the rows at ``ids``.
+            everywhere: ``[D - num_frozen]`` that of all other rows; None: 0.
+            sparse: give that of the weight as a coalesced sparse tensor of ``rows`` alone.
+        """
+        others = [None] * 3 if everywhere is None else self.split(needs, everywhere[None])
+        found: list[torch.Tensor | None] = []
+        for part, mine, rest in zip(self, self.split(needs, rows), others):
+            if part is None or mine is None:
+                found.append(None)
+            elif sparse and part is self.weight:
+                found.append(sparse_gradient(part, ids, mine))
+            else:
+                found.append(dense_gradient(part, ids, mine, rest))
+        return found
+
+    @property
+    def _widths(self) -> list[int]:
+        return [0 if part is None else part[:1].numel() for part in self]
 
 
 def dense_gradient(

@@ -14,7 +14,7 @@ def test_chunks_are_equal_and_follow_the_hash(size, buckets, data):
     count = data.draw(st.integers(1, size))
     generator = torch.Generator().manual_seed(size)
     vectors, directions = torch.randn(size, 3, generator=generator), torch.randn(buckets, 3)
-    chunk = hash_chunks(vectors, directions, count)
+    chunk = hash_chunks([vectors], directions, count)
     sizes = torch.bincount(chunk, minlength=count)
     assert sizes.max() - sizes.min() <= 1
     hashes = (vectors @ directions.T).argmax(dim=1)
@@ -26,6 +26,6 @@ def test_tiles_change_nothing(monkeypatch):
     generator = torch.Generator().manual_seed(0)
     vectors = torch.randn(100, 5, generator=generator)
     directions = torch.randn(7, 5, generator=generator)
-    whole = hash_chunks(vectors, directions, 9)
+    whole = hash_chunks([vectors], directions, 9)
     monkeypatch.setattr(module, "TILE_ELEMENTS", 50)
-    assert torch.equal(hash_chunks(vectors, directions, 9), whole)
+    assert torch.equal(hash_chunks([vectors], directions, 9), whole)

@@ -5,6 +5,7 @@ import torch
 
 import sce_lm.candidates.row_sum as row_sum
 from sce_lm.candidates.row_sum import RowSum
+from sce_lm.ops.rows import HeadColumns
 
 
 @pytest.fixture
@@ -27,22 +28,27 @@ def sparse_gradient(weight, rows):
 
 
 def test_a_trained_weight_is_left_to_the_caller():
-    assert RowSum().of(torch.ones(3, 2, requires_grad=True)) is None
+    assert RowSum().of(HeadColumns(torch.ones(3, 2, requires_grad=True))) is None
 
 
 def test_a_frozen_weight_is_read_once_until_it_changes(reads):
     weight, total = torch.randn(50, 3), RowSum()
+    head = HeadColumns(weight)
     for _ in range(3):
-        torch.testing.assert_close(total.of(weight), weight.double().sum(0), rtol=0, atol=1e-4)
+        torch.testing.assert_close(total.of(head), weight.double().sum(0), rtol=0, atol=1e-4)
     assert len(reads) == 1
     weight[4] += 1.0
-    torch.testing.assert_close(total.of(weight), weight.double().sum(0), rtol=0, atol=1e-4)
+    torch.testing.assert_close(total.of(head), weight.double().sum(0), rtol=0, atol=1e-4)
     assert len(reads) == 2
     weight.data[4] += 1.0  # behind torch's back
     total.forget()
-    torch.testing.assert_close(total.of(weight), weight.double().sum(0), rtol=0, atol=1e-4)
-    bias = torch.randn(50)
-    torch.testing.assert_close(total.of(weight, bias)[-1], bias.sum().double())
+    torch.testing.assert_close(total.of(head), weight.double().sum(0), rtol=0, atol=1e-4)
+    bias, low_rank = torch.randn(50), torch.randn(50, 2)
+    expected = torch.cat([weight, low_rank, bias[:, None]], 1).double().sum(0)
+    for _ in range(2):
+        found = total.of(HeadColumns(weight, low_rank, bias))
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+    assert len(reads) == 3
 
 
 @pytest.mark.parametrize(
@@ -51,21 +57,22 @@ def test_a_frozen_weight_is_read_once_until_it_changes(reads):
 def test_steps_of_a_followed_optimiser_correct_the_sum(make, reads):
     torch.manual_seed(0)
     weight, total = torch.nn.Parameter(torch.randn(60, 4)), RowSum()
+    head = HeadColumns(weight)
     optimizer = make([weight], lr=0.5)
     total.follow(optimizer, weight)
-    total.of(weight)
+    total.of(head)
     for _ in range(5):
         weight.grad = sparse_gradient(weight, [1, 7, 7, 30])
         optimizer.step()
         torch.testing.assert_close(
-            total.of(weight), weight.detach().double().sum(0), rtol=0, atol=1e-4
+            total.of(head), weight.detach().double().sum(0), rtol=0, atol=1e-4
         )
     assert len(reads) == 1
     if make is not torch.optim.SparseAdam:
         weight.grad = torch.randn(60, 4)  # a dense step
         optimizer.step()
         torch.testing.assert_close(
-            total.of(weight), weight.detach().double().sum(0), rtol=0, atol=1e-4
+            total.of(head), weight.detach().double().sum(0), rtol=0, atol=1e-4
         )
         assert len(reads) == 2
 

@@ -3,9 +3,13 @@
 import pytest
 import torch
 from support.problems import gradients, make_problem
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from sce_lm import LogitTransform, SCEConfig, SCEState, objectives, sce_loss
+from sce_lm.objectives import kernel
+from sce_lm.ops import exact_cross_entropy
 
 OBJECTIVES = {
     "exact": lambda: objectives.get("exact"),
@@ -88,6 +92,72 @@ def test_all_ignored_is_a_connected_zero(name, reduction, items):
     assert (loss == 0).all()
     for gradient in gradients(loss.sum(), problem):
         assert (gradient == 0).all()
+
+
+@each_objective
+@pytest.mark.parametrize("is_frozen", [False, True])
+def test_low_rank_columns_are_columns_of_the_weight(name, is_frozen):
+    """Hidden states and head that are one matrix each, and the same ones in two parts."""
+    problem = make_problem(40, 120, 9)
+    parts = [part.detach().clone().requires_grad_() for part in problem.weight.split([6, 3], 1)]
+    parts[0].requires_grad_(not is_frozen)
+    losses = [
+        seeded(OBJECTIVES[name](), problem, return_stats=True),
+        seeded(
+            OBJECTIVES[name](),
+            problem._replace(weight=parts[0]),
+            low_rank=parts[1],
+            return_stats=True,
+        ),
+    ]
+    torch.testing.assert_close(losses[1][0], losses[0][0])
+    if losses[0][1].relative_error is not None:
+        torch.testing.assert_close(losses[1][1].relative_error, losses[0][1].relative_error)
+    wanted = gradients(losses[0][0], problem)
+    trained = [problem.hidden, *parts[is_frozen:], problem.bias]
+    wanted[1:2] = wanted[1].split([6, 3], 1)[is_frozen:]
+    found = torch.autograd.grad(losses[1][0], trained)
+    torch.testing.assert_close(list(found), wanted)
+
+
+class Sizes(TorchDispatchMode):
+    """Numbers in the largest tensor that any operation gave, views of one tensor aside."""
+
+    def __init__(self, given):
+        super().__init__()
+        self.given, self.largest = given.untyped_storage().data_ptr(), 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if torch.is_tensor(tensor) and tensor.untyped_storage().data_ptr() != self.given:
+                self.largest = max(self.largest, tensor.numel())
+        return result
+
+
+@pytest.mark.parametrize("name", OBJECTIVES.keys() - {"kernel", "kernel, shared"})
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_low_rank_head_is_never_formed(name, reduction, monkeypatch):
+    """A frozen weight and a trained low-rank operand: nothing as large as the weight is made.
+
+    The kernel without a projection is a method on all rows at once.
+    """
+    monkeypatch.setattr(exact_cross_entropy, "TILE_CLASSES", 256)
+    monkeypatch.setattr(kernel, "TILE_ELEMENTS", 100 * 100)
+    monkeypatch.setattr(kernel, "PROJECTION_ROWS", 4)
+    problem = make_problem(16, 1500, 96, with_bias=False, dtype=torch.float32)
+    low_rank = torch.randn(1500, 4, requires_grad=True)
+    largest = []
+    for weight in (problem.weight.detach(), problem.weight):
+        hidden = torch.cat([problem.hidden, problem.hidden[:, :4]], 1)
+        with Sizes(weight) as sizes:
+            loss = OBJECTIVES[name]()(
+                hidden, weight, problem.labels, low_rank=low_rank, reduction=reduction
+            )
+            loss.sum().backward()
+        assert low_rank.grad.shape == (1500, 4)
+        largest.append(sizes.largest)
+    assert largest[0] < 1500 * 96 <= largest[1]
 
 
 @each_objective

@@ -100,7 +100,7 @@ def plant(error, monkeypatch):
 
     def init(p, *args):
         problem_init(p, *args)
-        candidates = args[4]
+        candidates = args[3]
         if error == "bucket item twice":
             p.own_tail = torch.zeros_like(p.own_tail)
             if candidates.control_variate:
@@ -116,7 +116,7 @@ def plant(error, monkeypatch):
 
     def narrow(p, ids):
         """Row offsets that overflow an integer narrower than the table, as int32 would."""
-        width = p.weight.shape[1]
+        width = p.columns.weight.shape[1]
         offset = ids * width
         wrapped = torch.where(offset >= 1024, offset - 1024, offset)
         return rows(p, wrapped // width)

@@ -9,6 +9,7 @@ from support.problems import gradients, make_problem, relative_error
 import sce_lm.ops.candidate_cross_entropy as core
 from sce_lm import LogitTransform
 from sce_lm.objectives.reference import candidate_reference
+from sce_lm.ops.rows import HeadColumns
 
 POSTS = [LogitTransform(), LogitTransform(scale=0.3), LogitTransform(1.5, 2.0)]
 
@@ -108,7 +109,9 @@ def test_groups_of_buckets_hold_little_padding():
             torch.arange(100).expand(64, -1),
             bucket_of,
         )
-        p = core._Problem(*problem[:2], None, labels, candidates, torch.float64, False)
+        p = core._Problem(
+            problem.hidden, HeadColumns(problem.weight), labels, candidates, torch.float64, False
+        )
         spans = p.spans()
         assert torch.equal(p.order.sort().values, torch.arange(len(labels)))
         assert [s.start for s in spans[1:]] == [s.stop for s in spans[:-1]]
