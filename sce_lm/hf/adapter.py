@@ -36,6 +36,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss, ForMaskedLMLoss
 
 from sce_lm import objectives
 from sce_lm.config import SCEConfig
+from sce_lm.hf.head import HeadProduct, call_inside, check_linear, merged_adapters
 from sce_lm.hf.lazy_logits import CrossEntropy, LazyLogits
 from sce_lm.objectives import Objective, Statistics
 from sce_lm.ops.logits import LogitTransform
@@ -61,8 +62,8 @@ def apply_sce(model: ModelT, config: SCEConfig | Objective) -> ModelT:
 
     Raises:
         TypeError: not a transformers model, or ``config`` is neither of the two.
-        ValueError: the model takes no labels, has no output head, a head that is not linear,
-            adapters on its head, or a loss of the user's own.
+        ValueError: the model takes no labels, has no output head, a head that is not linear, an
+            adapter on its head other than LoRA and trainable tokens, or a loss of the user's own.
     """
     objective = objectives.from_config(config)
     attachment = _attachment_of(model)
@@ -76,7 +77,7 @@ def apply_sce(model: ModelT, config: SCEConfig | Objective) -> ModelT:
             f"apply_sce got a {type(model).__name__}, which is no transformers model and holds "
             "none; pass a PreTrainedModel with an output head, or use sce_loss in your own loop."
         )
-    _check_linear(_find_head(target).module)
+    check_linear(_find_head(target).module)
     if "labels" not in inspect.signature(target.forward).parameters:
         raise ValueError(
             f"the forward of {type(target).__name__} takes no labels, so it computes no loss to "
@@ -187,6 +188,7 @@ class _Attachment:
         self.missing_loss = False
         self.warned: set[str] = set()
         self.head: _Head | None = None
+        self.merged: tuple[Any, list[str]] = (None, [])
         parameters = list(inspect.signature(model.forward).parameters)
         self.position = {name: i for i, name in enumerate(parameters)}
         self.had_own_loss = "_loss_function" in model.__dict__
@@ -230,7 +232,7 @@ class _Attachment:
     def shadow(self, model: PreTrainedModel) -> None:
         if self.head is None or not _is_at_place(self.head, model):
             head = _find_head(model)
-            _check_linear(head.module)
+            check_linear(head.module)
             self.head = head
         owner = model.get_submodule(self.head.owner)
         owner.__dict__[self.head.attribute] = _LazyHead(self.head.module, self.cross_entropy)
@@ -330,12 +332,14 @@ class _Attachment:
         if self.training:
             self.note_new_state()
 
-        def compute(hidden_states: torch.Tensor, linear: Any) -> torch.Tensor:
+        def compute(product: HeadProduct) -> torch.Tensor:
+            self.note_merged(logits.head)
             result = objective(
-                hidden_states,
-                linear.weight,
-                labels.to(hidden_states.device),
-                bias=logits.with_added_bias(linear.bias),
+                product.hidden_states,
+                product.weight,
+                labels.to(product.hidden_states.device),
+                bias=logits.with_added_bias(product.bias),
+                low_rank=product.low_rank,
                 post=post,
                 return_stats=not self.training,
                 **options,
@@ -346,7 +350,7 @@ class _Attachment:
             return result
 
         started = time.perf_counter()
-        loss = _call_inside(logits.head, compute, logits.hidden_states)
+        loss = call_inside(logits.head, compute, logits.hidden_states)
         self.seconds += time.perf_counter() - started
         if loss.requires_grad and not self.training:
             loss.register_hook(self.note_gradient_in_eval)
@@ -360,6 +364,13 @@ class _Attachment:
                 "unbiased; add SCECallback() to the Trainer, or call "
                 "objective_of(model).state.load(path), to go on with a saved state."
             )
+
+    def note_merged(self, head: Any) -> None:
+        """What is known of a frozen weight is forgotten when adapters are merged into it."""
+        merged = (head, merged_adapters(head))
+        if merged != self.merged and self.objective.state is not None:
+            self.objective.state.row_sum.forget()
+        self.merged = merged
 
     def note_gradient_in_eval(self, gradient: torch.Tensor) -> None:
         self.warn_once(
@@ -405,70 +416,3 @@ def _is_at_place(head: _Head, model: PreTrainedModel) -> bool:
     owner = model.get_submodule(head.owner)
     is_child = owner._modules.get(head.attribute) is head.module
     return is_child and model.get_output_embeddings() is head.module
-
-
-def _linear_parts(head: Any) -> list[Any]:
-    """The linear layers of which calling ``head`` calls exactly one.
-
-    PEFT's ModulesToSaveWrapper holds the original layer and a trained one for each adapter.
-    """
-    if hasattr(type(head), "adapter_layer_names") and "modules_to_save" in head._modules:
-        return [head.original_module, *head.modules_to_save.values()]
-    return [head]
-
-
-def _check_linear(head: Any) -> None:
-    """Raise one sentence unless ``head(x)`` is ``x @ weight.T + bias``."""
-    parts = _linear_parts(head)
-    for part in parts:
-        if hasattr(type(part), "adapter_layer_names"):
-            raise ValueError(
-                f"the output head carries an adapter ({type(part).__name__}), which apply_sce does "
-                "not support yet; leave the head out of target_modules (modules_to_save is fine)."
-            )
-        # The weight of a Linear may be flat or empty between its uses: ZeRO-3 shards it so.
-        is_linear = type(part).forward is nn.Linear.forward or _acts_as_linear(part)
-        if not (is_linear and part.weight.is_floating_point()):
-            raise ValueError(
-                f"the output head is a {type(part).__name__}, and apply_sce needs a linear layer "
-                "(2-D weight [vocab_size, hidden_size], optional bias, no more than their product)."
-            )
-
-
-def _acts_as_linear(part: Any) -> bool:
-    """Whether a head of another class gives what nn.Linear gives, on a few random inputs."""
-    weight, bias = getattr(part, "weight", None), getattr(part, "bias", None)
-    if not isinstance(weight, torch.Tensor) or weight.dim() != 2 or weight.is_meta:
-        return False
-    noise = torch.Generator().manual_seed(0)
-    x = torch.randn(4, weight.shape[1], generator=noise).to(weight.device, weight.dtype)
-    with torch.no_grad():
-        try:
-            got = part(x)
-        except (RuntimeError, TypeError, ValueError):
-            return False
-        want = nn.functional.linear(x, weight, bias)
-    return got.shape == want.shape and torch.allclose(got, want, rtol=1e-4, atol=1e-5)
-
-
-def _call_inside(
-    head: nn.Module,
-    compute: Callable[[torch.Tensor, Any], torch.Tensor],
-    hidden_states: torch.Tensor,
-) -> torch.Tensor:
-    """``compute(hidden_states, linear)`` in place of the forward of the linear layer that ``head``
-    calls, so that everything hung around that call (gathering, casting, offloading) happens."""
-    saved: list[tuple[Any, str, Any]] = []
-    try:
-        for part in _linear_parts(head):
-            # accelerate's device hooks replace `forward` themselves and keep the layer's own here.
-            slot = "_old_forward" if "_old_forward" in part.__dict__ else "forward"
-            saved.append((part, slot, part.__dict__.get(slot)))
-            part.__dict__[slot] = lambda hidden, part=part: compute(hidden, part)
-        return head(hidden_states)
-    finally:
-        for part, slot, before in saved:
-            if before is None:
-                del part.__dict__[slot]
-            else:
-                part.__dict__[slot] = before

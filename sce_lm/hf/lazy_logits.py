@@ -25,17 +25,20 @@ from torch import nn
 from torch.utils._pytree import tree_map_only
 from torch.utils.hooks import RemovableHandle
 
+from sce_lm.hf.head import base_layer, call_inside
 from sce_lm.ops.logits import LogitTransform
 
 
 @dataclass(frozen=True, slots=True)
 class HeadParts:
-    """What unformed logits are made of: ``post(hidden_states @ weight.T + bias)``."""
+    """What unformed logits are made of: ``post(hidden_states @ [weight | low_rank].T + bias)``."""
 
     hidden_states: torch.Tensor
-    """``[..., d]``, after the slicing of positions that the model did on its logits."""
+    """``[..., d + r]``, after the slicing of positions that the model did on its logits."""
     weight: torch.Tensor
     """``[V, d]``, the head's own (no copy)."""
+    low_rank: torch.Tensor | None
+    """``[V, r]`` of adapters on the head (module :mod:`sce_lm.hf.head`), or None with r = 0."""
     bias: torch.Tensor | None
     """``[V]`` or None."""
     post: LogitTransform
@@ -87,16 +90,16 @@ class _Source:
     head: nn.Linear  # or what acts as one
     hidden_states: torch.Tensor
     modes: _Modes
-    weight: torch.Tensor
-    weight_version: int | None
+    versions: tuple[tuple[torch.Tensor, int | None], ...]
+    """The head's parameters and their versions at its call."""
     cross_entropy: CrossEntropy | None
 
     def logits(self) -> torch.Tensor:
         """What the head gives."""
-        weight = self.head.weight
-        if weight is self.weight and _version(weight) != self.weight_version:
+        now = self.head.parameters()
+        if any(p is q and _version(p) != v for p, (q, v) in zip(now, self.versions)):
             raise RuntimeError(
-                "the logits of a forward pass were asked for after the output head's weight had "
+                "the logits of a forward pass were asked for after the output head's weights had "
                 "changed (an optimizer step?); read outputs.logits before that."
             )
         with self.modes.restored():
@@ -133,8 +136,8 @@ class LazyLogits(torch.Tensor):
         view_of: tuple[LazyLogits, _Step] | None = None,
     ) -> LazyLogits:
         # A sharding engine may keep the weight flat or empty between its uses.
-        weight = source.weight
-        vocab_size = weight.shape[0] if weight.dim() == 2 else source.head.out_features
+        layer = base_layer(source.head)
+        vocab_size = layer.weight.shape[0] if layer.weight.dim() == 2 else layer.out_features
         weights_need = any(p.requires_grad for p in source.head.parameters())
         needs_grad = source.modes.grad and (hidden.requires_grad or weights_need)
         self = torch.Tensor._make_wrapper_subclass(
@@ -164,8 +167,8 @@ class LazyLogits(torch.Tensor):
         dtype = hidden_states.dtype
         if modes.autocast is not None and dtype != torch.float64:
             dtype = modes.autocast
-        weight = head.weight
-        source = _Source(head, hidden_states, modes, weight, _version(weight), cross_entropy)
+        versions = tuple((p, _version(p)) for p in head.parameters())
+        source = _Source(head, hidden_states, modes, versions, cross_entropy)
         return cls._make(hidden_states, (), source, dtype)
 
     @property
@@ -208,8 +211,10 @@ class LazyLogits(torch.Tensor):
                 f"these logits {done}, which no LogitTransform (scale, soft cap) describes; use "
                 "them as an ordinary tensor."
             )
-        bias = self.with_added_bias(getattr(self.head, "bias", None))
-        return HeadParts(self._hidden, self.head.weight, bias, post)
+        with self._source.modes.restored():
+            product = call_inside(self.head, lambda product: product, self._hidden)
+        hidden, weight, low_rank, bias = product
+        return HeadParts(hidden, weight, low_rank, self.with_added_bias(bias), post)
 
     def materialise(self) -> torch.Tensor:
         """The real logits: computed by the head at the first call, the same tensor afterwards."""

@@ -25,6 +25,7 @@ from torch.nn.utils.rnn import pad_sequence
 from sce_lm import objectives
 from sce_lm.hf.adapter import apply_sce, lazy_logits, objective_of, remove_sce
 from sce_lm.hf.lazy_logits import LazyLogits
+from sce_lm.ops.rows import HeadColumns
 
 History = Sequence[int] | np.ndarray | pl.Series
 """Token ids of one user's past, oldest first."""
@@ -161,7 +162,8 @@ def model_scorer(model: nn.Module, max_length: int | None = None) -> Scorer:
             logits = logits[users, last]
             return lambda start, stop: logits[:, start:stop].to(_score_dtype(logits), copy=True)
         head = logits.parts()
-        return head_scores(head.hidden_states[users, last], head.weight, head.bias, head.post)
+        columns = HeadColumns(head.weight, head.low_rank, head.bias)
+        return head_scores(head.hidden_states[users, last], columns, head.post)
 
     return score
 
@@ -200,25 +202,21 @@ def _lazy_head(model: nn.Module) -> Iterator[None]:
 
 
 def head_scores(
-    hidden_states: Tensor, weight: Tensor, bias: Tensor | None, post: Callable[[Tensor], Tensor]
+    hidden_states: Tensor, columns: HeadColumns, post: Callable[[Tensor], Tensor]
 ) -> ScoreTile:
     """Logits of a linear head, a tile of the vocabulary at a time, in fp32 (fp64 stays fp64).
 
     Args:
-        hidden_states: [users, d].
-        weight: [V, d].
-        bias: [V] or None.
+        hidden_states: [users, d], with d the width of weight and low-rank operand together.
+        columns: of the head's rows.
         post: what the model does to its raw logits.
     """
     dtype = _score_dtype(hidden_states)
-    hidden_states = hidden_states.to(dtype)
+    hidden_states = columns.extend(hidden_states, dtype)
 
     def score_tile(start: int, stop: int) -> Tensor:
         with torch.autocast(hidden_states.device.type, enabled=False):
-            scores = hidden_states @ weight[start:stop].to(dtype).T
-            if bias is not None:
-                scores += bias[start:stop].to(dtype)
-            return post(scores)
+            return post(hidden_states @ columns.rows(slice(start, stop), dtype).T)
 
     return score_tile
 

@@ -84,21 +84,23 @@ def save_loss_inputs(
     model.eval()
     with torch.no_grad(), lazy_logits(model):
         parts = model(**inputs, use_cache=False).logits.parts()
+    columns = [part for part in (parts.weight, parts.low_rank) if part is not None]
+    weight = torch.cat(columns, dim=1) if len(columns) > 1 else parts.weight
     valid = labels != -100
     tensors = {
         "hidden_states": parts.hidden_states[:, :-1][valid],
-        "weight": parts.weight.detach(),
+        "weight": weight.detach(),
         "labels": labels[valid],
     }
     if parts.bias is not None:
         tensors["bias"] = parts.bias.detach()
     loss_cost.save_inputs(path, tensors, parts.post)
-    vocab_size, width = parts.weight.shape
+    vocab_size, width = weight.shape
     return {
         "positions": int(valid.sum()),
         "vocab_size": vocab_size,
         "width": width,
-        "dtype": str(parts.weight.dtype).removeprefix("torch."),
+        "dtype": str(weight.dtype).removeprefix("torch."),
     }
 
 

@@ -4,12 +4,23 @@ import copy
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, PrefixTuningConfig, get_peft_model
-from support.models import tiny_batch, tiny_model
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+from peft import (
+    IA3Config,
+    LoraConfig,
+    PeftModel,
+    PrefixTuningConfig,
+    PromptTuningConfig,
+    get_peft_model,
+)
+from support.allocations import Sizes
+from support.models import VOCAB_SIZE, tiny_batch, tiny_model
 from transformers import Trainer, TrainingArguments
 
 from sce_lm import SCEConfig, objectives
 from sce_lm.hf import LazyLogits, SCECallback, apply_sce, objective_of, remove_sce
+from sce_lm.ops import exact_cross_entropy
+from sce_lm.recsys.scoring import model_scorer
 
 
 def lora(**options):
@@ -108,21 +119,244 @@ def test_remove_through_the_wrapper():
     assert "lm_head" not in patched.base_model.model.__dict__
 
 
-def test_adapter_on_the_head_is_refused():
-    config = LoraConfig(r=2, target_modules=["q_proj", "lm_head"], task_type="CAUSAL_LM")
-    with pytest.raises(ValueError, match="carries an adapter"):
-        apply_sce(get_peft_model(tiny_model("llama"), config), SCEConfig())
-    patched = get_peft_model(apply_sce(tiny_model("llama"), SCEConfig()), config)
-    with pytest.raises(ValueError, match="carries an adapter"):
-        patched(**tiny_batch())
+def test_adapters_whose_result_is_no_low_rank_product_are_refused():
     ids = {"input_ids": tiny_batch()["input_ids"]}
-    assert type(patched(**ids).logits) is torch.Tensor
+    dora = head_lora(use_dora=True)
+    ia3 = IA3Config(
+        target_modules=["k_proj", "lm_head"], feedforward_modules=[], task_type="CAUSAL_LM"
+    )
+    for config, kind in ((dora, "a Dora adapter"), (ia3, "an adapter")):
+        with pytest.raises(ValueError, match=f"carries {kind}"):
+            apply_sce(get_peft_model(tiny_model("llama"), config), SCEConfig())
+        patched = get_peft_model(apply_sce(tiny_model("llama"), SCEConfig()), config)
+        with pytest.raises(ValueError, match=f"carries {kind}"):
+            patched(**tiny_batch())
+        assert type(patched(**ids).logits) is torch.Tensor
 
 
-def test_trainable_tokens_on_a_tied_head_are_refused():
-    config = lora(trainable_token_indices=[3, 4])
-    with pytest.raises(ValueError, match="carries an adapter"):
-        apply_sce(get_peft_model(tiny_model("gemma3"), config), SCEConfig())
+# ------------------------------------------------------------------------- adapters on the head
+
+
+def head_lora(**options):
+    return LoraConfig(r=4, target_modules=["q_proj", "lm_head"], task_type="CAUSAL_LM", **options)
+
+
+@pytest.mark.parametrize("order", ["before", "after"])
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("llama", {}),
+        ("llama", {"use_rslora": True, "lora_alpha": 3}),
+        ("gemma2", {}),
+        ("granite", {}),
+        ("gemma3", {}),
+        ("phi", {"lora_bias": True}),
+        ("llama", {"lora_dropout": 0.3}),
+    ],
+    ids=["plain", "rslora", "soft_cap", "scale", "tied", "lora_bias", "dropout"],
+)
+def test_lora_on_the_head(name, options, order):
+    stock, patched = stock_and_patched(name, order, head_lora(**options))
+    batch = {**tiny_batch(), "num_items_in_batch": torch.tensor(31)}
+    losses = []
+    for model in (stock, patched):
+        torch.manual_seed(3)  # one mask of dropout for both
+        losses.append(model(**batch).loss)
+        losses[-1].backward()
+    torch.testing.assert_close(losses[1], losses[0], rtol=1e-5, atol=0)
+    assert_same_gradients(patched, stock)
+    assert any("lm_head.lora_B" in n and p.grad.abs().max() > 0 for n, p in trained(patched))
+    for model in (stock.eval(), patched.eval()):
+        model.zero_grad()
+    with torch.no_grad():
+        want, got = stock(**batch), patched(**batch)
+        assert not got.logits.is_materialised
+        torch.testing.assert_close(got.loss, want.loss, rtol=1e-5, atol=0)
+        torch.testing.assert_close(got.logits.materialise(), want.logits)
+        with stock.disable_adapter(), patched.disable_adapter():
+            torch.testing.assert_close(patched(**batch).loss, stock(**batch).loss)
+    ids = {"input_ids": batch["input_ids"], "max_new_tokens": 3, "do_sample": False}
+    assert torch.equal(patched.generate(**ids), stock.generate(**ids))
+
+
+def trained(model):
+    return [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+
+
+def assert_same_gradients(patched, stock):
+    for (name, p), q in zip(patched.named_parameters(), stock.parameters()):
+        assert (p.grad is None) == (q.grad is None), name
+        if q.grad is not None:
+            scale = float(q.grad.abs().max())
+            torch.testing.assert_close(p.grad, q.grad, rtol=1e-5, atol=1e-5 * scale, msg=name)
+
+
+@pytest.mark.parametrize("tying", [False, True])
+@pytest.mark.parametrize("order", ["before", "after"])
+def test_lora_on_tied_embeddings(order, tying):
+    config = LoraConfig(
+        r=4,
+        target_modules=["q_proj", "embed_tokens"],
+        ensure_weight_tying=tying,
+        task_type="CAUSAL_LM",
+    )
+    stock, patched = stock_and_patched("gemma3", order, config)
+    with torch.no_grad():
+        for model in (stock, patched):
+            generator = torch.Generator().manual_seed(4)
+            for name, p in model.named_parameters():
+                if "lora_embedding" in name:
+                    p.normal_(0.0, 0.2, generator=generator)
+    assert_same_step(stock, patched)
+    assert hasattr(patched.base_model.model._modules["lm_head"], "lora_A") == tying
+
+
+@pytest.mark.parametrize("order", ["before", "after"])
+@pytest.mark.parametrize("name", ["gemma3", "llama"])
+@pytest.mark.parametrize("count", [3, 40])
+def test_trainable_tokens(name, count, order):
+    """On the tied head too, with few rows and with more than the width of the head."""
+    ids = list(range(5, 5 + count))
+    indices = ids if name == "gemma3" else {"embed_tokens": ids, "lm_head": ids}
+    stock, patched = stock_and_patched(name, order, lora(trainable_token_indices=indices))
+    with torch.no_grad():
+        for model in (stock, patched):
+            generator = torch.Generator().manual_seed(4)
+            for parameter_name, p in model.named_parameters():
+                if "trainable_tokens_delta" in parameter_name:
+                    p.add_(torch.randn(p.shape, generator=generator))
+    assert_same_step(stock, patched)
+    stock, patched = (m.merge_and_unload() for m in (stock, patched))
+    torch.testing.assert_close(patched(**tiny_batch()).loss, stock(**tiny_batch()).loss)
+
+
+def test_several_adapters_on_the_head():
+    stock, patched = stock_and_patched("llama", "before", head_lora())
+    for model in (stock, patched):
+        torch.manual_seed(6)
+        model.add_adapter("other", head_lora(lora_alpha=5))
+        model.base_model.model.lm_head.lora_B["other"].weight.data.normal_()
+    batch = tiny_batch()
+
+    def same():
+        want, got = stock(**batch), patched(**batch)
+        assert not got.logits.is_materialised
+        torch.testing.assert_close(got.loss, want.loss, rtol=1e-5, atol=0)
+        return float(got.loss.detach())
+
+    seen = {same()}
+    for active in ("other", ["default", "other"]):
+        for model in (stock, patched):
+            model.base_model.set_adapter(active)
+        seen.add(same())
+    for model in (stock, patched):
+        model(**batch).loss.backward()
+    assert_same_gradients(patched, stock)
+    for model in (stock, patched):
+        model.merge_adapter(["default"])
+    seen.add(same())
+    for model in (stock, patched):
+        model.unmerge_adapter()
+        model.delete_adapter("other")
+        model.set_adapter("default")
+    seen.add(same())
+    assert len({round(loss, 4) for loss in seen}) == 3  # one adapter, the other, both
+    for model in (stock, patched):
+        model.eval()
+    with pytest.raises(ValueError, match="adapter_names"):
+        patched(**batch, adapter_names=["default"] * 3)
+
+
+def test_lora_head_is_the_merged_weight():
+    """Unmerged against merged, in the full-candidate limit of SCE and exactly."""
+    covering = SCEConfig(
+        num_buckets=3,
+        bucket_candidates=20,
+        shared_frequent=10,
+        tail_candidates=VOCAB_SIZE,
+        control_variate=True,
+    )
+    merged = with_adapter(tiny_model("llama"), head_lora()).merge_and_unload()
+    want = merged(**tiny_batch()).loss
+    for config in (covering, objectives.get("exact")):
+        patched = apply_sce(with_adapter(tiny_model("llama"), head_lora()), config)
+        got = patched(**tiny_batch()).loss
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=0)
+        got.backward()
+        for change in ("merge_adapter", "unmerge_adapter", "merge_and_unload"):
+            changed = getattr(patched, change)()
+            got = (patched if changed is None else changed)(**tiny_batch()).loss
+            torch.testing.assert_close(got, want, rtol=1e-5, atol=0)
+
+
+def test_bf16_lora_head_is_within_stocks_own_error():
+    reference = with_adapter(tiny_model("llama"), head_lora())(**tiny_batch()).loss
+    stock, patched = stock_and_patched("llama", "after", head_lora())
+    want, got = (m.to(torch.bfloat16)(**tiny_batch()).loss for m in (stock, patched))
+    assert (got - reference).abs() <= (want - reference).abs() + 0.02
+    got.backward()
+    assert all(p.grad.isfinite().all() for _, p in trained(patched))
+
+
+@pytest.mark.parametrize("config", [SCEConfig(), SCEConfig.published(), objectives.get("exact")])
+def test_no_merged_head_is_allocated(config, monkeypatch):
+    """Counted on a head that outweighs everything else in the model."""
+    monkeypatch.setattr(exact_cross_entropy, "TILE_CLASSES", 256)
+    monkeypatch.setattr(exact_cross_entropy, "BLOCK_ELEMENTS", 0)
+    sizes = []
+    for patch in (lambda m: m, lambda m: apply_sce(m, config)):
+        model = patch(with_adapter(tiny_model("llama", vocab_size=4001), head_lora()))
+        weight = model.base_model.model.lm_head.weight
+        with Sizes(weight) as counted:
+            model(**tiny_batch()).loss.backward()
+        sizes.append(counted.largest)
+    assert sizes[1] < weight.numel() <= sizes[0]
+
+
+def test_saved_head_adapter_loads_into_stock(tmp_path):
+    _, patched = stock_and_patched("llama", "before", head_lora())
+    patched.save_pretrained(tmp_path)
+    batch = tiny_batch()
+    stock = PeftModel.from_pretrained(tiny_model("llama"), tmp_path)
+    again = PeftModel.from_pretrained(apply_sce(tiny_model("llama"), SCEConfig()), tmp_path)
+    for model in (stock, again):
+        with torch.no_grad():
+            torch.testing.assert_close(
+                model.eval()(**batch).loss, patched.eval()(**batch).loss, rtol=1e-5, atol=0
+            )
+
+
+def test_offloaded_lora_head_is_fetched_layer_by_layer():
+    stock, patched = stock_and_patched("llama", "after", head_lora())
+    head = patched.base_model.model.lm_head
+    for layer in (head.base_layer, head.lora_A["default"], head.lora_B["default"]):
+        weights = {name: p.detach().clone() for name, p in layer.named_parameters()}
+        hook = AlignDevicesHook(execution_device="cpu", offload=True, weights_map=weights)
+        add_hook_to_module(layer, hook)
+    with torch.no_grad():
+        assert head.lora_B["default"].weight.is_meta
+        got = patched.eval()(**tiny_batch()).loss
+        torch.testing.assert_close(got, stock.eval()(**tiny_batch()).loss)
+
+
+def test_items_are_ranked_with_the_adapter():
+    patched = apply_sce(with_adapter(tiny_model("llama"), head_lora()), SCEConfig()).eval()
+    ids = tiny_batch()["input_ids"]
+    with torch.no_grad():
+        want = patched(input_ids=ids).logits[:, -1]
+    found = model_scorer(patched)([row.numpy() for row in ids])(0, VOCAB_SIZE)
+    torch.testing.assert_close(found, want)
+
+
+@pytest.mark.parametrize("order", ["before", "after"])
+@pytest.mark.parametrize("kind", ["dora", "prompt"])
+def test_dora_on_the_backbone_and_prompt_tuning(kind, order):
+    config = (
+        lora(use_dora=True)
+        if kind == "dora"
+        else PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    )
+    assert_same_step(*stock_and_patched("llama", order, config))
 
 
 def test_trainer_saves_adapters_that_stock_peft_loads(tmp_path):

@@ -2,9 +2,8 @@
 
 import pytest
 import torch
+from support.allocations import Sizes
 from support.problems import gradients, make_problem
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from sce_lm import LogitTransform, SCEConfig, SCEState, objectives, sce_loss
@@ -118,21 +117,6 @@ def test_low_rank_columns_are_columns_of_the_weight(name, is_frozen):
     wanted[1:2] = wanted[1].split([6, 3], 1)[is_frozen:]
     found = torch.autograd.grad(losses[1][0], trained)
     torch.testing.assert_close(list(found), wanted)
-
-
-class Sizes(TorchDispatchMode):
-    """Numbers in the largest tensor that any operation gave, views of one tensor aside."""
-
-    def __init__(self, given):
-        super().__init__()
-        self.given, self.largest = given.untyped_storage().data_ptr(), 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if torch.is_tensor(tensor) and tensor.untyped_storage().data_ptr() != self.given:
-                self.largest = max(self.largest, tensor.numel())
-        return result
 
 
 @pytest.mark.parametrize("name", OBJECTIVES.keys() - {"kernel", "kernel, shared"})

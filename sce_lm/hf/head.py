@@ -1,0 +1,240 @@
+"""What an output head multiplies, and how to compute something else inside its call.
+
+A head gives ``hidden @ [weight | low_rank].T + bias``. Of a plain layer ``low_rank`` is None. PEFT
+wraps the layer, and then
+
+    LoRA                hidden = [h, s·A h],            low_rank = B          s the adapter's scale
+    trainable tokens    hidden = [h, (T - W[ids]) h],   low_rank = onehot(ids)    T the new rows
+
+so that neither ``W + s·B A`` nor a copy of W with other rows is formed, and gradients reach A, B
+and T through what autograd knows of these columns. Several adapters stand side by side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+
+class HeadProduct(NamedTuple):
+    """The factors of a head's result."""
+
+    hidden_states: torch.Tensor
+    """``[..., d + r]``."""
+    weight: torch.Tensor
+    """``[V, d]``, the layer's own."""
+    low_rank: torch.Tensor | None
+    """``[V, r]`` or None."""
+    bias: torch.Tensor | None
+    """``[V]`` or None."""
+
+
+Compute = Callable[[HeadProduct], Any]
+
+
+def base_layer(head: Any) -> Any:
+    """The layer that adapters are hung around, or what answers for it; ``head`` without any."""
+    if _is_lora(head):
+        return head.base_layer
+    return head.original_module if _is_trainable_tokens(head) else head
+
+
+def check_linear(head: Any) -> None:
+    """Raise one sentence unless ``head(x)`` is a :class:`HeadProduct`."""
+    for part in _parts(head):
+        if _is_lora(part):
+            _active_lora(part)
+        elif hasattr(type(part), "adapter_layer_names") and not _has_tokens(part):
+            _refuse(f"an adapter ({type(part).__name__})")
+        layer = part.base_layer if hasattr(type(part), "adapter_layer_names") else part
+        # The weight of a Linear may be flat or empty between its uses: ZeRO-3 shards it so.
+        is_linear = type(layer).forward is nn.Linear.forward or _acts_as_linear(layer)
+        if not (is_linear and layer.weight.is_floating_point()):
+            raise ValueError(
+                f"the output head is a {type(layer).__name__}, and apply_sce needs a linear layer "
+                "(2-D weight [vocab_size, hidden_size], optional bias, no more than their product)."
+            )
+
+
+def merged_adapters(head: Any) -> list[str]:
+    """Adapters that are merged into the head's weight, which PEFT writes without a new version."""
+    return [name for part in _parts(head) for name in getattr(part, "merged_adapters", ())]
+
+
+def call_inside(head: nn.Module, compute: Compute, hidden_states: torch.Tensor) -> Any:
+    """``compute`` in place of the forward of the layers that ``head`` calls, so that everything
+    hung around those calls (gathering, casting, offloading) happens."""
+    with ExitStack() as stack:
+        for part in _parts(head):
+            stack.enter_context(_forward(part, _inside(part, compute)))
+        return head(hidden_states)
+
+
+def _inside(part: Any, compute: Compute) -> Callable[..., Any]:
+    def forward(hidden: torch.Tensor, adapter_names: Any = None) -> Any:
+        if adapter_names is not None:
+            raise ValueError(
+                "adapter_names mixes several adapters in one batch, which a loss of apply_sce does "
+                "not; compute the loss of each adapter's rows by itself, or pass no labels."
+            )
+        if _is_lora(part):
+            return _lora(part, hidden, compute)
+        if _has_tokens(part):
+            return _trainable_tokens(part, hidden, compute)
+        return compute(HeadProduct(hidden, part.weight, None, part.bias))
+
+    return forward
+
+
+def _lora(layer: Any, hidden: torch.Tensor, compute: Compute) -> Any:
+    names = _active_lora(layer)
+    low = []
+    for name in names:
+        a = layer.lora_A[name]
+        x = layer.lora_dropout[name](hidden.to(a.weight.dtype))
+        low.append(a(x) * layer.scaling[name])
+    base, factors = layer.base_layer, [layer.lora_B[name] for name in names]
+
+    def product(h: torch.Tensor, *u: torch.Tensor) -> Any:
+        bias = base.bias
+        for b, name in zip(factors, names):
+            if b.bias is not None:
+                extra = b.bias * layer.scaling[name]
+                bias = extra if bias is None else bias + extra
+        return compute(
+            HeadProduct(
+                torch.cat([h, *u], dim=-1) if u else h,
+                base.weight,
+                _side_by_side([b.weight for b in factors]),
+                bias,
+            )
+        )
+
+    return _call_all([(base, hidden), *zip(factors, low)], product)
+
+
+def _active_lora(layer: Any) -> list[str]:
+    """Names of the adapters that take part in ``layer(x)``; one sentence for unsupported kinds."""
+    if layer.disable_adapters or layer.merged:
+        if layer.disable_adapters and layer.merged:
+            layer.unmerge()  # as its own forward does
+        return []
+    names = [name for name in layer.active_adapters if name in layer.lora_A]
+    for name in names:
+        if name in layer.lora_variant:
+            kind = type(layer.lora_variant[name]).__name__.removesuffix("LinearVariant")
+            _refuse(f"a {kind} adapter, whose result is no product with W + s·B A,")
+    return names
+
+
+def _trainable_tokens(layer: Any, hidden: torch.Tensor, compute: Compute) -> Any:
+    base, names = layer.base_layer, layer.active_adapters
+    is_off = layer.disable_adapters or not names
+    if is_off and layer.merged:
+        layer.unmerge()  # as its own forward does
+
+    def product(h: torch.Tensor) -> Any:
+        weight = base.weight
+        if is_off or layer.merged:
+            return compute(HeadProduct(h, weight, None, base.bias))
+        # PEFT leaves the bias out of a head with trainable tokens.
+        ids = torch.cat([torch.tensor(layer.token_indices[name]) for name in names])
+        ids = ids.to(weight.device)
+        if len(ids) >= weight.shape[1]:  # more columns than the weight itself has
+            return compute(HeadProduct(h, layer.get_merged_weights(names), None, None))
+        rows = torch.cat([layer.trainable_tokens_delta[name] for name in names])
+        one_hot = weight.new_zeros(len(weight), len(ids))
+        one_hot[ids, torch.arange(len(ids), device=ids.device)] = 1.0
+        with torch.autocast(h.device.type, enabled=False):
+            u = h.float() @ (rows.float() - weight[ids].float()).T
+        return compute(HeadProduct(torch.cat([h, u.to(_wider(h))], dim=-1), weight, one_hot, None))
+
+    return _call_all([(base, hidden)], product)
+
+
+def _wider(h: torch.Tensor) -> torch.dtype:
+    return torch.promote_types(h.dtype, torch.float32)
+
+
+def _side_by_side(tensors: list[torch.Tensor]) -> torch.Tensor | None:
+    return torch.cat(tensors, dim=1) if len(tensors) > 1 else next(iter(tensors), None)
+
+
+def _call_all(
+    calls: list[tuple[Any, torch.Tensor]], compute: Callable[..., Any], *seen: torch.Tensor
+) -> Any:
+    """``compute(*inputs)`` inside the nested calls of all layers, with what each of them got."""
+    if not calls:
+        return compute(*seen)
+    (layer, x), *others = calls
+    with _forward(layer, lambda x: _call_all(others, compute, *seen, x)):
+        return layer(x)
+
+
+@contextmanager
+def _forward(layer: Any, forward: Callable[..., Any]) -> Iterator[None]:
+    """Inside, calling ``layer`` runs ``forward`` between its hooks."""
+    # accelerate's device hooks replace `forward` themselves and keep the layer's own here.
+    slot = "_old_forward" if "_old_forward" in layer.__dict__ else "forward"
+    before = layer.__dict__.get(slot)
+    layer.__dict__[slot] = forward
+    try:
+        yield
+    finally:
+        if before is None:
+            del layer.__dict__[slot]
+        else:
+            layer.__dict__[slot] = before
+
+
+# Layers of PEFT are told by their parts: it is not imported for models that have none.
+
+
+def _parts(head: Any) -> list[Any]:
+    """The layers of which calling ``head`` calls exactly one.
+
+    PEFT's ModulesToSaveWrapper holds the original layer and a trained one for each adapter.
+    """
+    if hasattr(type(head), "adapter_layer_names") and "modules_to_save" in head._modules:
+        return [head.original_module, *head.modules_to_save.values()]
+    return [head.token_adapter] if _is_trainable_tokens(head) else [head]
+
+
+def _is_lora(layer: Any) -> bool:
+    return hasattr(type(layer), "adapter_layer_names") and "lora_A" in layer._modules
+
+
+def _is_trainable_tokens(head: Any) -> bool:
+    return hasattr(type(head), "adapter_layer_names") and "token_adapter" in head._modules
+
+
+def _has_tokens(layer: Any) -> bool:
+    return "trainable_tokens_delta" in getattr(layer, "_modules", {})
+
+
+def _refuse(what: str) -> None:
+    raise ValueError(
+        f"the output head carries {what} which apply_sce does not support; LoRA (without DoRA and "
+        "other variants), trainable tokens and modules_to_save work there. Leave the head out of "
+        "target_modules, or merge the adapter."
+    )
+
+
+def _acts_as_linear(part: Any) -> bool:
+    """Whether a head of another class gives what nn.Linear gives, on a few random inputs."""
+    weight, bias = getattr(part, "weight", None), getattr(part, "bias", None)
+    if not isinstance(weight, torch.Tensor) or weight.dim() != 2 or weight.is_meta:
+        return False
+    noise = torch.Generator().manual_seed(0)
+    x = torch.randn(4, weight.shape[1], generator=noise).to(weight.device, weight.dtype)
+    with torch.no_grad():
+        try:
+            got = part(x)
+        except (RuntimeError, TypeError, ValueError):
+            return False
+        want = nn.functional.linear(x, weight, bias)
+    return got.shape == want.shape and torch.allclose(got, want, rtol=1e-4, atol=1e-5)

@@ -1,0 +1,20 @@
+"""What a computation allocates, seen below autograd."""
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+class Sizes(TorchDispatchMode):
+    """Numbers in the largest tensor that any operation gave, views of one tensor aside."""
+
+    def __init__(self, given):
+        super().__init__()
+        self.given, self.largest = given.untyped_storage().data_ptr(), 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if torch.is_tensor(tensor) and tensor.untyped_storage().data_ptr() != self.given:
+                self.largest = max(self.largest, tensor.numel())
+        return result
