@@ -19,7 +19,7 @@ from sce_lm.training.config import TrainConfig
 from sce_lm.training.loop import Run
 from sce_lm.training.loss_cost import LossCost
 from sce_lm.training.plots import draw_curves
-from sce_lm.training.task import DataOrder, on_device
+from sce_lm.training.task import DataOrder, Task, on_device
 
 
 @dataclass(frozen=True)
@@ -104,33 +104,6 @@ def save_loss_inputs(
     }
 
 
-def train_methods(
-    config: TrainConfig, methods: Mapping[str, Method], folder: Path
-) -> tuple[dict[str, dict[str, Any]], Run]:
-    """Train ``config`` with each method in turn, or go on where that was stopped.
-
-    Returns:
-        Each run's summary by label, and the last run.
-    """
-    summaries: dict[str, dict[str, Any]] = {}
-    for label, output_dir in _folders(methods, folder).items():
-        method = methods[label]
-        run = Run(
-            dataclasses.replace(
-                config,
-                objective=method.objective,
-                objective_options=type(config.objective_options)(method.options),
-                output_dir=str(output_dir),
-            )
-        )
-        summaries[label] = run.train()
-    return summaries, run
-
-
-def _folders(methods: Mapping[str, Method], folder: Path) -> dict[str, Path]:
-    return {label: folder / label.replace(" ", "-") for label in methods}
-
-
 def compare(config: TrainConfig, methods: Mapping[str, Method], folder: Path) -> Comparison:
     """Train ``config`` with each method in turn and measure each loss in a process of its own.
 
@@ -142,8 +115,22 @@ def compare(config: TrainConfig, methods: Mapping[str, Method], folder: Path) ->
         methods: by label; the first one trains the model that the losses are measured on.
         folder: where the runs, curves.png and comparison.json go.
     """
-    summaries, run = train_methods(config, methods, folder)
-    runs, task = _folders(methods, folder), run.task
+    runs = {label: folder / label.replace(" ", "-") for label in methods}
+    summaries: dict[str, dict[str, Any]] = {}
+    task: Task | None = None
+    for label, method in methods.items():
+        run = Run(
+            dataclasses.replace(
+                config,
+                objective=method.objective,
+                objective_options=type(config.objective_options)(method.options),
+                output_dir=str(runs[label]),
+            )
+        )
+        summaries[label] = run.train()
+        task = run.task
+    assert task is not None
+
     trained = AutoModelForCausalLM.from_pretrained(next(iter(runs.values())) / "model")
     apply_sce(trained, objectives.get("exact"))
     order = DataOrder(task.num_rows, config.per_device_batch_size, 1, config.seed)
@@ -159,6 +146,6 @@ def compare(config: TrainConfig, methods: Mapping[str, Method], folder: Path) ->
 
     curves = folder / "curves.png"
     draw_curves(runs, curves, task.headline[0])
-    comparison = Comparison(summaries, costs, measured, task.baselines(run.accelerator), curves)
+    comparison = Comparison(summaries, costs, measured, task.baselines(), curves)
     write_json(folder / "comparison.json", dataclasses.asdict(comparison) | {"curves": str(curves)})
     return comparison

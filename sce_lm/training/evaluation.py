@@ -49,7 +49,7 @@ def evaluate_run(folder: Path, accelerator: Accelerator) -> dict[str, dict[str, 
     apply_sce(model, objectives.get("exact"))
     model = accelerator.prepare_model(model, evaluation_mode=True)
     trained = task.evaluate(accelerator.unwrap_model(model).eval(), accelerator, final=True)
-    rows = {MODEL: trained, **task.baselines(accelerator)}
+    rows = {MODEL: trained, **task.baselines()}
     if accelerator.is_main_process:
         write_json(folder / "evaluation.json", rows)
         profile = "list_entries_by_popularity"
@@ -72,7 +72,7 @@ def print_evaluation(rows: dict[str, dict[str, Any]]) -> None:
         table.add_column(name, justify="right")
     for label, row in rows.items():
         table.add_row(label, *(_cell(row, name) for name in names))
-    console = Console(width=max(100, 14 + 26 * len(names)))
+    console = Console(width=24 + 26 * len(names))
     console.print(table)
     for name, value in trained.get("protocol", {}).items():
         console.print(f"{name}: {value}")

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import gather_object
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -80,25 +80,21 @@ class ItemsTask(Task):
         Where `eval_users` bounds the evaluation, a random sample of questions is taken, the same
         each time; coverage is then that of their lists.
         """
-        report = self._report(model, accelerator, final)
+        report = self._report(model, final)
         return report if final else {k: v for k, v in report.items() if "@" in k}
 
-    def baselines(self, accelerator: Accelerator) -> dict[str, dict[str, Any]]:
+    def baselines(self) -> dict[str, dict[str, Any]]:
         """Popularity and the first-order Markov chain, counted over all that precedes the test."""
         past = self.split.before_test()
         scorers = {
             "popularity": recsys.popularity_scorer(past, self.items),
             "Markov chain": recsys.markov_scorer(past, self.items),
         }
-        return {
-            name: self._report(scorer, accelerator, final=True) for name, scorer in scorers.items()
-        }
+        return {name: self._report(scorer, final=True) for name, scorer in scorers.items()}
 
-    def _report(
-        self, model: nn.Module | recsys.Scorer, accelerator: Accelerator, final: bool
-    ) -> dict[str, Any]:
+    def _report(self, model: nn.Module | recsys.Scorer, final: bool) -> dict[str, Any]:
         frame = self._questions(final)
-        ranking = self._rank(model, frame, accelerator)
+        ranking = self._rank(model, frame)
         report = recsys.ranking_report(
             ranking,
             k=self.config.eval_k,
@@ -122,11 +118,10 @@ class ItemsTask(Task):
             frame = frame[np.sort(sample)]
         return frame
 
-    def _rank(
-        self, model: nn.Module | recsys.Scorer, frame: pl.DataFrame, accelerator: Accelerator
-    ) -> recsys.ItemRanking:
+    def _rank(self, model: nn.Module | recsys.Scorer, frame: pl.DataFrame) -> recsys.ItemRanking:
         """Each process ranks its share, and all get the ranking of everybody."""
-        share = frame[accelerator.process_index :: accelerator.num_processes]
+        processes = PartialState()
+        share = frame[processes.process_index :: processes.num_processes]
         parts = []
         if len(share):
             parts.append(

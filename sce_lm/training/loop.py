@@ -37,7 +37,7 @@ from sce_lm.training.best import BestModel
 from sce_lm.training.checkpoint import Checkpoints
 from sce_lm.training.config import TrainConfig
 from sce_lm.training.memory import estimate_memory
-from sce_lm.training.metrics import MetricsLog, read_metrics, training_seconds
+from sce_lm.training.metrics import MetricsLog, read_metrics
 from sce_lm.training.models import build_model
 from sce_lm.training.optimizers import (
     average_rows,
@@ -354,7 +354,6 @@ class Run:
                 "loss": training[-1]["loss"],
                 "seconds_per_step": statistics.median(r["seconds_per_step"] for r in training),
                 "tokens_per_second": statistics.median(r["tokens_per_second"] for r in training),
-                "training_seconds": training_seconds(records)[-1][1],
                 "memory_estimate_mib": self.memory.to_mib(),
                 "data": self.task.describe(),
                 "held_out": {k: v for k, v in held_out.items() if k != "step"},

@@ -40,16 +40,3 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     lines = path.read_text(encoding="utf-8").split("\n")
     # Text after the last line break is a line that a killed process did not finish.
     return [json.loads(line) for line in lines[:-1]]
-
-
-def training_seconds(records: list[dict[str, Any]]) -> list[tuple[int, float]]:
-    """(step, seconds of all steps until then) of each record of training: time in optimiser steps,
-    without evaluations and checkpoints, and without what a resumed run had to do twice."""
-    points: list[tuple[int, float]] = []
-    before, seconds = 0, 0.0
-    for record in records:
-        if "seconds_per_step" in record:
-            seconds += record["seconds_per_step"] * (record["step"] - before)
-            before = record["step"]
-            points.append((before, seconds))
-    return points

@@ -51,7 +51,7 @@ class Task(ABC):
                 that is used in the course of training (the validation items).
         """
 
-    def baselines(self, accelerator: Accelerator) -> dict[str, dict[str, Any]]:
+    def baselines(self) -> dict[str, dict[str, Any]]:
         """Final held-out figures, by name, of methods that need no training; none by default."""
         return {}
 

@@ -28,6 +28,7 @@ from sce_lm.recsys import (
 )
 from sce_lm.recsys.evaluation import ItemRanking
 from sce_lm.recsys.scoring import head_scores, model_scorer, top_items
+from sce_lm.training.measure import start_peak
 
 VOCABULARY = 50
 ITEMS = range(2, VOCABULARY)
@@ -318,6 +319,8 @@ def test_rankings_of_parts_of_the_users_merge():
     merged = ItemRanking.merged(parts)
     assert torch.equal(merged.ranks, whole.ranks)
     assert torch.equal(merged.best_positions, whole.best_positions)
+    assert torch.equal(merged.times_listed, whole.times_listed)
+    assert whole.times_listed.sum() == 5 * len(targets)
     assert merged.unrankable_targets == whole.unrankable_targets == 1
 
 
@@ -377,3 +380,19 @@ def test_figures_of_a_thousand_users_are_those_of_all_scores_at_once():
     assert report["mrr@10"] == pytest.approx((hit / rank).mean().item(), abs=1e-6)
     shown = scores.topk(10).indices.unique()
     assert report["coverage@10"] == pytest.approx(len(shown) / len(items), abs=1e-3)
+
+
+def test_peak_memory_does_not_grow_with_the_users():
+    """All scores of 10,000 users over 20,000 items would be 800 MB; ten times the users take no
+    more than what is kept of them."""
+    items = range(2, 20_002)
+    generator = np.random.default_rng(0)
+    scorer = popularity_scorer([generator.integers(2, 20_002, 1000)], items)
+    tokens = generator.integers(2, 20_002, (10_000, 5))
+    peaks = []
+    for users in (1000, 10_000):
+        histories = list(tokens[:users])
+        read_peak = start_peak("cpu")
+        rank_items(scorer, histories, tokens[:users, 0], items=items, depth=10)
+        peaks.append(read_peak())
+    assert peaks[1] < peaks[0] + 40 * 2**20

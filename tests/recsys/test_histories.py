@@ -62,9 +62,9 @@ def test_packing_changes_neither_loss_nor_gradients(norm):
         loss.backward()
         losses.append(loss.item())
         gradients.append([p.grad.clone() for p in model.parameters()])
-    assert losses[0] == pytest.approx(losses[1], rel=1e-12)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
     for padded, packed in zip(*gradients):
-        torch.testing.assert_close(padded, packed, rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(padded, packed, rtol=1e-5, atol=1e-6)
 
 
 def test_recurrent_models_cannot_pack():

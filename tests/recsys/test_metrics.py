@@ -48,3 +48,15 @@ def test_intervals_are_those_of_resampled_users():
 def test_the_interval_of_certain_figures_is_a_point():
     assert metrics.bootstrap_intervals(torch.tensor([1, 1, 1]), 5)["ndcg"] == (1.0, 1.0)
     assert metrics.bootstrap_intervals(torch.tensor([6, 6, 9]), 5)["mrr"] == (0.0, 0.0)
+
+
+def test_the_popularity_profile_counts_what_goes_to_the_most_popular():
+    trained = torch.zeros(1000, dtype=torch.int64)
+    trained[500:510] = torch.arange(10, 0, -1)  # item 500 is the most popular
+    listed = torch.zeros_like(trained)
+    listed[500], listed[503], listed[0] = 5, 3, 2
+    profile = metrics.popularity_profile(listed, trained)
+    assert profile["catalogue"] == [0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0]
+    assert profile["recommended"][:3] == pytest.approx([0.5, 0.5, 0.8])
+    assert profile["recommended"][-1] == 1
+    assert profile["trained"][:3] == pytest.approx([10 / 55, 27 / 55, 1])

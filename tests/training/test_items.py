@@ -100,7 +100,7 @@ def test_the_baseline_is_popularity_on_the_same_users(tmp_path):
     for history, target in users.select("history", "target").rows():
         listed = [t for t in by_popularity[:200] if t not in history or t == target][:10]
         hits += target in listed
-    assert task.baselines(Accelerator())["popularity"]["hr@10"] == pytest.approx(hits / 50)
+    assert task.baselines()["popularity"]["hr@10"] == pytest.approx(hits / 50)
     assert hits > 0
 
 
@@ -178,9 +178,9 @@ def test_filters_are_those_of_the_configuration(tmp_path):
     described = Run(TrainConfig(**fields)).task.describe()
     assert described["items"] == 5
     with pytest.raises(ValueError, match="No event is left of 320"):
-        Run(TrainConfig(**{**fields, "min_user_events": 9}))
+        Run(TrainConfig(**{**fields, "min_user_events": 9, "output_dir": str(tmp_path / "few")}))
     with pytest.raises(ValueError, match=r"k is \(10,\), but a list .* has 1 to 5 items"):
-        Run(TrainConfig(**{**fields, "eval_k": [10]}))
+        Run(TrainConfig(**{**fields, "eval_k": [10], "output_dir": str(tmp_path / "long")}))
 
 
 def test_packed_and_padded_rows_train_alike(tmp_path):
