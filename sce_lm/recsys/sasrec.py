@@ -264,11 +264,11 @@ class SASRecModel(SASRecPreTrainedModel):
                     sequences.expand(inputs_embeds.shape[0], -1)
                 )
         mask = create_causal_mask(
-            config=self.config,
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            past_key_values=None,
-            position_ids=position_ids,
+            self.config,
+            inputs_embeds,
+            attention_mask,
+            None,  # no cache; transformers 5.24 renamed the parameter
+            position_ids,
             and_mask_function=same_sequence,
         )
         x = self.scale * inputs_embeds + self.position_embeddings(position_ids)
