@@ -16,6 +16,11 @@ Two things are put on the model instance, and `remove_sce` takes them away again
 Masked, encoder-decoder and older models compute their loss themselves. They meet the objective
 where they call ``torch.nn.functional.cross_entropy`` on the lazy logits during their forward.
 
+Under ``torch.compile`` a model whose forward asks ``loss_function``, and whose head is its weight and
+bias and nothing else, is one graph: the stand-in answers with :class:`TracedLogits` and the loss is
+one operator. Anything else breaks the graph at the head and goes on as above. ``torch.export`` takes
+a patched model without labels.
+
 In training mode the loss is the objective. In ``eval()`` it is always exact cross-entropy,
 streamed, so an ``eval_loss`` is a likelihood whatever was trained.
 """
@@ -25,8 +30,10 @@ from __future__ import annotations
 import inspect
 import time
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -37,8 +44,16 @@ from transformers.loss.loss_utils import ForCausalLMLoss, ForMaskedLMLoss
 from sce_lm import objectives
 from sce_lm.config import SCEConfig
 from sce_lm.hf.head import HeadProduct, call_inside, check_linear, merged_adapters
-from sce_lm.hf.lazy_logits import CrossEntropy, LazyLogits
+from sce_lm.hf.lazy_logits import CrossEntropy, LazyLogits, RecordedLogits
+from sce_lm.hf.traced_logits import TracedLogits, is_traceable
 from sce_lm.objectives import Objective, Statistics
+from sce_lm.objectives.compiled import (
+    can_trace,
+    head_loss,
+    outside_graphs,
+    refuse_export,
+    register,
+)
 from sce_lm.ops.logits import LogitTransform
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
@@ -158,15 +173,21 @@ class _Head(NamedTuple):
 class _LazyHead:
     """Stands in the head's place during a forward that computes a loss."""
 
-    def __init__(self, head: Any, cross_entropy: CrossEntropy) -> None:
+    def __init__(self, head: Any, cross_entropy: CrossEntropy, in_graph: bool) -> None:
         self.head = head
         self.cross_entropy = cross_entropy
+        self.in_graph = in_graph
 
-    @torch.compiler.disable
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if len(args) == 1 and not kwargs:
-            return LazyLogits.from_head(self.head, args[0], self.cross_entropy)
-        return self.head(*args, **kwargs)
+        if len(args) != 1 or kwargs:
+            return self.head(*args, **kwargs)
+        if torch.compiler.is_compiling() and self.in_graph:
+            return TracedLogits.from_head(self.head, args[0], self.cross_entropy)
+        return self.lazy(args[0])
+
+    @outside_graphs
+    def lazy(self, hidden_states: torch.Tensor) -> LazyLogits:
+        return LazyLogits.from_head(self.head, hidden_states, self.cross_entropy)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.head, name)
@@ -191,6 +212,9 @@ class _Attachment:
         self.merged: tuple[Any, list[str]] = (None, [])
         parameters = list(inspect.signature(model.forward).parameters)
         self.position = {name: i for i, name in enumerate(parameters)}
+        # A loss that forward makes itself is inlined by compilers, past every hook of tensors.
+        names = inspect.unwrap(type(model).forward).__code__.co_names
+        self.asks_loss_function = "loss_function" in names and "CrossEntropyLoss" not in names
         self.had_own_loss = "_loss_function" in model.__dict__
         self.stock_loss: Callable = model.loss_function
         if self.stock_loss is ForCausalLMLoss:
@@ -226,6 +250,8 @@ class _Attachment:
         self.is_lazy = (
             self.missing_loss or self.always_lazy or self.given("shift_labels", args, kwargs)
         )
+        if self.missing_loss:
+            refuse_export()
         if self.is_lazy:
             self.shadow(model)
 
@@ -235,7 +261,10 @@ class _Attachment:
             check_linear(head.module)
             self.head = head
         owner = model.get_submodule(self.head.owner)
-        owner.__dict__[self.head.attribute] = _LazyHead(self.head.module, self.cross_entropy)
+        objective = self.objective if self.training else self.evaluation
+        head = self.head.module
+        in_graph = self.asks_loss_function and is_traceable(head) and can_trace(objective.config)
+        owner.__dict__[self.head.attribute] = _LazyHead(head, self.cross_entropy, in_graph)
 
     def unshadow(self, model: PreTrainedModel) -> None:
         if self.head is not None:
@@ -270,8 +299,17 @@ class _Attachment:
 
     # -- the loss ------------------------------------------------------------------------------
 
-    @torch.compiler.disable
-    def loss(
+    def loss(self, logits: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Stands in for ``ForCausalLMLoss``, whose arguments and normalisation it has."""
+        if isinstance(logits, LazyLogits):
+            return self.loss_outside_graphs(logits, *args, **kwargs)
+        return self.causal_loss(logits, *args, **kwargs)
+
+    @outside_graphs
+    def loss_outside_graphs(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return self.causal_loss(*args, **kwargs)
+
+    def causal_loss(
         self,
         logits: torch.Tensor,
         labels: torch.Tensor | None,
@@ -281,14 +319,13 @@ class _Attachment:
         shift_labels: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> torch.Tensor:
-        """Stands in for ``ForCausalLMLoss``, whose arguments and normalisation it has."""
-        post = logits.transform if isinstance(logits, LazyLogits) else None
+        post = logits.transform if isinstance(logits, RecordedLogits) else None
         targets = shift_labels
         if targets is None and labels is not None:
             targets = nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
         positions = logits.shape[:-1]
         if (
-            not isinstance(logits, LazyLogits)
+            not isinstance(logits, RecordedLogits)
             or post is None
             or targets is None
             or targets.numel() != positions.numel()
@@ -313,7 +350,7 @@ class _Attachment:
         )
 
     def cross_entropy(
-        self, logits: LazyLogits, labels: torch.Tensor, ignore_index: int, reduction: str
+        self, logits: RecordedLogits, labels: torch.Tensor, ignore_index: int, reduction: str
     ) -> Any:
         """Stands in for ``torch.nn.functional.cross_entropy`` of the lazy logits in a forward."""
         post = logits.transform
@@ -324,37 +361,60 @@ class _Attachment:
         return self.objective_loss(logits, post, labels, **options)
 
     def objective_loss(
-        self, logits: LazyLogits, post: LogitTransform, labels: torch.Tensor, **options: Any
+        self, logits: RecordedLogits, post: LogitTransform, labels: torch.Tensor, **options: Any
     ) -> torch.Tensor:
         """The objective, or in ``eval()`` exact cross-entropy, inside the head's own call."""
         self.missing_loss = False
-        objective = self.objective if self.training else self.evaluation
-        if self.training:
-            self.note_new_state()
+        if isinstance(logits, TracedLogits):
+            head, hidden_states = logits.head, logits.hidden_states
+            return head_loss(
+                _number_of_loss(self, self.training),
+                hidden_states,
+                head.weight,
+                labels.to(hidden_states.device),
+                bias=logits.with_added_bias(head.bias),
+                post=post,
+                **options,
+            )
 
         def compute(product: HeadProduct) -> torch.Tensor:
             self.note_merged(logits.head)
-            result = objective(
+            return self.compute_loss(
+                self.training,
                 product.hidden_states,
                 product.weight,
                 labels.to(product.hidden_states.device),
                 bias=logits.with_added_bias(product.bias),
                 low_rank=product.low_rank,
                 post=post,
-                return_stats=not self.training,
                 **options,
             )
-            self.statistics = None
-            if isinstance(result, tuple):
-                result, self.statistics = result
-            return result
 
-        started = time.perf_counter()
-        loss = call_inside(logits.head, compute, logits.hidden_states)
-        self.seconds += time.perf_counter() - started
-        if loss.requires_grad and not self.training:
+        with self.timed():
+            return call_inside(logits.head, compute, logits.hidden_states)
+
+    def compute_loss(self, training: bool, *inputs: Any, **options: Any) -> torch.Tensor:
+        """A loss in one of the two modes, with what is noted about it."""
+        if training:
+            self.note_new_state()
+        objective = self.objective if training else self.evaluation
+        loss = objective(*inputs, return_stats=not training, **options)
+        self.statistics = None
+        if isinstance(loss, tuple):
+            loss, self.statistics = loss
+        if loss.requires_grad and not training:
             loss.register_hook(self.note_gradient_in_eval)
         return loss
+
+    def compute_loss_in_graph(self, *args: Any, **options: Any) -> torch.Tensor:
+        with self.timed():
+            return self.compute_loss(*args, **options)
+
+    @contextmanager
+    def timed(self) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        self.seconds += time.perf_counter() - started
 
     def note_new_state(self) -> None:
         state = self.objective.state
@@ -382,6 +442,12 @@ class _Attachment:
         if message not in self.warned:
             self.warned.add(message)
             warnings.warn(message, stacklevel=2)
+
+
+@torch.compiler.assume_constant_result
+def _number_of_loss(attachment: _Attachment, training: bool) -> int:
+    owner = weakref.proxy(attachment)
+    return register(lambda: partial(owner.compute_loss_in_graph, training))
 
 
 def _patched(model: nn.Module) -> nn.Module | None:

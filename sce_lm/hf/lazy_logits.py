@@ -11,7 +11,6 @@ gradient modes of the forward pass, and autograd goes on through them as usual.
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections import OrderedDict
 from collections.abc import Callable
@@ -46,7 +45,7 @@ class HeadParts:
 
 
 @dataclass(frozen=True, slots=True)
-class _Modes:
+class Modes:
     """The modes under which the head would have run."""
 
     device_type: str
@@ -55,15 +54,20 @@ class _Modes:
     inference: bool
 
     @classmethod
-    def current(cls, device_type: str) -> _Modes:
+    def current(cls, device_type: str) -> Modes:
         available = torch.amp.is_autocast_available(device_type)
         autocast = available and torch.is_autocast_enabled(device_type)
         return cls(
             device_type,
             torch.get_autocast_dtype(device_type) if autocast else None,
             torch.is_grad_enabled(),
-            torch.is_inference_mode_enabled(),
+            not torch.compiler.is_compiling() and torch.is_inference_mode_enabled(),
         )
+
+    def head_dtype(self, hidden_states: torch.Tensor) -> torch.dtype:
+        """The dtype of what a linear layer makes of them."""
+        dtype = hidden_states.dtype
+        return dtype if self.autocast is None or dtype == torch.float64 else self.autocast
 
     def restored(self) -> ExitStack:
         """A context in which they hold again."""
@@ -79,17 +83,17 @@ class _Modes:
         return stack
 
 
-CrossEntropy = Callable[["LazyLogits", torch.Tensor, int, str], Any]
+CrossEntropy = Callable[["RecordedLogits", torch.Tensor, int, str], Any]
 """``(logits [n, V], labels [n], ignore_index, reduction)`` -> loss, or NotImplemented."""
 
 
 @dataclass(frozen=True, slots=True)
-class _Source:
+class Source:
     """Head and modes, shared by all that is derived from one call of the head."""
 
     head: nn.Linear  # or what acts as one
     hidden_states: torch.Tensor
-    modes: _Modes
+    modes: Modes
     versions: tuple[tuple[torch.Tensor, int | None], ...]
     """The head's parameters and their versions at its call."""
     cross_entropy: CrossEntropy | None
@@ -106,70 +110,38 @@ class _Source:
             return self.head(self.hidden_states)
 
 
-_Step = tuple[str, Any]
-"""What is done to logits (a key of ``_APPLY``) and with what: a number, a dtype, an index, ..."""
+Step = tuple[str, Any]
+"""What is done to logits (a key of ``APPLY``) and with what: a number, a dtype, an index, ..."""
 
 
-class LazyLogits(torch.Tensor):
-    """``[..., V]`` logits that are not there yet; a Tensor to everybody else.
+class RecordedLogits(torch.Tensor):
+    """A record of logits that are not there yet: the head, its input, and what was done since.
 
-    Shape, dtype, device and ``requires_grad`` are answered without computing anything, and so are a
-    bias, scaling, tanh, casts, copies, slices and views of the leading dimensions. ``grad_fn`` and
-    ``_base`` are None until the logits exist: DDP and FSDP ask every output of a model for them.
+    :class:`LazyLogits` keeps it in eager code, :class:`~sce_lm.hf.traced_logits.TracedLogits` while
+    a compiler traces.
     """
 
-    _source: _Source
+    _source: Source
     _hidden: torch.Tensor
-    _steps: tuple[_Step, ...]
-    _view_of: tuple[LazyLogits, _Step] | None
+    _steps: tuple[Step, ...]
+    _view_of: tuple[RecordedLogits, Step] | None
     _has_views: bool
-    _hooks: OrderedDict[int, Callable]
     _real: torch.Tensor | None
 
     @classmethod
     def _make(
         cls,
         hidden: torch.Tensor,
-        steps: tuple[_Step, ...],
-        source: _Source,
+        steps: tuple[Step, ...],
+        source: Source,
         dtype: torch.dtype,
-        view_of: tuple[LazyLogits, _Step] | None = None,
-    ) -> LazyLogits:
-        # A sharding engine may keep the weight flat or empty between its uses.
-        layer = base_layer(source.head)
-        vocab_size = layer.weight.shape[0] if layer.weight.dim() == 2 else layer.out_features
-        weights_need = any(p.requires_grad for p in source.head.parameters())
-        needs_grad = source.modes.grad and (hidden.requires_grad or weights_need)
-        self = torch.Tensor._make_wrapper_subclass(
-            cls,
-            (*hidden.shape[:-1], vocab_size),
-            dtype=dtype,
-            device=hidden.device,
-            requires_grad=needs_grad,
-        )
-        self._source, self._hidden, self._steps = source, hidden, steps
-        self._view_of, self._has_views, self._real = view_of, False, None
-        self._hooks = OrderedDict()
-        if needs_grad:
-            with torch._C.DisableTorchFunctionSubclass():
-                self.register_hook(_refuse_gradient)
-        return self
+        view_of: tuple[RecordedLogits, Step] | None = None,
+    ) -> Any:
+        raise NotImplementedError
 
-    @classmethod
-    def from_head(
-        cls, head: nn.Linear, hidden_states: torch.Tensor, cross_entropy: CrossEntropy | None = None
-    ) -> LazyLogits:
-        """The lazy form of ``head(hidden_states)``; ``head`` has nn.Linear's weight and bias.
-
-        ``cross_entropy`` may answer ``torch.nn.functional.cross_entropy`` of ``[n, V]`` of them.
-        """
-        modes = _Modes.current(hidden_states.device.type)
-        dtype = hidden_states.dtype
-        if modes.autocast is not None and dtype != torch.float64:
-            dtype = modes.autocast
-        versions = tuple((p, _version(p)) for p in head.parameters())
-        source = _Source(head, hidden_states, modes, versions, cross_entropy)
-        return cls._make(hidden_states, (), source, dtype)
+    def materialise(self) -> torch.Tensor:
+        """The real logits: computed by the head at the first call, the same tensor afterwards."""
+        raise NotImplementedError
 
     @property
     def head(self) -> nn.Linear:
@@ -216,36 +188,17 @@ class LazyLogits(torch.Tensor):
         hidden, weight, low_rank, bias = product
         return HeadParts(hidden, weight, low_rank, self.with_added_bias(bias), post)
 
-    def materialise(self) -> torch.Tensor:
-        """The real logits: computed by the head at the first call, the same tensor afterwards."""
-        if self._real is None:
-            if self._view_of is not None:
-                base, (kind, value) = self._view_of
-                with self._source.modes.restored():
-                    real = _APPLY[kind](base.materialise(), value)
-            else:
-                real = self._source.logits()
-                with self._source.modes.restored():
-                    for kind, value in self._steps:
-                        real = _APPLY[kind](real, value)
-            for hook in self._hooks.values():
-                real.register_hook(hook)
-            self._real = real
-        return self._real
-
-    def _root(self) -> LazyLogits:
+    def _root(self) -> Any:
         return self if self._view_of is None else self._view_of[0]._root()
 
-    def _record(
-        self, step: _Step, dtype: torch.dtype, hidden: torch.Tensor | None = None
-    ) -> LazyLogits:
+    def _record(self, step: Step, dtype: torch.dtype, hidden: torch.Tensor | None = None) -> Any:
         source = self._source
         if source.modes.grad and not torch.is_grad_enabled():
             source = replace(source, modes=replace(source.modes, grad=False))
         hidden = self._hidden if hidden is None else hidden
-        return LazyLogits._make(hidden, (*self._steps, step), source, dtype)
+        return self._make(hidden, (*self._steps, step), source, dtype)
 
-    def _record_in_place(self, step: _Step) -> LazyLogits | None:
+    def _record_in_place(self, step: Step) -> Any:
         # A view and its base share memory: what one of them does the other must see.
         if self._view_of is not None or self._has_views or not self._tracks_gradients():
             return None
@@ -256,10 +209,80 @@ class LazyLogits(torch.Tensor):
         """False where torch would let a result share memory with this but not its history."""
         return torch.is_grad_enabled() or not self._source.modes.grad
 
-    def _view(self, step: _Step, hidden: torch.Tensor) -> LazyLogits:
+    def _view(self, step: Step, hidden: torch.Tensor) -> Any:
         self._has_views = True
         steps = (*self._steps, step)
-        return LazyLogits._make(hidden, steps, self._source, self.dtype, view_of=(self, step))
+        return self._make(hidden, steps, self._source, self.dtype, view_of=(self, step))
+
+
+class LazyLogits(RecordedLogits):
+    """``[..., V]`` logits that are not there yet; a Tensor to everybody else.
+
+    Shape, dtype, device and ``requires_grad`` are answered without computing anything, and so are a
+    bias, scaling, tanh, casts, copies, slices and views of the leading dimensions. ``grad_fn`` and
+    ``_base`` are None until the logits exist: DDP and FSDP ask every output of a model for them.
+    """
+
+    _hooks: OrderedDict[int, Callable]
+
+    @classmethod
+    def _make(
+        cls,
+        hidden: torch.Tensor,
+        steps: tuple[Step, ...],
+        source: Source,
+        dtype: torch.dtype,
+        view_of: tuple[RecordedLogits, Step] | None = None,
+    ) -> LazyLogits:
+        # A sharding engine may keep the weight flat or empty between its uses.
+        layer = base_layer(source.head)
+        vocab_size = layer.weight.shape[0] if layer.weight.dim() == 2 else layer.out_features
+        weights_need = any(p.requires_grad for p in source.head.parameters())
+        needs_grad = source.modes.grad and (hidden.requires_grad or weights_need)
+        self = torch.Tensor._make_wrapper_subclass(
+            cls,
+            (*hidden.shape[:-1], vocab_size),
+            dtype=dtype,
+            device=hidden.device,
+            requires_grad=needs_grad,
+        )
+        self._source, self._hidden, self._steps = source, hidden, steps
+        self._view_of, self._has_views, self._real = view_of, False, None
+        self._hooks = OrderedDict()
+        if needs_grad:
+            with torch._C.DisableTorchFunctionSubclass():
+                self.register_hook(_refuse_gradient)
+        return self
+
+    @classmethod
+    def from_head(
+        cls, head: nn.Linear, hidden_states: torch.Tensor, cross_entropy: CrossEntropy | None = None
+    ) -> LazyLogits:
+        """The lazy form of ``head(hidden_states)``; ``head`` has nn.Linear's weight and bias.
+
+        ``cross_entropy`` may answer ``torch.nn.functional.cross_entropy`` of ``[n, V]`` of them.
+        """
+        modes = Modes.current(hidden_states.device.type)
+        versions = tuple((p, _version(p)) for p in head.parameters())
+        source = Source(head, hidden_states, modes, versions, cross_entropy)
+        return cls._make(hidden_states, (), source, modes.head_dtype(hidden_states))
+
+    def materialise(self) -> torch.Tensor:
+        """The real logits: computed by the head at the first call, the same tensor afterwards."""
+        if self._real is None:
+            if self._view_of is not None:
+                base, (kind, value) = self._view_of
+                with self._source.modes.restored():
+                    real = APPLY[kind](base.materialise(), value)
+            else:
+                real = self._source.logits()
+                with self._source.modes.restored():
+                    for kind, value in self._steps:
+                        real = APPLY[kind](real, value)
+            for hook in self._hooks.values():
+                real.register_hook(hook)
+            self._real = real
+        return self._real
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:
         if self._real is not None:
@@ -270,11 +293,9 @@ class LazyLogits(torch.Tensor):
     @torch.compiler.disable
     def __torch_function__(cls, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        handler = _HANDLERS.get(func)
-        if handler is not None:
-            result = handler(func, args, kwargs)
-            if result is not NotImplemented:
-                return result
+        result = answer(func, args, kwargs)
+        if result is not NotImplemented:
+            return result
         return func(*_real(args), **_real(kwargs))
 
     @classmethod
@@ -302,7 +323,7 @@ def _refuse_gradient(grad: torch.Tensor | None) -> None:
     )
 
 
-_APPLY: dict[str, Callable[[torch.Tensor, Any], torch.Tensor]] = {
+APPLY: dict[str, Callable[[torch.Tensor, Any], torch.Tensor]] = {
     "add": lambda x, value: x + value,
     "mul": lambda x, value: x * value,
     "div": lambda x, value: x / value,
@@ -320,7 +341,7 @@ _SHAPING = {"to", "getitem", "view", "reshape", "clone", "contiguous"}
 """Steps that leave the value of every logit as it is."""
 
 
-def _as_transform(steps: tuple[_Step, ...]) -> LogitTransform | None:
+def _as_transform(steps: tuple[Step, ...]) -> LogitTransform | None:
     """``after · tanh(before · (x + bias))`` has soft_cap = after, scale = before · after."""
     before, after, capped = 1.0, 1.0, False
     for kind, value in steps:
@@ -343,21 +364,28 @@ def _as_transform(steps: tuple[_Step, ...]) -> LogitTransform | None:
 # A handler gets (func, args, kwargs) and returns NotImplemented where the logits are needed.
 
 
+def answer(func: Callable, args: Any, kwargs: dict[str, Any]) -> Any:
+    """What ``func`` gives if nothing need be computed for it, else NotImplemented."""
+    handler = _HANDLERS.get(func)
+    return NotImplemented if handler is None else handler(func, args, kwargs)
+
+
 def _lazy(x: Any) -> bool:
-    return isinstance(x, LazyLogits) and not x.is_materialised
+    return isinstance(x, RecordedLogits) and not x.is_materialised
 
 
-def _scalar(value: Any, like: LazyLogits) -> Any:
+def _scalar(value: Any, like: RecordedLogits) -> Any:
     """A number to be recorded, or None: a Python number or a one-element tensor without grad."""
     if isinstance(value, (int, float)):
         return value
     if (
         isinstance(value, torch.Tensor)
-        and not isinstance(value, LazyLogits)
+        and not isinstance(value, RecordedLogits)
         and value.numel() == 1
         and value.dim() <= like.dim()
         and not value.requires_grad
         and not value.is_complex()
+        and not torch.compiler.is_compiling()  # its value is not known yet
     ):
         return value.detach().clone()
     return None
@@ -367,19 +395,21 @@ def _scale(kind: str, in_place: bool, func, args, kwargs):
     if kwargs or len(args) != 2:
         return NotImplemented
     x, value = args
-    if kind == "mul" and not in_place and not isinstance(x, LazyLogits):
+    if kind == "mul" and not in_place and not isinstance(x, RecordedLogits):
         x, value = value, x
     if not _lazy(x) or (value := _scalar(value, x)) is None:
         return NotImplemented
-    dtype = torch.result_type(torch.empty(1, dtype=x.dtype), _on_cpu(value))
+    dtype = x.dtype
+    if isinstance(value, torch.Tensor):
+        dtype = torch.result_type(torch.empty(1, dtype=dtype), _on_cpu(value))
     if in_place:
         recorded = x._record_in_place((kind, value)) if dtype == x.dtype else None
         return NotImplemented if recorded is None else recorded
     return x._record((kind, value), dtype)
 
 
-def _on_cpu(value: Any) -> Any:
-    return torch.empty(value.shape, dtype=value.dtype) if torch.is_tensor(value) else value
+def _on_cpu(value: torch.Tensor) -> torch.Tensor:
+    return torch.empty(value.shape, dtype=value.dtype)
 
 
 def _tanh(in_place: bool, func, args, kwargs):
@@ -471,12 +501,12 @@ def _add_bias(func, args, kwargs):
     """A number for each class, before anything but casts and slices was done."""
     if kwargs or len(args) != 2:
         return NotImplemented
-    x, value = args if isinstance(args[0], LazyLogits) else reversed(args)
+    x, value = args if isinstance(args[0], RecordedLogits) else reversed(args)
     if not _lazy(x) or any(kind not in _SHAPING for kind, _ in x._steps):
         return NotImplemented
     is_bias = (
         isinstance(value, torch.Tensor)
-        and not isinstance(value, LazyLogits)
+        and not isinstance(value, RecordedLogits)
         and 0 < value.dim() <= x.dim()
         and value.numel() == value.shape[-1] == x.shape[-1]
         and value.is_floating_point()
@@ -489,10 +519,21 @@ def _add_bias(func, args, kwargs):
 
 def _cross_entropy(func, args, kwargs):
     """``torch.nn.functional.cross_entropy`` of ``[n, V]`` with plain options."""
-    given = inspect.signature(func).bind(*args, **kwargs)
-    given.apply_defaults()
-    x, labels = given.arguments["input"], given.arguments["target"]
-    plain = {"weight": None, "size_average": None, "reduce": None, "label_smoothing": 0.0}
+    return _cross_entropy_of(*args, **kwargs)
+
+
+def _cross_entropy_of(
+    input,
+    target,
+    weight=None,
+    size_average=None,
+    ignore_index=-100,
+    reduce=None,
+    reduction="mean",
+    label_smoothing=0.0,
+):
+    x, labels = input, target
+    plain = weight is None and size_average is None and reduce is None and label_smoothing == 0.0
     if (
         not _lazy(x)
         or x.transform is None
@@ -501,11 +542,10 @@ def _cross_entropy(func, args, kwargs):
         or labels.dim() != 1
         or len(labels) != len(x)
         or labels.is_floating_point()
-        or any(given.arguments[name] != value for name, value in plain.items())
+        or not plain
     ):
         return NotImplemented
-    options = (given.arguments["ignore_index"], given.arguments["reduction"])
-    return x._source.cross_entropy(x, labels, *options)
+    return x._source.cross_entropy(x, labels, ignore_index, reduction)
 
 
 def _metadata(func, args, kwargs):
@@ -521,7 +561,7 @@ def _none_yet(func, args, kwargs):
 
 def _register_hook(func, args, kwargs):
     """Kept for the real logits: FSDP hangs hooks on every output, which must not form them."""
-    if not _lazy(args[0]):
+    if not (isinstance(args[0], LazyLogits) and _lazy(args[0])):
         return NotImplemented
     x, hook = args
     handle = RemovableHandle(x._hooks)

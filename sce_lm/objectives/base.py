@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import weakref
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -10,6 +11,7 @@ from typing import Any, Literal
 import torch
 
 from sce_lm.candidates.state import SCEState
+from sce_lm.objectives.compiled import can_trace, head_loss, outside_graphs, register
 from sce_lm.ops.exact_cross_entropy import compute_dtype
 from sce_lm.ops.logits import LogitTransform
 from sce_lm.ops.rows import HeadColumns
@@ -143,6 +145,43 @@ class Objective(ABC):
             ValueError: shapes that do not fit, a label outside ``[0, V)``, an unknown reduction.
             TypeError: labels that are not integers.
         """
+        options: dict[str, Any] = {
+            "bias": bias,
+            "post": post,
+            "reduction": reduction,
+            "ignore_index": ignore_index,
+            "num_items_in_batch": num_items_in_batch,
+        }
+        traceable = low_rank is None and can_trace(self.config, generator, return_stats)
+        if torch.compiler.is_compiling() and traceable:
+            return head_loss(_number_of(self), hidden_states, weight, labels, **options)
+        return self._call_eagerly(
+            hidden_states,
+            weight,
+            labels,
+            generator=generator,
+            return_stats=return_stats,
+            low_rank=low_rank,
+            **options,
+        )
+
+    @outside_graphs
+    def _call_eagerly(
+        self,
+        hidden_states,
+        weight,
+        labels,
+        *,
+        bias,
+        post,
+        generator,
+        reduction,
+        ignore_index,
+        num_items_in_batch,
+        return_stats,
+        low_rank,
+    ) -> Any:
+        """The call in eager code."""
         columns = HeadColumns(weight, low_rank, bias)
         check_inputs(hidden_states, columns, labels, reduction, ignore_index)
         dtype = compute_dtype(hidden_states, weight)
@@ -193,6 +232,11 @@ class Objective(ABC):
         return loss, Statistics(
             num_valid, statistics.coverage, statistics.products_per_position, **fields
         )
+
+
+@torch.compiler.assume_constant_result
+def _number_of(objective: Objective) -> int:
+    return register(weakref.ref(objective))
 
 
 def scatter_to(labels: torch.Tensor, valid: torch.Tensor, values: torch.Tensor) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ import torch
 from sce_lm.candidates.state import SCEState
 from sce_lm.config import SCEConfig
 from sce_lm.objectives.base import Reduction
+from sce_lm.objectives.compiled import can_trace, head_loss, register
 from sce_lm.objectives.sce import SCE
 from sce_lm.ops.logits import LogitTransform
 
@@ -41,15 +43,23 @@ def sce_loss(
     The other arguments, the result and the errors are those of
     :meth:`sce_lm.objectives.Objective.__call__`.
     """
+    options: dict[str, Any] = {
+        "bias": bias,
+        "post": post,
+        "reduction": reduction,
+        "ignore_index": ignore_index,
+        "num_items_in_batch": num_items_in_batch,
+    }
+    if torch.compiler.is_compiling() and can_trace(config, generator, return_stats):
+        return head_loss(_number_of(config, state), hidden_states, weight, labels, **options)
     return SCE(config, state)(
-        hidden_states,
-        weight,
-        labels,
-        bias=bias,
-        post=post,
-        generator=generator,
-        reduction=reduction,
-        ignore_index=ignore_index,
-        num_items_in_batch=num_items_in_batch,
-        return_stats=return_stats,
+        hidden_states, weight, labels, generator=generator, return_stats=return_stats, **options
     )
+
+
+@torch.compiler.assume_constant_result
+def _number_of(config: SCEConfig, state: SCEState | None) -> int:
+    if state is None:
+        return register(lambda: SCE(config))
+    owner = weakref.ref(state)
+    return register(lambda: SCE(config, owner()))
