@@ -16,10 +16,10 @@ Two things are put on the model instance, and `remove_sce` takes them away again
 Masked, encoder-decoder and older models compute their loss themselves. They meet the objective
 where they call ``torch.nn.functional.cross_entropy`` on the lazy logits during their forward.
 
-Under ``torch.compile`` a model whose forward asks ``loss_function``, and whose head is its weight and
-bias and nothing else, is one graph: the stand-in answers with :class:`TracedLogits` and the loss is
-one operator. Anything else breaks the graph at the head and goes on as above. ``torch.export`` takes
-a patched model without labels.
+Under ``torch.compile`` a model whose forward asks ``loss_function``, and whose head is its weight
+and bias and nothing else, is one graph: the stand-in answers with :class:`TracedLogits` and the
+loss is one operator. Anything else breaks the graph at the head and goes on as above.
+``torch.export`` takes a patched model without labels.
 
 In training mode the loss is the objective. In ``eval()`` it is always exact cross-entropy,
 streamed, so an ``eval_loss`` is a likelihood whatever was trained.
