@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -40,6 +41,8 @@ MIN_FLOOR = 0.03
 """Least share of the proposal that "auto" spreads evenly."""
 MIN_BUCKETS = 8
 """Buckets below which "auto" makes none."""
+PRIORS = ("labels", "uniform", "in_batch", "cache", "kernel", "gradient")
+"""Components of the tail's proposal (:mod:`sce_lm.objectives.tail_proposal`)."""
 
 
 def check_choice(config: Any, name: str, *allowed: Any) -> None:
@@ -90,6 +93,11 @@ class SCEConfig:
     bucket_candidates: int | Auto = "auto"
     """Candidates of each bucket: the classes with the largest logits at its centre."""
 
+    bucket_sampling: Literal["top", "priority"] = "top"
+    """"priority": instead of the largest, a priority sample of everything outside the shared list
+    by the softmax at the bucket's centre, mixed with ``prior``. Such a sample is the bucket's own
+    tail, so there is no other and no control variate."""
+
     assignment: Literal["nearest", "balanced", "topk"] = "nearest"
     """"nearest": a position belongs to its nearest centre's bucket. "balanced": the same, cut into
     equal buckets. "topk": a bucket takes the positions nearest to it, so that a position may be
@@ -108,21 +116,30 @@ class SCEConfig:
     tail_candidates: int | Auto = "auto"
     """Size of the priority sample from everything else, one for all positions; 0 drops it."""
 
-    prior: Literal["labels", "uniform"] = "labels"
-    """Proposal of the tail: label frequencies seen so far, or the same for every class."""
+    prior: str | Mapping[str, float] = "labels"
+    """Proposal of the tail: "labels" (frequencies seen so far), "uniform", "in_batch" (this batch's
+    labels), "cache" (the softmax of past calls, as XIR's cache), "kernel" (the positions' mean
+    kernel mass) or "gradient" (norms of the rows' gradients at k-means centres); or a mapping of
+    several to their shares. Any choice is unbiased. The last two read W once a call, at 16·V/N
+    products a position for "gradient"."""
 
     prior_power: float = 0.75
-    """Power on the frequencies, in [0, 1]."""
+    """Power on the frequencies of component "labels", in [0, 1]."""
 
     uniform_floor: float | Auto = "auto"
     """Share of the proposal spread evenly over the catalogue, in (0, 1]; bounds the weights.
-    "auto": V / (V + labels seen), at least 0.03, as if every class had been seen once before: few
-    labels say little of rare classes. Against 0.3 throughout it brought a language model's gradient
-    of the weight, after a million labels, from cosine .9936 to .9956 of the exact one."""
+    "auto": V / (V + labels seen) times the share of "labels" in the prior, at least 0.03, as if
+    every class had been seen once before: few labels say little of rare classes. Against 0.3
+    throughout it brought a language model's gradient of the weight, after a million labels, from
+    cosine .9936 to .9956 of the exact one."""
 
     control_variate: bool | Auto = "auto"
     """Take the tail's part that is known in closed form out of the sample (Jensen control
     variate). "auto" chooses by a running average of the variance with and without it."""
+
+    tail_strata: int = 1
+    """Parts of the rest by label count, octaves of it at most, each with a control variate of its
+    own: the logits of rare and of frequent classes have other means. Several read W once a call."""
 
     bucket_positions: int | Auto = "auto"
     """Positions of a bucket; assignment "topk" only."""
@@ -147,7 +164,7 @@ class SCEConfig:
         check_choice(self, "correction", "priority", "none")
         check_choice(self, "assignment", "nearest", "balanced", "topk")
         check_choice(self, "centers", "kmeans", "mix", "random")
-        check_choice(self, "prior", "labels", "uniform")
+        check_choice(self, "bucket_sampling", "top", "priority")
         check_choice(self, "reduce", "max", "mean")
         check_choice(self, "backend", "auto", "torch")
         check_choice(self, "control_variate", True, False, "auto")
@@ -155,6 +172,8 @@ class SCEConfig:
             check_count(self, name, low=0, auto=True)
         for name in ("bucket_candidates", "bucket_positions"):
             check_count(self, name, auto=True)
+        check_count(self, "tail_strata")
+        self._check_prior()
         check_share(self, "prior_power")
         if self.uniform_floor != "auto" and not 0.0 < self.uniform_floor <= 1.0:
             raise ValueError(
@@ -167,6 +186,31 @@ class SCEConfig:
                 raise ValueError(f"SCEConfig.{name} is {value}; give a positive number.")
         self._refuse_meaningless()
 
+    def _check_prior(self) -> None:
+        shares = self.prior if isinstance(self.prior, Mapping) else {str(self.prior): 1.0}
+        for name, share in shares.items():
+            if name not in PRIORS:
+                raise ValueError(
+                    f"SCEConfig.prior has {name!r}; choose from "
+                    + ", ".join(map(repr, PRIORS))
+                    + ", or give several a share each."
+                )
+            is_number = isinstance(share, int | float) and not isinstance(share, bool)
+            if not (is_number and 0 < share < math.inf):
+                raise ValueError(
+                    f"SCEConfig.prior gives {name!r} the share {share!r}; give a positive number, "
+                    "or leave it out."
+                )
+        if not shares:
+            raise ValueError('SCEConfig.prior is empty; give a component, for instance "labels".')
+
+    def prior_shares(self) -> dict[str, float]:
+        """Components of the tail's proposal and their shares, which sum to 1."""
+        if isinstance(self.prior, str):
+            return {self.prior: 1.0}
+        total = sum(self.prior.values())
+        return {name: share / total for name, share in self.prior.items()}
+
     def _refuse_meaningless(self) -> None:
         defaults = {f.name: f.default for f in dataclasses.fields(self)}
         if self.assignment == "topk":
@@ -176,11 +220,13 @@ class SCEConfig:
                 "shared_labels": self.shared_labels,
                 "shared_frequent": self.shared_frequent not in (0, "auto"),
                 "num_buckets": self.num_buckets == 0,
+                "bucket_sampling": self.bucket_sampling != "top",
             }
             reason = (
                 'assignment="topk" puts a position into several buckets or none, as published: '
                 'it takes correction="none", centers "mix" or "random", shared_labels=False, '
-                "shared_frequent=0 and at least one bucket (SCEConfig.published() sets them)"
+                'shared_frequent=0, bucket_sampling="top" and at least one bucket '
+                "(SCEConfig.published() sets them)"
             )
         else:
             asked = {
@@ -208,6 +254,35 @@ class SCEConfig:
                     "SCEConfig: control_variate=True corrects a sampled tail; use "
                     'correction="priority", or control_variate=False.'
                 )
+        if self.bucket_sampling == "priority":
+            asked = {
+                "correction": self.correction == "none",
+                "num_buckets": self.num_buckets == 0,
+                "tail_candidates": self.tail_candidates not in (0, "auto"),
+                "control_variate": self.control_variate is True,
+            }
+            for name in (name for name, is_wrong in asked.items() if is_wrong):
+                raise ValueError(
+                    f"SCEConfig: {name}={getattr(self, name)!r} does not go with "
+                    'bucket_sampling="priority", where each bucket has a weighted sample of '
+                    'everything that is not shared; leave it out, or use bucket_sampling="top".'
+                )
+            if "cache" in self.prior_shares():
+                raise ValueError(
+                    'SCEConfig: prior "cache" does not go with bucket_sampling="priority", whose '
+                    "lists are drawn again under gradient checkpointing; choose another."
+                )
+        has_control = self.control_variate is not False and self.tail_candidates != 0
+        if self.tail_strata > 1 and not (has_control and self.bucket_sampling == "top"):
+            raise ValueError(
+                f"SCEConfig: tail_strata={self.tail_strata} are means for the control variate of a "
+                "tail; give both, or tail_strata=1."
+            )
+        if self.tail_strata > 1 and (self.sparse_grad or self.correction == "none"):
+            raise ValueError(
+                f"SCEConfig: tail_strata={self.tail_strata} reads the whole weight at each call, "
+                'and belongs to correction="priority" without sparse_grad; use tail_strata=1.'
+            )
         if self.num_buckets == 0 and self.bucket_candidates != "auto":
             raise ValueError(
                 f"SCEConfig: bucket_candidates={self.bucket_candidates} with num_buckets=0 is "
@@ -274,7 +349,8 @@ class SCEConfig:
         """
         n, v = num_positions, vocab_size
         published = self.assignment == "topk"
-        corrected = self.correction == "priority"
+        sampled_buckets = self.bucket_sampling == "priority"
+        corrected = self.correction == "priority" and not sampled_buckets
         auto_candidates = 1024
         if published:
             auto_buckets = max(1, round(self.alpha * math.sqrt(n / self.beta)))
@@ -283,7 +359,7 @@ class SCEConfig:
             bucket_positions = min(_pick(self.bucket_positions, auto_positions), n)
         else:
             auto_buckets = max(1, min(64, n // 32))
-            if corrected:  # without a tail there must be a bucket, whatever the scan costs
+            if corrected:  # else there is no tail and must be a bucket, whatever the scan costs
                 auto_buckets = min(auto_buckets, SCAN_PRODUCTS * n // v)
                 auto_buckets = auto_buckets if v >= 2**16 and auto_buckets >= MIN_BUCKETS else 0
             num_buckets = min(_pick(self.num_buckets, auto_buckets), n)
@@ -293,6 +369,7 @@ class SCEConfig:
         auto_tail = (1024 if num_buckets else 2048) if corrected else 0
         tail = min(_pick(self.tail_candidates, auto_tail), v)
         control = prefer_control_variate if self.control_variate == "auto" else self.control_variate
+        labels_share = self.prior_shares().get("labels", 0.0)
         return SCESizes(
             num_buckets=num_buckets,
             bucket_positions=bucket_positions,
@@ -303,7 +380,7 @@ class SCEConfig:
             tail_candidates=tail,
             control_variate=control and tail > 0,
             uniform_floor=(
-                max(MIN_FLOOR, v / (v + num_labels))
+                max(MIN_FLOOR, labels_share * v / (v + num_labels))
                 if self.uniform_floor == "auto"
                 else self.uniform_floor
             ),

@@ -44,7 +44,7 @@ def run(config: str, changes: dict, name: str) -> Comparison:
 
 def heading(what: str, result: Comparison) -> str:
     sizes = result.measured
-    steps = next(iter(result.summaries.values()))["steps"]
+    steps = next(iter(result.summaries.values()))[0]["steps"]
     return (
         f"{what}: {steps} steps; the loss on {sizes['positions']} positions, "
         f"vocabulary {sizes['vocab_size']}, width {sizes['width']}, {sizes['dtype']}"

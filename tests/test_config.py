@@ -26,6 +26,20 @@ REFUSED = {
     "control without correction": {"correction": "none", "control_variate": True},
     "control without tail": {"tail_candidates": 0, "control_variate": True},
     "candidates of no bucket": {"num_buckets": 0, "bucket_candidates": 10},
+    "an unknown prior": {"prior": "labells"},
+    "an unknown part of a prior": {"prior": {"labels": 1.0, "past": 1.0}},
+    "a prior with a negative share": {"prior": {"labels": -1.0}},
+    "a prior without parts": {"prior": {}},
+    "a prior of another type": {"prior": ["labels"]},
+    "bucket samples without buckets": {"bucket_sampling": "priority", "num_buckets": 0},
+    "bucket samples with a tail": {"bucket_sampling": "priority", "tail_candidates": 10},
+    "bucket samples with control": {"bucket_sampling": "priority", "control_variate": True},
+    "bucket samples by a cache": {"bucket_sampling": "priority", "prior": "cache"},
+    "bucket samples uncorrected": {"bucket_sampling": "priority", "correction": "none"},
+    "strata without a mean": {"tail_strata": 4, "control_variate": False},
+    "strata of nothing": {"tail_strata": 4, "tail_candidates": 0},
+    "strata and sparse_grad": {"tail_strata": 4, "sparse_grad": True},
+    "no strata": {"tail_strata": 0},
     "nothing left": {
         "num_buckets": 0,
         "tail_candidates": 0,
@@ -51,8 +65,9 @@ def test_refused(options):
         SCEConfig.published(mix=False, alpha=8),
         SCEConfig(correction="none"),
         SCEConfig(num_buckets=64),
+        SCEConfig(bucket_sampling="priority"),
     ],
-    ids=["default", "published", "random", "uncorrected", "buckets"],
+    ids=["default", "published", "random", "uncorrected", "buckets", "bucket samples"],
 )
 def test_auto_resolves_within_the_problem(config, n, v):
     sizes = config.resolve(n, v)
@@ -102,3 +117,17 @@ def test_auto_floor_falls_with_the_labels_seen():
     floors = [SCEConfig().resolve(10, 1000, num_labels=n).uniform_floor for n in (0, 1000, 10**7)]
     assert floors == [1.0, 0.5, 0.03]
     assert SCEConfig(uniform_floor=0.2).resolve(10, 1000, num_labels=10**7).uniform_floor == 0.2
+
+
+def test_auto_floor_trusts_what_does_not_hang_on_labels():
+    floors = [
+        SCEConfig(prior=prior).resolve(10, 1000).uniform_floor
+        for prior in ("gradient", {"labels": 1, "gradient": 3})
+    ]
+    assert floors == [0.03, 0.25]
+
+
+def test_shares_of_a_prior_sum_to_1():
+    assert SCEConfig(prior="kernel").prior_shares() == {"kernel": 1.0}
+    mixed = SCEConfig(prior={"labels": 3, "cache": 1}).prior_shares()
+    assert mixed == {"labels": 0.75, "cache": 0.25}

@@ -13,14 +13,14 @@ from __future__ import annotations
 
 import argparse
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from sce_lm.benchmarks import report
 from sce_lm.benchmarks.methods import DEFAULT_STRATA, TAIL_ONLY, Method, choose
-from sce_lm.benchmarks.problem import Problem, random_problem
+from sce_lm.benchmarks.problem import Problem, random_problem, scale_logits
 from sce_lm.benchmarks.rows import Row, Settings, measure_rows
 
 HEADS = ("trainable", "frozen")
@@ -40,6 +40,7 @@ def methods(candidates: int) -> list[Method]:
         Method("published", "published SCE", {"name": "sce", "published": True}),
         Method("tail", f"SCE, tail of {candidates}", tail),
         Method("strata", "SCE, default strata", DEFAULT_STRATA),
+        Method("kernel", "kernel, 64 draws", {"name": "kernel", "num_negatives": 64}),
     ]
 
 
@@ -73,12 +74,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def measure(
-    arguments: argparse.Namespace, chosen: Sequence[Method], *, initial: bool = False, **rows: Any
+    arguments: argparse.Namespace,
+    chosen: Sequence[Method] | Callable[[int], Sequence[Method]],
+    *,
+    initial: bool = False,
+    scale: float = 1.0,
+    **rows: Any,
 ) -> tuple[Problem, list[Row]]:
     """Make the problem that the arguments describe and measure the methods on it.
 
     Args:
+        chosen: the methods, or a function that gives them for a number of classes.
         initial: the model with fresh weights.
+        scale: factor on its logits.
         rows: further arguments of :func:`measure_rows`.
     """
     settings = Settings(
@@ -102,7 +110,10 @@ def measure(
                 initial=initial,
                 device=arguments.device,
             )
-        return problem, measure_rows(problem, folder, chosen, settings, **rows)
+        if scale != 1.0:
+            scale_logits(folder, scale)
+        methods = chosen(problem.vocab_size) if callable(chosen) else chosen
+        return problem, measure_rows(problem, folder, methods, settings, **rows)
 
 
 def run(arguments: argparse.Namespace) -> None:

@@ -10,7 +10,7 @@ Problems of a model are made by :mod:`sce_lm.benchmarks.real`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -18,7 +18,7 @@ from safetensors import safe_open
 
 from sce_lm.candidates.state import SCEState
 from sce_lm.ops.logits import LogitTransform
-from sce_lm.training.loss_cost import save_inputs
+from sce_lm.training.loss_cost import load_inputs, save_inputs
 
 LOGIT_SPREAD = 1.5
 """Standard deviation of drawn logits."""
@@ -75,6 +75,13 @@ def random_problem(
     save_inputs(folder / "inputs.safetensors", inputs, LogitTransform())
     past = zipf_labels(PAST * positions, vocab_size, generator)
     return Problem.of(folder, "Random data", past)
+
+
+def scale_logits(folder: Path, factor: float) -> None:
+    """Make the problem's softmax flatter (a factor below 1) or more peaked."""
+    inputs, post = load_inputs(folder / "inputs.safetensors", "cpu")
+    post = replace(post, scale=post.scale * factor)
+    save_inputs(folder / "inputs.safetensors", inputs, post)
 
 
 def zipf_labels(count: int, vocab_size: int, generator: torch.Generator) -> torch.Tensor:

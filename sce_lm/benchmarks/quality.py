@@ -3,6 +3,7 @@
 With delta_t = loss_t - exact loss_t = log Zhat_t - log Z_t at each position:
 
     bias            mean of delta
+    bias of Zhat    mean of exp(delta) - 1
     sd              standard deviation of delta over positions
     relative error  root mean square of Zhat / Z - 1 = exp(delta) - 1
     cos, norm       cosine to the exact gradient, and ratio of the norms
@@ -33,25 +34,32 @@ ROWS = 2**14
 
 
 Figures = dict[str, float | None]
-"""Loss, bias, sd, relative_error, reported_error (what the loss says of itself), coverage, products
-(of width d, a position, in the forward pass), cos_hidden, cos_weight, norm_hidden, norm_weight;
-without those that a method does not tell."""
+"""Loss, bias, bias_partition, sd, relative_error, reported_error (what the loss says of itself),
+coverage, products (of width d, a position, in the forward pass), cos_hidden, cos_weight,
+norm_hidden, norm_weight, without those that a method does not tell; and of the problem top (mean
+largest probability) and classes (exp of the mean entropy)."""
 
 
 def write_reference(folder: str, device: str, threads: int) -> None:
-    """Exact losses ``[N]`` and gradients of their mean, as fp32, to reference.safetensors."""
+    """Exact losses ``[N]``, gradients of their mean, and the softmax's largest probabilities and
+    entropies ``[N]``, as fp32, to reference.safetensors."""
     torch.set_num_threads(threads)
     inputs, post = load_inputs(Path(folder) / "inputs.safetensors", device)
     labels = inputs.pop("labels")
     leaves = {name: tensor.float().requires_grad_() for name, tensor in inputs.items()}
     hidden, weight, bias = leaves["hidden_states"], leaves["weight"], leaves.get("bias")
-    losses = []
+    losses, largest, entropy = [], [], []
     for rows in torch.arange(len(labels)).split(max(1, BLOCK_ELEMENTS // len(weight))):
         logits = post(linear(hidden[rows], weight, bias))
         loss = cross_entropy(logits, labels[rows], reduction="none")
         (loss.sum() / len(labels)).backward()
         losses.append(loss.detach())
+        with torch.no_grad():
+            log_p = logits.detach().log_softmax(dim=1)
+            largest.append(log_p.amax(dim=1).exp())
+            entropy.append(-torch.linalg.vecdot(log_p.exp(), log_p))
     reference = {"losses": torch.cat(losses)}
+    reference |= {"largest": torch.cat(largest), "entropy": torch.cat(entropy)}
     for name, tensor in leaves.items():
         assert tensor.grad is not None
         reference[f"grad_{name}"] = tensor.grad
@@ -85,6 +93,8 @@ def quality_of(
             figures |= _compare(gradients.pop(name), exact[f"grad_{name}"], short)
         if objective is not None:
             figures |= _positions(objective, inputs, post, exact["losses"])
+        figures["top"] = exact["largest"].mean().item()
+        figures["classes"] = exact["entropy"].mean().exp().item()
         found.append(figures)
     return {name: _mean([figures[name] for figures in found]) for name in found[0]}
 
@@ -108,6 +118,7 @@ def _positions(
     reported = stats.relative_error
     return {
         "bias": delta.mean().item(),
+        "bias_partition": delta.expm1().mean().item(),
         "sd": delta.std(correction=0).item(),
         "relative_error": delta.expm1().square().mean().sqrt().item(),
         "reported_error": None if reported is None else reported.square().mean().sqrt().item(),

@@ -47,7 +47,7 @@ def draw_cache(
         asked: ids of further classes whose probability is wanted.
         among_drawn: take only classes that the latest call drew (any, before the first call).
     """
-    occurrences = _occurrences(state, vocab_size, asked.device)
+    occurrences = occurrences_of(state, vocab_size, asked.device)
     if among_drawn and DRAWN in state.memory:
         drawn = state.memory[DRAWN].to(asked.device)
         occurrences = torch.zeros_like(occurrences).index_copy_(0, drawn, occurrences[drawn])
@@ -68,7 +68,7 @@ def record_draws(
         draws: ``[U]`` how often each was drawn, over all positions.
         decay: 1 keeps everything; below 1 what a class holds beyond its first 1 fades.
     """
-    occurrences = _occurrences(state, vocab_size, ids.device)
+    occurrences = occurrences_of(state, vocab_size, ids.device)
     if decay < 1.0:
         occurrences = 1.0 + decay * (occurrences - 1.0)
     state.memory[OCCURRENCES] = occurrences.index_add(0, ids, draws.to(torch.float64))
@@ -93,12 +93,17 @@ def merge_occurrences(state: SCEState, device: torch.device) -> None:
     torch.distributed.all_reduce(size, torch.distributed.ReduceOp.MAX)
     if size == 0:
         return
-    total = _occurrences(state, int(size), device).clone()
+    total = occurrences_of(state, int(size), device).clone()
     torch.distributed.all_reduce(total)
     state.memory[OCCURRENCES] = total / torch.distributed.get_world_size()
 
 
-def _occurrences(state: SCEState, vocab_size: int, device: torch.device) -> torch.Tensor:
+def occurrences_of(state: SCEState, vocab_size: int, device: torch.device) -> torch.Tensor:
+    """``[V]`` fp64, not to be written into.
+
+    Raises:
+        ValueError: the state's cache is over another catalogue.
+    """
     if OCCURRENCES not in state.memory:
         return torch.ones(vocab_size, dtype=torch.float64, device=device)
     occurrences = state.memory[OCCURRENCES]

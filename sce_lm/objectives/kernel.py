@@ -35,7 +35,7 @@ import torch
 
 from sce_lm.candidates.kernel_sampler import KernelSampler, fit_projection, mean_kernel_proposal
 from sce_lm.candidates.noise import draw_seed, stream
-from sce_lm.candidates.proposals import draw_with_replacement
+from sce_lm.candidates.proposals import Categorical, draw_with_replacement
 from sce_lm.config import check_choice, check_count
 from sce_lm.objectives.base import HeadInputs, Statistics
 from sce_lm.objectives.sampled import SampledObjective
@@ -130,20 +130,16 @@ class Kernel(SampledObjective):
         counted = self.state.begin_call(inputs.labels, len(inputs.weight), seed)[2]
         generator = stream(seed, "negatives", inputs.labels.device)
         head = inputs.hidden, inputs.weight, inputs.labels
-        with torch.no_grad():
-            queries, rows = self._features(inputs, seed, counted)
-            shift = queries @ rows.mean(dim=0) if config.center else None
-            alpha = self._alpha(inputs, queries, rows, shift)
         if config.shared:
-            proposal = mean_kernel_proposal(rows, queries, alpha, shift)
-            ids, c = draw_with_replacement(proposal, m, generator)
+            ids, c = draw_with_replacement(self.proposal(inputs, seed, counted), m, generator)
             loss = candidate_cross_entropy(
                 *head,
                 Candidates(ids[:0], ids, c, sparse_grad=config.sparse_grad),
                 **inputs.options,
             ).loss
-            operations = 2.0 * rows.numel() * rows.shape[1] / num_positions
+            products = m + self.proposal_products(*inputs.weight.shape, num_positions)
         else:
+            queries, rows, shift, alpha = self._kernel(inputs, seed, counted)
             sampler = KernelSampler(
                 rows,
                 m,
@@ -159,10 +155,36 @@ class Kernel(SampledObjective):
                 absolute=config.absolute,
             ).loss
             operations = sampler.operations(num_positions, m)
-        if rows.shape[1] < width:  # their projection
-            operations += len(rows) * width * rows.shape[1] / num_positions
-        products = ids.shape[-1] + operations / width
+            if rows.shape[1] < width:  # their projection
+                operations += len(rows) * width * rows.shape[1] / num_positions
+            products = m + operations / width
         return loss, self.statistics(num_positions, products, counted=counted)
+
+    def proposal(self, inputs: HeadInputs, seed: int, counted: bool) -> Categorical:
+        """The mean of the positions' quadratic kernel distributions, one for all of them. After
+        the state's ``begin_call``, which has said whether the call is ``counted``."""
+        queries, rows, shift, alpha = self._kernel(inputs, seed, counted)
+        return mean_kernel_proposal(rows, queries, alpha, shift)
+
+    def proposal_products(self, vocab_size: int, width: int, num_positions: int) -> float:
+        """Inner products of the model's width a position that :meth:`proposal` costs."""
+        rank = self._rank(width)
+        projection = width * rank if rank < width else 0
+        return vocab_size * (2.0 * rank**2 + projection) / (width * num_positions)
+
+    def _rank(self, width: int) -> int:
+        """Width that the kernel is taken at."""
+        rank = self.config.projection
+        if rank == "auto":
+            rank = AUTO_PROJECTION if width > AUTO_WIDTH else None
+        return width if rank is None else min(rank, width)
+
+    @torch.no_grad()
+    def _kernel(self, inputs: HeadInputs, seed: int, counted: bool):
+        """Queries, rows, shift of each query and alpha of this call's kernel."""
+        queries, rows = self._features(inputs, seed, counted)
+        shift = queries @ rows.mean(dim=0) if self.config.center else None
+        return queries, rows, shift, self._alpha(inputs, queries, rows, shift)
 
     def _features(
         self, inputs: HeadInputs, seed: int, counted: bool
@@ -170,10 +192,9 @@ class Kernel(SampledObjective):
         """``[N, r]`` queries and ``[V, r]`` rows whose inner products the kernel is taken of."""
         dtype = compute_dtype(inputs.hidden, inputs.weight)
         queries = _extended_hidden(inputs, slice(None), dtype)
-        width, wide = self.config.projection, queries.shape[1]
-        if width == "auto":
-            width = AUTO_PROJECTION if wide > AUTO_WIDTH else None
-        if width is None or width >= wide:
+        wide = queries.shape[1]
+        width = self._rank(wide)
+        if width == wide:
             return queries, inputs.columns.rows(slice(None), dtype)
         of_hidden, of_rows = self.state.once(
             seed, "projection", lambda: self._projection(inputs, queries, width, counted)

@@ -10,7 +10,11 @@ Corrected: three disjoint strata for each position, whose sums add up to an unbi
 * shared: the batch's labels and the most frequent classes, with certainty;
 * bucket: the top classes at the centre of the position's k-means bucket, with certainty;
 * tail: a priority sample (Duffield, Lund, Thorup 2007) of everything else, one for all positions;
-  of large catalogues a Poisson sample with the same inclusion probabilities.
+  of large catalogues a Poisson sample with the same inclusion probabilities. What it is drawn from
+  is :mod:`sce_lm.objectives.tail_proposal`.
+
+With ``bucket_sampling="priority"`` the last two are one: each bucket has a priority sample of its
+own, by the softmax at its centre, of everything outside the shared list.
 
 The tail's control variate is Jensen's tangent. With m the mean raw logit over the rest R, known
 from the mean of W's rows, ``sum_{j in R} (x_j - m) = 0``, so
@@ -18,11 +22,14 @@ from the mean of W's rows, ``sum_{j in R} (x_j - m) = 0``, so
     sum_{j in R} exp s_j  =  exp(g(m)) · (|R| + sum_{j in R} phi_j)
     phi = exp(g(x) - g(m)) - 1 - g'(m)(x - m)
 
-and only phi is sampled. It is exactly unbiased for every g. Unbiased means Zhat and its gradient;
+and only phi is sampled. It is exactly unbiased for every g, and for strata of R with a tangent each
+(``tail_strata``: octaves of the label count). Unbiased means Zhat and its gradient;
 ``log Zhat`` carries a bias of about half its relative variance, which the statistics report.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 
@@ -32,12 +39,13 @@ from sce_lm.candidates.buckets import (
     kmeans_buckets,
     random_centers,
 )
+from sce_lm.candidates.cache import merge_occurrences
 from sce_lm.candidates.noise import draw_seed, stream
-from sce_lm.candidates.prior import log_label_prior
 from sce_lm.candidates.priority import priority_sample
 from sce_lm.config import SCEConfig, SCESizes
 from sce_lm.objectives.base import HeadInputs, Statistics
 from sce_lm.objectives.sampled import SampledObjective
+from sce_lm.objectives.tail_proposal import TailProposal, record_softmax
 from sce_lm.ops.candidate_cross_entropy import (
     Candidates,
     candidate_cross_entropy,
@@ -47,7 +55,13 @@ from sce_lm.ops.catalogue_scan import catalogue_topk
 from sce_lm.ops.exact_cross_entropy import compute_dtype
 
 LARGE_CATALOGUE = 2**18
-"""Classes above which the tail is a Poisson sample, drawn in time that does not depend on V."""
+"""Classes above which a tail by labels, or uniform, is a Poisson sample, drawn in time that does
+not depend on V."""
+BUCKET_PRIOR_SHARE = 0.5
+"""Share of the tail's proposal in that of a bucket's own sample, for positions far from its
+centre."""
+SCORES = 2**23
+"""Scores of centres held at a time (32 MiB in fp32)."""
 MONITOR_EVERY = 8
 """Calls between two measurements of the tail's variance."""
 MONITOR_POSITIONS = 256
@@ -74,7 +88,7 @@ class SCE(SampledObjective):
         counts, prefer, counted = self.state.begin_call(inputs.labels, vocab_size, seed)
         sizes = self.config.resolve(num_positions, vocab_size, prefer, self.state.num_labels)
         with torch.no_grad():
-            candidates = self._choose(inputs, sizes, counts, seed)
+            candidates = self._choose(inputs, sizes, counts, seed, counted=counted)
         result = candidate_cross_entropy(
             inputs.hidden,
             inputs.weight,
@@ -82,7 +96,10 @@ class SCE(SampledObjective):
             candidates,
             **inputs.options,
         )
+        if counted and "cache" in self.config.prior_shares():
+            record_softmax(self.state, inputs, candidates, result.log_partition)
         products = self._products(candidates, num_positions, vocab_size)
+        products += TailProposal(self.config, self.state, inputs, sizes).products()
         relative_error = self._relative_error(inputs, candidates, result.log_partition, counted)
         return result.loss, self.statistics(
             num_positions, products, counted=counted, relative_error=relative_error
@@ -130,13 +147,15 @@ class SCE(SampledObjective):
             )
         return (control if candidates.control_variate else plain).sqrt() if wanted else None
 
-    def _choose(self, inputs: HeadInputs, sizes: SCESizes, counts, seed: int) -> Candidates:
+    def _choose(
+        self, inputs: HeadInputs, sizes: SCESizes, counts, seed: int, *, counted: bool
+    ) -> Candidates:
         """The three strata of one call; a replay gets the lists of its first run."""
         config, weight = self.config, inputs.weight
         shared, tail, log_weights = self.state.once(
-            seed, "lists", lambda: self._draw(inputs, sizes, counts, seed)
+            seed, "lists", lambda: self._draw(inputs, sizes, counts, seed, counted)
         )
-        items = bucket_of = None
+        items = bucket_of = bucket_weights = None
         own = min(sizes.bucket_candidates, len(weight) - len(shared))
         if own > 0:
             centers, bucket_of = kmeans_buckets(
@@ -145,27 +164,40 @@ class SCE(SampledObjective):
                 stream(seed, "buckets", inputs.labels.device),
                 balanced=config.assignment == "balanced",
             )
-            items = catalogue_topk(
-                centers,
-                weight,
-                own,
-                bias=inputs.bias,
-                low_rank=inputs.low_rank,
-                excluded=shared,
-            )
-        needs_mean = sizes.control_variate and len(tail) > 0
+            if config.bucket_sampling == "priority":
+                proposal = TailProposal(config, self.state, inputs, sizes)
+                prior = proposal.log_density(counts, seed, counted=counted)
+                prior[shared] = -torch.inf
+                noise = stream(seed, "tail", inputs.labels.device)
+                items, bucket_weights = bucket_samples(inputs, centers, prior, own, noise)
+            else:
+                items = catalogue_topk(
+                    centers,
+                    weight,
+                    own,
+                    bias=inputs.bias,
+                    low_rank=inputs.low_rank,
+                    excluded=shared,
+                )
+        has_control = sizes.control_variate and len(tail) > 0
+        has_strata = has_control and config.tail_strata > 1
         return Candidates(
             shared,
             tail,
             log_weights,
             items,
             bucket_of,
-            row_sum=self.state.row_sum.of(inputs.columns) if needs_mean else None,
+            bucket_log_weights=bucket_weights,
+            row_sum=(
+                self.state.row_sum.of(inputs.columns) if has_control and not has_strata else None
+            ),
             control_variate=sizes.control_variate,
+            stratum_of=count_strata(counts, config.tail_strata) if has_strata else None,
+            num_strata=config.tail_strata if has_strata else 1,
             sparse_grad=config.sparse_grad,
         )
 
-    def _draw(self, inputs: HeadInputs, sizes: SCESizes, counts, seed: int):
+    def _draw(self, inputs: HeadInputs, sizes: SCESizes, counts, seed: int, counted: bool):
         """The shared list, and the tail with its log-weights."""
         config, labels, vocab_size = self.config, inputs.labels, len(inputs.weight)
         listed = [labels[:0]]
@@ -178,23 +210,26 @@ class SCE(SampledObjective):
         if not sizes.tail_candidates:
             none = torch.zeros(0, dtype=torch.float64, device=labels.device)
             return shared, shared[:0], none
-        is_flat = config.prior == "uniform"
-        if vocab_size > LARGE_CATALOGUE:
+        if vocab_size > LARGE_CATALOGUE and config.prior in ("labels", "uniform"):
             tail, log_weights = self.state.weight_classes(counts).sample(
                 sizes.tail_candidates,
                 counts,
                 shared,
                 noise,
                 power=config.prior_power,
-                uniform_floor=1.0 if is_flat else sizes.uniform_floor,
+                uniform_floor=1.0 if config.prior == "uniform" else sizes.uniform_floor,
             )
             return shared, tail, log_weights
-        if is_flat:
-            proposal = torch.zeros(vocab_size, dtype=torch.float64, device=labels.device)
-        else:
-            proposal = log_label_prior(counts, config.prior_power, sizes.uniform_floor)
+        proposal = TailProposal(config, self.state, inputs, sizes).log_density(
+            counts, seed, counted=counted
+        )
         proposal[shared] = -torch.inf
         return shared, *priority_sample(proposal, sizes.tail_candidates, noise)
+
+    def end_step(self, device: torch.device) -> None:
+        """Once an optimiser step, on every process: one cache for all of them."""
+        if "cache" in self.config.prior_shares():
+            merge_occurrences(self.state, device)
 
     # -- published ---------------------------------------------------------------------------
 
@@ -279,3 +314,44 @@ class SCE(SampledObjective):
             ),
             **{**inputs.options, "position_weight": share},
         ).loss
+
+
+def bucket_samples(
+    inputs: HeadInputs,
+    centers: torch.Tensor,
+    log_prior: torch.Tensor,
+    size: int,
+    generator: torch.Generator,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A priority sample of the catalogue for each bucket.
+
+        q_kj = (1 - share) · softmax_j(g(c_k·w_j + b_j)) + share · prior_j
+
+    Args:
+        centers: ``[n_b, d]``.
+        log_prior: ``[V]`` fp64; -inf leaves a class out.
+        size: K, at most the number of classes that are not left out.
+
+    Returns:
+        Ids ascending in each row and their log-weights, each ``[n_b, K]``.
+    """
+    columns, dtype = inputs.columns, centers.dtype
+    rows = columns.rows(slice(None), dtype)
+    left_out = log_prior == -torch.inf
+    prior = log_prior + math.log(BUCKET_PRIOR_SHARE)
+    ids, log_weights = [], []
+    for part in columns.extend(centers, dtype).split(max(1, SCORES // len(rows))):
+        scores = inputs.post((part @ rows.T).double())
+        scores = torch.log_softmax(scores, dim=1) + math.log1p(-BUCKET_PRIOR_SHARE)
+        for own in torch.logaddexp(scores, prior).masked_fill_(left_out, -torch.inf):
+            drawn, c = priority_sample(own, size, generator, tile=len(own))
+            order = torch.argsort(drawn)
+            ids.append(drawn[order])
+            log_weights.append(c[order])
+    return torch.stack(ids), torch.stack(log_weights)
+
+
+def count_strata(counts: torch.Tensor, num_strata: int) -> torch.Tensor:
+    """``[V]`` int64: octaves of the label count, ``num_strata`` groups of them."""
+    octave = (counts + 1).double().log2().floor().long()
+    return octave * num_strata // (octave.amax() + 1)

@@ -18,8 +18,9 @@ which makes R's part ``e0·(|R| + sum w·phi + [y in R]·phi_y)``, ``phi = exp(g
 - g'(m)(x - m)``, written in sums that a shift by the row's largest logit keeps in range: no
 exponential here exceeds 1, so a delta of 95 is harmless, and the cancellation in a small phi stays
 at rounding size beside ``|R|·e0``. That is why no ``log phi`` is taken. A0 and A1 are linear in h,
-so they cost one product a position: ``sum w_j x_j = h·(sum w_j W_j)``, one row a bucket. Where the
-sampled part would push Zhat below the terms that were actually seen (possible with a soft cap,
+so they cost one product a position: ``sum w_j x_j = h·(sum w_j W_j)``, one row a bucket. R may be
+cut into strata, each with a mean, a size and sums of its own; their parts add up. Where the sampled
+part would push Zhat below the terms that were actually seen (possible with a soft cap,
 whose phi may be negative), those terms alone are used and the position is counted as clamped.
 
 Gradients, for a weight p_t on each position's loss (p/Zhat times):
@@ -48,6 +49,7 @@ from typing import NamedTuple
 
 import torch
 from torch.autograd.function import once_differentiable
+from torch.nn.functional import one_hot
 
 from sce_lm.ops.exact_cross_entropy import compute_dtype
 from sce_lm.ops.logits import LogitTransform
@@ -84,9 +86,14 @@ class Candidates:
     id repeats that of the slot before it. Not with ``control_variate``."""
     row_sum: torch.Tensor | None = None
     """``[D]`` sum of the head's rows, where the caller keeps it up to date; None: they are all read
-    for it. Used by the control variate only."""
+    for it. Used by the control variate with one stratum only."""
     control_variate: bool = False
     """Take the known part of the tail out of the sample."""
+    stratum_of: torch.Tensor | None = None
+    """``[V]`` int64 stratum of each class, whose part of the rest has a mean of its own; None: one
+    stratum."""
+    num_strata: int = 1
+    """Strata that ``stratum_of`` counts."""
     sparse_grad: bool = False
     """Gradient of the weight as a sparse tensor, without the part through the mean."""
 
@@ -198,7 +205,10 @@ def candidate_variance(
         if p.own_tail is not None:
             left_out |= p.own_tail[bucket]
         shift = log_partition[at].unsqueeze(1)
-        mean = torch.linalg.vecdot(h, _of(p.mean_rows, bucket)).unsqueeze(1)
+        means = [torch.linalg.vecdot(h, p.of(p.mean_rows, k, bucket)) for k in p.strata]
+        mean = torch.stack(means, dim=1)
+        if p.tail_stratum is not None:
+            mean = mean[:, p.tail_stratum]
         g_mean = post(mean)
         tangent = (g_mean - shift).exp() * (1.0 + post.slope(g_mean) * (x - mean))
         f = (post(x) - shift).exp().masked_fill_(left_out, 0.0)
@@ -289,27 +299,76 @@ class _Problem:
         ones = self.dense_weight.new_ones(self.bucket_size)
         self.column_weight = torch.cat([self.dense_weight, ones])
 
-        self.rest_size = vocab_size - self.num_shared - self.bucket_size
         row_elements = max(1, self.bucket_size * self.dense_rows.shape[1])
         self.most_buckets = max(1, 2 * BLOCK_ELEMENTS // row_elements)
         """Buckets whose rows are held at a time."""
+        self.strata = range(candidates.num_strata if with_mean else 0)
         if with_mean:
+            self._set_rest(candidates, tail_weight)
+
+    def _set_rest(self, candidates: Candidates, tail_weight: torch.Tensor) -> None:
+        """What is known of R. Tables have a row for each stratum and bucket, strata first."""
+        strata, num_buckets = candidates.num_strata, len(self.items)
+        self.stratum_of = candidates.stratum_of
+        self.tail_stratum = self.item_stratum = None
+        shared = self.dense[: self.num_shared]
+        if self.stratum_of is None:
             total = candidates.row_sum
-            total = columns.row_sum() if total is None else total
-            self.rest_total = total - self.dense_rows[: self.num_shared].sum(dim=0)
-            self.mean_rows = self.dense_rows.new_empty(len(self.items), len(total))
-            """``[n_b, d]`` mean of the rows of R; blocks fill in those of their buckets."""
-            self.tail_weight = tail_weight
-            """``[n_b, m]`` w, 0 where the item is in the bucket's own list."""
-            self.tail_total = tail_weight.sum(dim=1)
-            self.tail_rows = tail_weight @ self.dense_rows[self.tail]
-            if self.bucket_size == 0:
-                self.set_means(slice(0, 1), self.dense_rows.new_zeros(1, 0, len(total)))
+            total = self.columns.row_sum() if total is None else total
+            self.rest_total = (total - self.dense_rows[: self.num_shared].sum(dim=0)).unsqueeze(0)
+            rest = len(self.columns.weight) - self.num_shared - self.bucket_size
+            size = total.new_full((num_buckets,), rest)
+        else:
+            total = self.columns.row_sums(self.stratum_of, strata)
+            shared_stratum = self.stratum_of[shared]
+            self.tail_stratum = self.stratum_of[candidates.tail]
+            self.item_stratum = self.stratum_of[self.items]
+            shared_rows = self.dense_rows[: self.num_shared].to(total.dtype)
+            self.rest_total = total.index_add(0, shared_stratum, shared_rows, alpha=-1.0)
+            size = torch.bincount(self.stratum_of, minlength=strata)
+            size = size - torch.bincount(shared_stratum, minlength=strata)
+            own = one_hot(self.item_stratum, strata).sum(dim=1)  # [n_b, S]
+            size = (size - own).T.reshape(-1)
+            members = one_hot(self.tail_stratum, strata).T.unsqueeze(1)  # [S, 1, m]
+            tail_weight = (tail_weight * members).flatten(0, 1)
+        width = self.dense_rows.shape[1]
+        self.rest_size = size.to(self.dtype)
+        """``[S · n_b]`` |R|."""
+        self.mean_rows = self.dense_rows.new_empty(strata * num_buckets, width)
+        """``[S · n_b, d]`` mean of the rows of R; blocks fill in those of their buckets."""
+        self.tail_weight = tail_weight
+        """``[S · n_b, m]`` w, 0 where the item is in the bucket's own list or another stratum."""
+        self.tail_total = tail_weight.sum(dim=1)
+        self.tail_rows = tail_weight @ self.dense_rows[self.tail]
+        if self.bucket_size == 0:
+            self.set_means(slice(0, 1), self.dense_rows.new_zeros(1, 0, width))
 
     def set_means(self, buckets: list[int] | slice, item_rows: torch.Tensor) -> None:
         """Fill in the mean rows of some buckets from the rows ``[b, K_b, d]`` of their lists."""
-        rest = self.rest_total - item_rows.sum(dim=1)
-        self.mean_rows[buckets] = (rest / max(self.rest_size, 1)).to(self.dtype)
+        if self.item_stratum is None:
+            gone = item_rows.sum(dim=1).unsqueeze(0)  # [S, b, d]
+        else:
+            members = one_hot(self.item_stratum[buckets], len(self.strata)).to(self.dtype)
+            gone = (members.mT @ item_rows).transpose(0, 1)
+        rest = self.rest_total.unsqueeze(1) - gone
+        size = self.by_stratum(self.rest_size)[:, buckets].clamp_min(1.0)
+        self.by_stratum(self.mean_rows)[:, buckets] = (rest / size.unsqueeze(2)).to(self.dtype)
+
+    def by_stratum(self, table: torch.Tensor) -> torch.Tensor:
+        """A view with strata and buckets as the first two dimensions."""
+        return table.unflatten(0, (len(self.strata), -1))
+
+    def of(self, table: torch.Tensor, stratum: int, bucket: torch.Tensor) -> torch.Tensor:
+        """Each position's row of a table, for one stratum; a single row broadcasts."""
+        part = self.by_stratum(table)[stratum]
+        return part if len(part) == 1 else part[bucket]
+
+    def cells(self) -> torch.Tensor:
+        """``[n_b, K_b]`` row of the tables that each item of a bucket's list belongs to."""
+        bucket = torch.arange(len(self.items), device=self.items.device).unsqueeze(1)
+        if self.item_stratum is None:
+            return bucket.expand_as(self.items)
+        return self.item_stratum * len(self.items) + bucket
 
     def rows(self, ids: torch.Tensor) -> torch.Tensor:
         """``[n, D]`` rows of the head."""
@@ -445,24 +504,35 @@ def _block(p: _Problem, hidden, labels, span: _Span, x: torch.Tensor, with_mean:
 
 
 class _Control:
-    """The control variate of one block: the mean logit over R and the tangent's sampled sums."""
+    """The control variate of one block and stratum: the mean logit over its part of R and the
+    tangent's sampled sums."""
 
-    def __init__(self, p: _Problem, b: _Block, post: LogitTransform) -> None:
-        self.rest_size = p.rest_size
-        mean = torch.linalg.vecdot(b.h, _of(p.mean_rows, b.bucket))
+    def __init__(self, p: _Problem, b: _Block, post: LogitTransform, stratum: int) -> None:
+        self.stratum = stratum
+        self.rest_size = p.of(p.rest_size, stratum, b.bucket)
+        mean = torch.linalg.vecdot(b.h, p.of(p.mean_rows, stratum, b.bucket))
         self.g_mean = post(mean)
         self.slope, self.curvature = post.slope(self.g_mean), post.curvature(self.g_mean)
-        label_share = b.outside - b.label_weight
-        self.a0 = _of(p.tail_total, b.bucket) + label_share
-        a1 = torch.linalg.vecdot(b.h, _of(p.tail_rows, b.bucket)) + label_share * b.label_raw
-        self.spread = a1 - mean * self.a0
+        self.label_share = b.outside - b.label_weight
+        if p.stratum_of is not None:
+            self.label_share = self.label_share * (p.stratum_of[b.y] == stratum)
+        self.a0 = p.of(p.tail_total, stratum, b.bucket) + self.label_share
+        a1 = torch.linalg.vecdot(b.h, p.of(p.tail_rows, stratum, b.bucket))
+        self.spread = a1 + self.label_share * b.label_raw - mean * self.a0
         self.e0 = torch.zeros_like(mean)
+
+    def least_shift(self) -> torch.Tensor:
+        """g(m), -inf where the stratum is empty."""
+        return self.g_mean.masked_fill(self.rest_size == 0, -torch.inf)
 
     def known_part(self, shift: torch.Tensor) -> torch.Tensor:
         """``e0·(|R| - A0 - g'(m)·(A1 - m·A0))`` with e0 = exp(g(m) - shift)."""
-        if self.rest_size:
-            self.e0 = (self.g_mean - shift).exp()
+        self.e0 = (self.least_shift() - shift).exp()
         return self.e0 * (self.rest_size - self.a0 - self.slope * self.spread)
+
+    def pull(self) -> torch.Tensor:
+        """``e0·g'(m)``, what the gradients of the sampled terms lack."""
+        return self.e0 * self.slope
 
     def mean_gradient(self) -> torch.Tensor:
         """d Zhat / dm."""
@@ -490,16 +560,17 @@ class _Gradients:
             width -= self.num_frozen
             self.rows = p.dense_rows.new_zeros(len(self.ids), width)
             self.dense = p.dense_rows.new_zeros(p.num_dense, width)
-            self.pull = p.dense_rows.new_zeros(len(p.items), width)
+            self.pull = p.dense_rows.new_zeros(max(1, len(p.strata)) * len(p.items), width)
             self.mean = torch.zeros_like(self.pull)
-            self.everywhere = p.dense_rows.new_zeros(width)
+            self.everywhere = p.dense_rows.new_zeros(max(1, len(p.strata)), width)
 
     def slots(self, ids: torch.Tensor) -> torch.Tensor:
         return torch.searchsorted(self.ids, ids)
 
-    def add(self, block: _Block, e, list_factor, label_grad, pull, mean_grad) -> None:
-        """Take in a block. All but ``e [n, S + m + K_b]`` are ``[n]`` or None, and hold the weights
-        of positions; the weights of dense candidates are still to be applied."""
+    def add(self, block: _Block, e, list_factor, label_grad, of_strata) -> None:
+        """Take in a block. All but ``e [n, S + m + K_b]`` are ``[n]`` and hold the weights of
+        positions; the weights of dense candidates are still to be applied. ``of_strata`` lists the
+        pull and the mean's gradient of each stratum."""
         p, h = self.p, block.h
         dense, own = e[:, : p.num_dense], e[:, p.num_dense :]
         own_by_group = [group.pad(own[group.rows]) for group in block.groups]
@@ -512,9 +583,12 @@ class _Gradients:
                 out[group.rows] += group.unpad(back)
             out *= list_factor.unsqueeze(1)
             out.addcmul_(label_grad.unsqueeze(1), block.label_rows)
-            if pull is not None:
-                out.addcmul_(pull.unsqueeze(1), _of(p.tail_rows, block.bucket), value=-1.0)
-                out.addcmul_(mean_grad.unsqueeze(1), _of(p.mean_rows, block.bucket))
+            for k, (pull, mean_grad) in enumerate(of_strata):
+                tail_rows, mean_rows = (
+                    p.of(t, k, block.bucket) for t in (p.tail_rows, p.mean_rows)
+                )
+                out.addcmul_(pull.unsqueeze(1), tail_rows, value=-1.0)
+                out.addcmul_(mean_grad.unsqueeze(1), mean_rows)
             if not in_place:
                 self.hidden[block.at] = out
         if self.with_head:
@@ -527,9 +601,9 @@ class _Gradients:
                 self.rows.index_add_(0, slots, rows.flatten(0, 1))
             torch.mul(h, label_grad.unsqueeze(1), out=scaled)
             self.rows.index_add_(0, self.slots(block.y), scaled)
-            if pull is not None:
-                _add_by_bucket(self.pull, block.bucket, pull, h)
-                _add_by_bucket(self.mean, block.bucket, mean_grad, h)
+            for k, (pull, mean_grad) in enumerate(of_strata):
+                _add_by_bucket(p.by_stratum(self.pull)[k], block.bucket, pull, h)
+                _add_by_bucket(p.by_stratum(self.mean)[k], block.bucket, mean_grad, h)
 
     def finish(self, with_control: bool, through_mean: bool) -> None:
         """Bring the dense lists and the mean's gradient to the rows.
@@ -545,13 +619,18 @@ class _Gradients:
             self.dense[p.tail].addmm_(p.tail_weight.T, self.pull, alpha=-1.0)
         self.rows.index_add_(0, self.slots(p.dense), self.dense)
         if through_mean:
-            share = self.mean / max(p.rest_size, 1)
-            self.everywhere = share.sum(dim=0)
-            self.rows += self.everywhere
-            self.rows[self.slots(p.dense[: p.num_shared])] -= self.everywhere
+            share = self.mean / p.rest_size.clamp_min(1.0).unsqueeze(1)
+            self.everywhere = p.by_stratum(share).sum(dim=1)
+            shared = p.dense[: p.num_shared]
+            if p.stratum_of is None:
+                self.rows += self.everywhere
+                self.rows[self.slots(shared)] -= self.everywhere
+            else:
+                self.rows += self.everywhere[p.stratum_of[self.ids]]
+                self.rows[self.slots(shared)] -= self.everywhere[p.stratum_of[shared]]
             if p.bucket_size:
                 holds = share.new_zeros(len(self.ids), len(share))
-                holds.scatter_(0, self.slots(p.items).T, 1.0)
+                holds[self.slots(p.items), p.cells()] = 1.0
                 self.rows.addmm_(holds, share, alpha=-1.0)
 
 
@@ -569,13 +648,13 @@ def _pass(hidden, columns, labels, candidates, post, position_weight, needs: Nee
     for span in spans:
         x = buffer[: span.stop - span.start]
         b = _block(p, hidden, labels, span, x, with_control)
-        control = _Control(p, b, post) if with_control else None
+        controls = [_Control(p, b, post, k) for k in p.strata]
         label_s = post(b.label_raw)
         s = post.apply_(b.x)
         slope = post.slope(s)
         shift = torch.maximum(label_s, s.amax(dim=1)) if s.shape[1] else label_s
-        if control is not None and p.rest_size:
-            shift = torch.maximum(shift, control.g_mean)
+        for control in controls:
+            shift = torch.maximum(shift, control.least_shift())
         e = s.sub_(shift.unsqueeze(1)).exp_()
         e[b.is_label] = 0.0
         if p.own_tail is not None:
@@ -585,14 +664,15 @@ def _pass(hidden, columns, labels, candidates, post, position_weight, needs: Nee
         e_label = (label_s - shift).exp()
 
         z = e @ p.column_weight + e_label
-        if control is not None:
-            known = control.known_part(shift)
+        if controls:
+            known = sum(control.known_part(shift) for control in controls)
             if post.soft_cap is not None:
                 seen = e.sum(dim=1) + e_label
                 clamped = z + known < seen
                 num_clamped += clamped.sum()
                 z, known = torch.where(clamped, seen, z), known.masked_fill(clamped, 0.0)
-                control.e0 = control.e0.masked_fill(clamped, 0.0)
+                for control in controls:
+                    control.e0 = control.e0.masked_fill(clamped, 0.0)
                 unweighted = torch.where(clamped.unsqueeze(1), 1.0 / p.dense_weight[p.tail], 1.0)
                 e[:, p.tail] *= unweighted
             z = z + known
@@ -609,12 +689,12 @@ def _pass(hidden, columns, labels, candidates, post, position_weight, needs: Nee
         else:
             list_factor = per_row * slope
         label_grad = (e_label - z) * post.slope(label_s)
-        pull = mean_grad = None
-        if control is not None:
-            pull = control.e0 * control.slope
-            label_grad = label_grad + pull * (b.label_weight - b.outside)
-            pull, mean_grad = pull * per_row, control.mean_gradient() * per_row
-        gradients.add(b, e, list_factor, label_grad * per_row, pull, mean_grad)
+        of_strata = []
+        for control in controls:
+            pull = control.pull()
+            label_grad = label_grad - pull * control.label_share
+            of_strata.append((pull * per_row, control.mean_gradient() * per_row))
+        gradients.add(b, e, list_factor, label_grad * per_row, of_strata)
 
     gradients.finish(with_control, through_mean=with_control and not candidates.sparse_grad)
     return losses, log_partition, num_clamped, gradients
@@ -679,13 +759,9 @@ class _CandidateCrossEntropy(torch.autograd.Function):
                 rows,
                 everywhere,
                 sparse=ctx.candidates.sparse_grad,
+                stratum_of=ctx.candidates.stratum_of if ctx.candidates.control_variate else None,
             )
         return grad_hidden, *of_head, None, None, None, None, None
-
-
-def _of(table: torch.Tensor, bucket: torch.Tensor) -> torch.Tensor:
-    """Each position's row of a table with one row a bucket; a single row broadcasts."""
-    return table if len(table) == 1 else table[bucket]
 
 
 def _add_by_bucket(table, bucket, coefficient, h) -> None:

@@ -6,6 +6,7 @@ import sys
 
 import numpy as np
 import torch
+from torch.nn.functional import one_hot
 from torch.utils.weak import WeakTensorKeyDictionary
 
 TILE_ELEMENTS = 2**22
@@ -46,16 +47,21 @@ def gradient_memory(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def row_sum(weight: torch.Tensor) -> torch.Tensor:
-    """Sum of the rows of ``weight [V, d]``.
+    """Sum of the rows of ``weight [V, d]``, fp64 ``[d]``."""
+    return _tiled_product(weight, weight.new_ones(1, 1).expand(1, len(weight)))[0]
 
-    Returns:
-        fp64 ``[d]``. Tiles are summed as products with a row of ones, in fp32 (fp64 for an fp64
-        weight), which reads memory faster than a reduction does.
-    """
+
+def row_sums(weight: torch.Tensor, stratum_of: torch.Tensor, num_strata: int) -> torch.Tensor:
+    """:func:`row_sum` of each stratum, fp64 ``[num_strata, d]``; ``stratum_of [V]`` is int64."""
+    return _tiled_product(weight, one_hot(stratum_of, num_strata).to(weight.dtype).T)
+
+
+def _tiled_product(weight: torch.Tensor, members: torch.Tensor) -> torch.Tensor:
+    """``members [S, V] @ weight`` in fp64. Tiles are products in fp32 (fp64 for an fp64 weight),
+    which read memory faster than a reduction does."""
     dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
     tile = max(1, min(len(weight), TILE_ELEMENTS // weight.shape[1]))
-    ones = weight.new_ones(1, tile, dtype=dtype)
-    total = weight.new_zeros(weight.shape[1], dtype=torch.float64)
-    for rows in weight.detach().split(tile):
-        total += (ones[:, : len(rows)] @ rows.to(dtype)).squeeze(0)
+    total = weight.new_zeros(len(members), weight.shape[1], dtype=torch.float64)
+    for rows, of in zip(weight.detach().split(tile), members.split(tile, dim=1)):
+        total += of.to(dtype) @ rows.to(dtype)
     return total

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch.nn.functional import pad
 
-from sce_lm.ops.memory import gradient_memory, row_sum
+from sce_lm.ops.memory import gradient_memory, row_sum, row_sums
 
 
 class Needs(NamedTuple):
@@ -69,6 +69,12 @@ class HeadColumns(NamedTuple):
             parts.append(self.bias.detach().sum(dtype=torch.float64).unsqueeze(0))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
+    def row_sums(self, stratum_of: torch.Tensor, num_strata: int) -> torch.Tensor:
+        """fp64 ``[num_strata, D]`` sum of each stratum's rows; ``stratum_of`` is ``[V]`` int64."""
+        tables = (self.weight, self.low_rank, None if self.bias is None else self.bias[:, None])
+        parts = [row_sums(part, stratum_of, num_strata) for part in tables if part is not None]
+        return torch.cat(parts, dim=1)
+
     def num_frozen(self, needs: tuple[bool, ...]) -> int:
         """How many columns lie before those of the first tensor that needs a gradient.
 
@@ -97,6 +103,7 @@ class HeadColumns(NamedTuple):
         everywhere: torch.Tensor | None = None,
         *,
         sparse: bool = False,
+        stratum_of: torch.Tensor | None = None,
     ) -> list[torch.Tensor | None]:
         """Gradients of weight, low_rank and bias; None where it is not needed.
 
@@ -104,10 +111,11 @@ class HeadColumns(NamedTuple):
             needs: which of them need one.
             ids: ``[U]`` distinct, ascending.
             rows: ``[U, D - num_frozen]`` gradient of the rows at ``ids``.
-            everywhere: ``[D - num_frozen]`` that of all other rows; None: 0.
+            everywhere: ``[S, D - num_frozen]`` that of all other rows, by stratum; None: 0.
+            stratum_of: ``[V]`` int64; None: one stratum.
             sparse: give that of the weight as a coalesced sparse tensor of ``rows`` alone.
         """
-        others = [None] * 3 if everywhere is None else self.split(needs, everywhere[None])
+        others = [None] * 3 if everywhere is None else self.split(needs, everywhere)
         found: list[torch.Tensor | None] = []
         for part, mine, rest in zip(self, self.split(needs, rows), others):
             if part is None or mine is None:
@@ -115,7 +123,7 @@ class HeadColumns(NamedTuple):
             elif sparse and part is self.weight:
                 found.append(sparse_gradient(part, ids, mine))
             else:
-                found.append(dense_gradient(part, ids, mine, rest))
+                found.append(dense_gradient(part, ids, mine, rest, stratum_of))
         return found
 
     @property
@@ -128,11 +136,17 @@ def dense_gradient(
     ids: torch.Tensor,
     rows: torch.Tensor,
     everywhere: torch.Tensor | None = None,
+    stratum_of: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """``rows`` at ``ids`` and ``everywhere`` (None: 0) at all others, cast to the dtype of ``like``
-    and in its shape."""
+    """``rows`` at ``ids`` and at all others ``everywhere`` (None: 0), whose first dimension is 1 or
+    what ``stratum_of [V]`` counts; cast to the dtype of ``like`` and in its shape."""
     full = gradient_memory(like, like.dtype)
-    full = full.zero_() if everywhere is None else full.copy_(everywhere)
+    if everywhere is None:
+        full.zero_()
+    elif stratum_of is None:
+        full.copy_(everywhere[0])
+    else:
+        torch.index_select(everywhere.to(like.dtype), 0, stratum_of, out=full)
     return full.index_copy_(0, ids, rows.to(like.dtype))
 
 

@@ -1,7 +1,9 @@
-"""The same training with several objectives, side by side: one table, one plot, one JSON file."""
+"""The same training with several objectives and seeds, side by side: one table, one plot, one JSON
+file."""
 
 import dataclasses
-from collections.abc import Mapping
+import statistics
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,10 +36,12 @@ class Method:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Runs that differ in nothing but the objective, and what their losses cost."""
+    """Runs that differ in nothing but objective and seed, and what their losses cost."""
 
-    summaries: dict[str, dict[str, Any]]
-    """A run's summary.json by the method's label."""
+    summaries: dict[str, list[dict[str, Any]]]
+    """The summary.json of each seed's run, by the method's label."""
+    failures: dict[str, str]
+    """Why a method has no summaries, by its label."""
     costs: dict[str, LossCost]
     """The loss alone, by label; "stock" is plain cross-entropy."""
     measured: dict[str, Any]
@@ -48,22 +52,36 @@ class Comparison:
     """The plot."""
 
     def print(self, title: str, figures: Mapping[str, str]) -> None:
-        """Print the table; ``figures`` maps held-out figures to their headings."""
+        """Print the table; ``figures`` maps held-out figures to their headings. With several seeds
+        they are means and standard deviations."""
         table = Table(title=title, title_justify="left")
         table.add_column("method")
         for heading in ("s / step", "s in the loss", "peak MiB of the loss", *figures.values()):
             table.add_column(heading, justify="right")
         for label, cost in self.costs.items():
-            summary = self.summaries.get(label)
             cells = [f"{cost.seconds:.3f}", f"{cost.peak_mib:.0f}"]
-            if summary is None:
+            if label not in self.summaries:
                 table.add_row(label, "", *cells, *("" for _ in figures))
             else:
-                held_out = [f"{summary['test'][name]:.4f}" for name in figures]
-                table.add_row(label, f"{summary['seconds_per_step']:.2f}", *cells, *held_out)
+                seconds = statistics.mean(s["seconds_per_step"] for s in self.summaries[label])
+                held_out = [_spread(self.held_out(label, name)) for name in figures]
+                table.add_row(label, f"{seconds:.2f}", *cells, *held_out)
         for label, held_out in self.baselines.items():
             table.add_row(label, "", "", "", *(f"{held_out[name]:.4f}" for name in figures))
-        Console(width=110).print(table)
+        console = Console(width=110)
+        console.print(table)
+        for label, reason in self.failures.items():
+            console.print(f"{label}: failed; {reason}", markup=False)
+
+    def held_out(self, label: str, figure: str) -> list[float]:
+        """A held-out figure of each seed's run."""
+        return [summary["test"][figure] for summary in self.summaries[label]]
+
+
+def _spread(values: Sequence[float]) -> str:
+    """The mean, and the standard deviation of several."""
+    mean = f"{statistics.mean(values):.4f}"
+    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.4f}"
 
 
 def save_loss_inputs(
@@ -104,48 +122,72 @@ def save_loss_inputs(
     }
 
 
-def compare(config: TrainConfig, methods: Mapping[str, Method], folder: Path) -> Comparison:
-    """Train ``config`` with each method in turn and measure each loss in a process of its own.
+def compare(
+    config: TrainConfig,
+    methods: Mapping[str, Method],
+    folder: Path,
+    seeds: Sequence[int] | None = None,
+) -> Comparison:
+    """Train ``config`` with each method and seed, and measure each loss in a process of its own.
 
     Runs that are finished, or that can be resumed, are not trained anew. The costs are taken on
-    the hidden states of the first method's trained model for the first batch of training.
+    the hidden states of the first method's trained model for the first batch of training. A method
+    whose loss does not stay finite is reported and left out.
 
     Args:
-        config: its objective, options and output folder are replaced.
+        config: its objective, options, seed and output folder are replaced.
         methods: by label; the first one trains the model that the losses are measured on.
         folder: where the runs, curves.png and comparison.json go.
+        seeds: of initialisation, data order and noise; None: the one of ``config``.
+
+    Raises:
+        ValueError: a method that is none, before anything is trained.
+        FloatingPointError: the first method's loss does not stay finite.
     """
-    runs = {label: folder / label.replace(" ", "-") for label in methods}
-    summaries: dict[str, dict[str, Any]] = {}
+    seeds = [config.seed] if seeds is None else seeds
+    asked = {label: objectives.get(m.objective, **m.options) for label, m in methods.items()}
+    runs: dict[str, list[Path]] = {}
+    summaries: dict[str, list[dict[str, Any]]] = {}
+    failures: dict[str, str] = {}
     task: Task | None = None
     for label, method in methods.items():
-        run = Run(
-            dataclasses.replace(
-                config,
-                objective=method.objective,
-                objective_options=type(config.objective_options)(method.options),
-                output_dir=str(runs[label]),
-            )
-        )
-        summaries[label] = run.train()
-        task = run.task
+        folders = [folder / label.replace(" ", "-") / f"seed-{seed}" for seed in seeds]
+        found = []
+        try:
+            for seed, run_folder in zip(seeds, folders):
+                run = Run(
+                    dataclasses.replace(
+                        config,
+                        objective=method.objective,
+                        objective_options=type(config.objective_options)(method.options),
+                        output_dir=str(run_folder),
+                        seed=seed,
+                    )
+                )
+                found.append(run.train())
+                task = run.task
+        except FloatingPointError as error:
+            if not runs:
+                raise
+            failures[label] = str(error)
+            continue
+        runs[label], summaries[label] = folders, found
     assert task is not None
 
-    trained = AutoModelForCausalLM.from_pretrained(next(iter(runs.values())) / "model")
+    trained = AutoModelForCausalLM.from_pretrained(next(iter(runs.values()))[0] / "model")
     apply_sce(trained, objectives.get("exact"))
     order = DataOrder(task.num_rows, config.per_device_batch_size, 1, config.seed)
     inputs = folder / "loss_inputs.safetensors"
     batch = task.batch(next(order.step_batches(0, 0, 1)))
     measured = save_loss_inputs(trained, batch, inputs)
-    asked = {"stock": {"name": loss_cost.STOCK}} | {
-        label: objectives.get(method.objective, **method.options).to_dict()
-        for label, method in methods.items()
+    costs = {loss_cost.STOCK: loss_cost.measure(inputs, {"name": loss_cost.STOCK})}
+    costs |= {
+        label: loss_cost.measure(inputs, objective.to_dict()) for label, objective in asked.items()
     }
-    costs = {label: loss_cost.measure(inputs, method) for label, method in asked.items()}
     inputs.unlink()
 
     curves = folder / "curves.png"
     draw_curves(runs, curves, task.headline[0])
-    comparison = Comparison(summaries, costs, measured, task.baselines(), curves)
+    comparison = Comparison(summaries, failures, costs, measured, task.baselines(), curves)
     write_json(folder / "comparison.json", dataclasses.asdict(comparison) | {"curves": str(curves)})
     return comparison

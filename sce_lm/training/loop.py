@@ -365,7 +365,7 @@ class Run:
             try:
                 label = f"{self.config.task} {self.config.objective}"
                 curves = self.folder / "curves.png"
-                draw_curves({label: self.folder}, curves, figure)
+                draw_curves({label: [self.folder]}, curves, figure)
             except ImportError:
                 tqdm.write("matplotlib is not installed, so no curves are drawn.")
             write_json(self.folder / "summary.json", summary)

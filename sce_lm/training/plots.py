@@ -1,16 +1,21 @@
 """PNG curves of one or several runs, read from their metrics.jsonl."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from sce_lm.training.metrics import read_metrics
 
+LINES = 10
+"""Colours of matplotlib's default cycle; further labels get another line style."""
 
-def draw_curves(runs: Mapping[str, Path], path: Path, held_out: str) -> None:
-    """Draw training loss and a held-out figure against the step, one line a run.
+
+def draw_curves(runs: Mapping[str, Sequence[Path]], path: Path, held_out: str) -> None:
+    """Draw training loss and a held-out figure against the step, and the latter against the seconds
+    of training; one line a run, one colour a label.
 
     Args:
-        runs: label and run folder.
+        runs: label and run folders, for instance one a seed.
         path: PNG file to write.
         held_out: name of the held-out figure, e.g. "nll" or "ndcg@10".
 
@@ -20,20 +25,31 @@ def draw_curves(runs: Mapping[str, Path], path: Path, held_out: str) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 4), layout="constrained")
+    figure = Figure(figsize=(15, 4), layout="constrained")
     FigureCanvasAgg(figure)
-    loss_axes, held_out_axes = figure.subplots(1, 2)
-    for label, folder in runs.items():
-        records = read_metrics(Path(folder) / "metrics.jsonl")
-        for axes, name, marker in ((loss_axes, "loss", ""), (held_out_axes, held_out, "o")):
-            points = [(r["step"], r[name]) for r in records if name in r]
-            axes.plot([s for s, _ in points], [v for _, v in points], marker=marker, label=label)
-    loss_axes.set(title="training loss", xlabel="step", ylabel="nats")
-    held_out_axes.set(title=f"held-out {held_out}", xlabel="step")
-    for axes in (loss_axes, held_out_axes):
+    panels = (("loss", "step", ""), (held_out, "step", "o"), (held_out, "seconds", "o"))
+    for axes, (name, x, marker) in zip(figure.subplots(1, 3), panels):
+        for number, (label, folders) in enumerate(runs.items()):
+            style = {
+                "color": f"C{number % LINES}",
+                "linestyle": ("-", "--", ":", "-.")[number // LINES % 4],
+                "marker": marker,
+                "markersize": 3,
+            }
+            for index, folder in enumerate(folders):
+                records = with_seconds(read_metrics(Path(folder) / "metrics.jsonl"))
+                points = [(r[x], r[name]) for r in records if name in r]
+                axes.plot(
+                    [p[0] for p in points],
+                    [p[1] for p in points],
+                    label=None if index else label,
+                    **style,
+                )
+        title = "training loss" if name == "loss" else f"held-out {name}"
+        axes.set(title=title, xlabel=x, ylabel="nats" if name == "loss" else "")
         axes.grid(alpha=0.3)
-        if len(runs) > 1:
-            axes.legend()
+    if len(runs) > 1:
+        axes.legend(fontsize=7)
     figure.savefig(path, dpi=120)
 
 
@@ -67,3 +83,14 @@ def draw_popularity(profiles: Mapping[str, dict[str, list[float]]], path: Path) 
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=120)
+
+
+def with_seconds(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The records, each with the seconds of training (evaluation left out) up to its step."""
+    seconds, step, timed = 0.0, 0, []
+    for record in records:
+        if "seconds_per_step" in record:
+            seconds += record["seconds_per_step"] * (record["step"] - step)
+            step = record["step"]
+        timed.append(record | {"seconds": seconds})
+    return timed

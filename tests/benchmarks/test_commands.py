@@ -8,12 +8,12 @@ from dataclasses import replace
 import pytest
 import torch
 from support.models import tiny_model
-from support.training import ONE_THREAD, documentation, write_text
+from support.training import ONE_THREAD, documentation, lm_fields, write_config, write_text
 from transformers import AutoTokenizer
 
 from sce_lm import objectives
 from sce_lm.benchmarks import loss, rows, scale
-from sce_lm.benchmarks.estimators import ESTIMATORS
+from sce_lm.benchmarks.estimators import estimators
 from sce_lm.benchmarks.loss import methods
 from sce_lm.benchmarks.methods import Method, choose
 from sce_lm.benchmarks.peers import PEERS, Peer
@@ -63,20 +63,43 @@ def test_estimators(tmp_path):
     model.save_pretrained(tmp_path / "model")
     AutoTokenizer.from_pretrained(tmp_path / "tokenizer").save_pretrained(tmp_path / "model")
     (tmp_path / "plain.txt").write_text(documentation()[0])
-    benchmark(
+    result = benchmark(
         *("estimators", "--real", tmp_path / "model", "--text", tmp_path / "plain.txt"),
-        *(*ONCE, "--tokens", 100, "--draws", 1, "--methods", "published-64", "--initial"),
+        *(*ONCE, "--tokens", 100, "--draws", 1, "--methods", "published,kernel-shared"),
+        *("--logits", 64, "--scales", 1, 3),
         *("--json", tmp_path / "found.json", "--plot", tmp_path / "found.png"),
     )
-    trained, initial = json.loads((tmp_path / "found.json").read_text())["tables"]
-    assert initial["problem"]["title"].endswith("at initialisation")
-    for table in (trained, initial):
-        (row,) = table["rows"]
-        assert row["quality"]["coverage"] <= 1
-        assert row["quality"]["relative_error"] > 0
-        assert row["floor"] == {}
-    assert trained["rows"][0]["quality"]["loss"] != initial["rows"][0]["quality"]["loss"]
+    flat, peaked = json.loads((tmp_path / "found.json").read_text())["tables"]
+    for table in (flat, peaked):
+        for row in table["rows"]:
+            assert row["quality"]["coverage"] <= 1
+            assert row["quality"]["relative_error"] > 0
+            assert row["floor"] == {}
+    of_flat, of_peaked = (table["rows"][0]["quality"] for table in (flat, peaked))
+    assert of_flat["top"] < of_peaked["top"]
+    assert of_flat["classes"] > of_peaked["classes"]
+    assert "Nearest to exact" in result.stdout
     assert (tmp_path / "found.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+def test_train(tmp_path):
+    write_text(tmp_path)
+    fields = lm_fields(tmp_path, max_steps=4, eval_every=2, checkpoint_every=0)
+    arguments = (
+        *("train", write_config(tmp_path / "tiny.yaml", fields), "--methods", "exact,sampled"),
+        *("--logits", 64, "--seeds", 0, 1, "--steps", 3, "--folder", tmp_path / "runs"),
+        *("--threads", 1, "--json", tmp_path / "train.json", "--plot", tmp_path / "train.png"),
+    )
+    shown = benchmark(*arguments).stdout
+    (found,) = json.loads((tmp_path / "train.json").read_text())["results"]
+    assert set(found["costs"]) == {"stock", "exact", "sampled softmax"}
+    for label in ("exact", "sampled softmax"):
+        assert [summary["steps"] for summary in found["summaries"][label]] == [3, 3]
+        assert label in shown
+    assert "±" in shown
+    assert (tmp_path / "train.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "runs" / "tiny" / "curves.png").exists()
 
 
 def test_scale(tmp_path):
@@ -178,8 +201,8 @@ def test_names():
     for method in known:
         if method.specification["name"] not in PEERS:
             objectives.get(**method.specification)
-    for _, _, specification in ESTIMATORS:
-        objectives.get(**specification)
+    for method in estimators(128, 1000):
+        objectives.get(**method.specification)
 
 
 def test_errors_are_one_line(tmp_path):

@@ -42,6 +42,23 @@ COVERING = {
         tail_candidates=V,
         control_variate=True,
     ),
+    "strata": SCEConfig(
+        num_buckets=5,
+        bucket_candidates=40,
+        shared_frequent=20,
+        tail_candidates=V,
+        control_variate=True,
+        tail_strata=3,
+    ),
+    "mixture": SCEConfig(
+        num_buckets=0,
+        tail_candidates=V,
+        prior={"labels": 1, "in_batch": 1, "cache": 1, "kernel": 1, "gradient": 1},
+        **NO_SHARED,
+    ),
+    "bucket samples": SCEConfig(
+        num_buckets=5, bucket_candidates=V, bucket_sampling="priority", shared_frequent=20
+    ),
     "published": SCEConfig.published(num_buckets=3, bucket_positions=N, bucket_candidates=V),
     "published, mean": SCEConfig.published(
         num_buckets=3, bucket_positions=N, bucket_candidates=V, reduce="mean"

@@ -15,7 +15,9 @@ import sce_lm.candidates.priority as priority
 import sce_lm.objectives.sce as sce
 import sce_lm.ops.candidate_cross_entropy as core
 from sce_lm import LogitTransform, SCEConfig
+from sce_lm.candidates.cache import OCCURRENCES
 from sce_lm.candidates.weight_classes import WeightClasses
+from sce_lm.objectives.tail_proposal import TailProposal
 
 PLAIN, CAP = LogitTransform(), LogitTransform(1.2, 12.0)
 STRATA = {
@@ -37,6 +39,12 @@ STRATA = {
 }
 
 
+def bucket_samples(**options):
+    fields = {"bucket_candidates": 80, "bucket_sampling": "priority", "shared_frequent": 12}
+    fields |= {"num_buckets": 2, "shared_labels": False, "uniform_floor": 0.3}
+    return sce.SCE(SCEConfig(**{**fields, **options}))
+
+
 def objective(strata, *, control, m=80, **options):
     fields = {"tail_candidates": m, "control_variate": control, "uniform_floor": 0.3}
     return sce.SCE(SCEConfig(**{**fields, **STRATA[strata], **options}))
@@ -56,15 +64,57 @@ def test_partition_is_unbiased(strata, control, with_bias, post):
     check(objective(strata, control=control), peaked_problem(post, with_bias=with_bias), post)
 
 
+PRIORS = {
+    "uniform": {"prior": "uniform"},
+    "labels": {"prior_power": 1.0, "uniform_floor": 0.5},
+    "flat labels": {"prior_power": 0.0, "uniform_floor": 0.9},
+}
+
+
 @pytest.mark.parametrize("control", [False, True], ids=["plain", "control"])
-@pytest.mark.parametrize("prior", ["uniform", "labels", "flat labels"])
-def test_every_prior_is_unbiased(prior, control):
-    options = {
-        "uniform": {"prior": "uniform"},
-        "labels": {"prior_power": 1.0, "uniform_floor": 0.5},
-        "flat labels": {"prior_power": 0.0, "uniform_floor": 0.9},
-    }[prior]
-    check(objective("all", control=control, **options), peaked_problem())
+@pytest.mark.parametrize("prior", PRIORS)
+def test_every_label_prior_is_unbiased(prior, control):
+    check(objective("all", control=control, **PRIORS[prior]), peaked_problem())
+
+
+MIXTURE = {"labels": 2.0, "cache": 1.0, "kernel": 1.0, "gradient": 1.0}
+
+
+def with_a_past(estimator):
+    """Occurrences as they are after calls on which the softmax was another."""
+    estimator.state.memory[OCCURRENCES] = 1.0 + 20 * torch.exp(2 * peaked_problem().bias)
+    return estimator
+
+
+@pytest.mark.parametrize(
+    ("prior", "strata", "control"),
+    [
+        ("in_batch", "all", True),
+        ("cache", "tail", False),
+        ("kernel", "all", True),
+        ("gradient", "tail", True),
+        (MIXTURE, "buckets", True),
+    ],
+    ids=str,
+)
+def test_what_other_objectives_draw_from_is_unbiased_here(prior, strata, control):
+    floor = 0.8 if prior == "in_batch" else 0.3
+    estimator = objective(strata, control=control, prior=prior, uniform_floor=floor)
+    check(with_a_past(estimator), peaked_problem())
+
+
+@pytest.mark.parametrize(
+    ("strata", "post"), [("tail", PLAIN), ("buckets", CAP), ("all", PLAIN)], ids=str
+)
+def test_strata_with_means_of_their_own_are_unbiased(strata, post):
+    check(objective(strata, control=True, tail_strata=3), peaked_problem(post), post)
+
+
+@pytest.mark.parametrize(
+    ("prior", "post"), [("labels", CAP), ("gradient", PLAIN)], ids=["labels", "gradient"]
+)
+def test_bucket_samples_are_unbiased(prior, post):
+    check(bucket_samples(prior=prior), peaked_problem(post), post)
 
 
 @pytest.mark.parametrize("control", [False, True], ids=["plain", "control"])
@@ -108,7 +158,7 @@ def plant(error, monkeypatch):
                 p.tail_total = p.tail_weight.sum(dim=1)
                 p.tail_rows = p.tail_weight @ p.dense_rows[p.tail]
         elif error == "mean of b":
-            p.rest_total[-1] = 0.0
+            p.rest_total[:, -1] = 0.0
 
     def no_label_mask(*args):
         nowhere = torch.empty(0, dtype=torch.int64)
@@ -150,6 +200,65 @@ def test_planted_errors_are_found(error, control, monkeypatch):
     )
     bias = measure(estimator, problem, post, draws, plant(error, monkeypatch))
     assert not bias.is_zero, bias
+
+
+@pytest.mark.parametrize("part", ["labels", "gradient"])
+def test_a_mixture_weighed_by_one_of_its_parts_is_found(part, monkeypatch):
+    """The planted error of mixtures: drawn from all of them, weighed by the density of one."""
+    one = with_a_past(objective("tail", control=False, m=60, prior=part))
+
+    def wrong(proposal, size, generator):
+        ids, c = priority.priority_sample(proposal, size, generator)
+        alone = TailProposal(one.config, one.state, *wrong.call).log_density(
+            wrong.counts, 0, counted=False
+        )
+        return ids, (c + proposal[ids] - alone[ids]).clamp_min(0.0)
+
+    draw = sce.SCE._draw
+
+    def spied(self, inputs, sizes, counts, seed, counted):
+        wrong.call, wrong.counts = (inputs, sizes), counts
+        one.state.begin_call(inputs.labels, len(inputs.weight), 0)
+        return draw(self, inputs, sizes, counts, seed, counted)
+
+    monkeypatch.setattr(sce, "priority_sample", wrong)
+    monkeypatch.setattr(sce.SCE, "_draw", spied)
+    estimator = with_a_past(objective("tail", control=False, m=60, prior=MIXTURE))
+    assert not measure(estimator, peaked_problem(), PLAIN, 300).is_zero
+
+
+@pytest.mark.parametrize("error", ["one mean for all", "sizes of other strata", "c omitted"])
+def test_planted_errors_of_strata_and_buckets_are_found(error, monkeypatch):
+    set_rest = core._Problem._set_rest
+
+    def planted(p, *args):
+        set_rest(p, *args)
+        if error == "one mean for all":
+            p.mean_rows[:] = p.mean_rows.mean(dim=0)
+        else:
+            p.rest_size = p.rest_size.flip(0)
+
+    estimator, change = objective("tail", control=True, tail_strata=3), lambda c: c
+    if error == "c omitted":
+        estimator = bucket_samples()
+        change = lambda c: dataclasses.replace(  # noqa: E731
+            c, bucket_log_weights=torch.zeros_like(c.bucket_log_weights)
+        )
+    else:
+        monkeypatch.setattr(core._Problem, "_set_rest", planted)
+    assert not measure(estimator, peaked_problem(), PLAIN, 500, change).is_zero
+
+
+def test_weights_of_another_bucket_are_found(monkeypatch):
+    samples = sce.bucket_samples
+
+    def swapped(*args):
+        ids, c = samples(*args)
+        return ids, c.flip(0)
+
+    monkeypatch.setattr(sce, "bucket_samples", swapped)
+    estimator = bucket_samples()
+    assert not measure(estimator, peaked_problem(), PLAIN, 500).is_zero
 
 
 @pytest.mark.parametrize("control", [False, True], ids=["plain", "control"])

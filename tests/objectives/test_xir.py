@@ -124,6 +124,47 @@ def test_partition_is_unbiased(name, post):
     assert bias.is_zero, bias
 
 
+@pytest.mark.parametrize("name", CORRECTED)
+def test_importance_is_the_formula(name, monkeypatch):
+    """Given the draws k: sum_j k_j / (R w_j) · f_j exp s_j, with w and f written out."""
+    problem, calls, caches = make_problem(40, V, 6), spy(monkeypatch), []
+    draw = module.draw_cache
+    monkeypatch.setattr(
+        module, "draw_cache", lambda *args, **k: caches.append(draw(*args, **k)) or caches[-1]
+    )
+    loss = estimator(name, **CORRECTED[name])(
+        *problem[:3], bias=problem.bias, post=CAP, reduction="none"
+    )
+    (_, k), n = calls[0], torch.bincount(problem.labels, minlength=V).double()
+    expected_count = 39 * (PAST + n) / (PAST.sum() + 40)
+    if name == "xir":
+        n[caches[0].ids] += caches[0].counts
+        o = 1.0 + 20 * torch.exp(2 * peaked_problem().bias)
+        expected_count += 300 * o / o.sum()
+    ids = (n > 0).nonzero().squeeze(1)
+    f = (n / expected_count)[ids]
+    s = CAP(problem.hidden @ problem.weight.T + problem.bias)
+    mass = f * s[:, ids].exp()
+    mass = mass.masked_fill(ids == problem.labels[:, None], 0.0)
+    w = (mass / mass.sum(dim=1, keepdim=True)).detach()
+    k = k[:, torch.isin(caches[0].ids, ids)] if caches else k
+    terms = torch.where(k > 0, k / (30 * w) * mass, 0.0)
+    s_label = s.gather(1, problem.labels[:, None]).squeeze(1)
+    expected = (s_label.exp() + terms.sum(dim=1)).log() - s_label
+    torch.testing.assert_close(loss, expected)
+
+
+@pytest.mark.parametrize("popularity", ["counts", "log", "power"])
+def test_classes_never_seen_have_no_infinite_weight(popularity):
+    """A cache holds classes that were no label yet: they count as seen once."""
+    problem = make_problem(30, V, 6)
+    xir = objectives.get("xir", popularity=popularity, cache_size=5 * V)
+    loss = xir(*problem[:3], bias=problem.bias)
+    assert torch.isfinite(loss)
+    assert all(torch.isfinite(g).all() for g in gradients(loss, problem))
+    assert (xir.state.counts == 0).any()
+
+
 def test_xir_stays_unbiased_after_training_on_other_parameters():
     """Occurrences have followed calls with other weights; the new ones must not notice."""
     xir = estimator("xir", **CORRECTED["xir"])

@@ -41,6 +41,8 @@ def problems(draw):
             empty[:, 0] = False
             log_weights = log_weights.masked_fill(empty, -torch.inf)
             items = items.masked_fill(empty, -1).cummax(dim=1).values
+    num_strata = draw(st.integers(1, 4)) if log_weights is None else 1
+    strata = torch.randint(0, num_strata, (v,), generator=generator)
     candidates = core.Candidates(
         order[:num_shared],
         tail,
@@ -49,6 +51,8 @@ def problems(draw):
         bucket_of,
         bucket_log_weights=log_weights,
         control_variate=log_weights is None and draw(st.booleans()),
+        stratum_of=strata if num_strata > 1 else None,
+        num_strata=num_strata,
     )
     return problem, candidates, draw(st.sampled_from(POSTS))
 

@@ -42,7 +42,7 @@ def measure(objective: SCE, problem, post: LogitTransform, draws: int, replace=l
     with torch.no_grad():
         for seed in range(draws):
             counts = state.begin_call(labels, len(weight), seed)[0]
-            candidates = replace(objective._choose(inputs, sizes, counts, seed))
+            candidates = replace(objective._choose(inputs, sizes, counts, seed, counted=False))
             result = candidate_cross_entropy(
                 hidden, weight, labels, candidates, bias=bias, post=post
             )

@@ -11,6 +11,7 @@ from sce_lm import apply_sce, objectives
 from sce_lm.training import loss_cost
 from sce_lm.training.comparison import Method, compare, save_loss_inputs
 from sce_lm.training.config import parse_config
+from sce_lm.training.loop import Run
 
 
 def test_loss_inputs_reproduce_the_models_loss(tmp_path):
@@ -52,7 +53,7 @@ def test_peak_memory_is_that_of_the_logits(tmp_path):
         loss_cost.measure(path, {"name": "sce", "tails": 3})
 
 
-def test_compare_trains_each_and_writes_the_figures(tmp_path, capsys):
+def test_compare_trains_each_and_writes_the_figures(tmp_path, capsys, monkeypatch):
     config = parse_config(
         [
             "examples/configs/lm_embedded.yaml",
@@ -75,16 +76,30 @@ def test_compare_trains_each_and_writes_the_figures(tmp_path, capsys):
         "published SCE": Method("sce", {"published": True}),
         "corrected SCE": Method("sce", {"tail_candidates": 4096}),
     }
-    result = compare(config, methods, tmp_path / "out")
+    result = compare(config, methods, tmp_path / "out", seeds=(0, 1))
     assert set(result.costs) == {"stock", *methods}
     assert result.costs["stock"].loss == pytest.approx(result.costs["exact"].loss, rel=1e-5)
-    nll = {label: s["test"]["nll"] for label, s in result.summaries.items()}
+    nll = {label: result.held_out(label, "nll")[0] for label in methods}
+    first, second = result.held_out("exact", "nll")
+    assert first != second
     assert nll["corrected SCE"] == pytest.approx(nll["exact"], rel=1e-4)  # its tail covers V
     assert nll["published SCE"] != pytest.approx(nll["exact"], rel=1e-4)
     written = json.loads((tmp_path / "out" / "comparison.json").read_text())
-    assert written["summaries"]["exact"]["test"]["nll"] == nll["exact"]
+    assert written["summaries"]["exact"][0]["test"]["nll"] == nll["exact"]
     assert result.curves.read_bytes().startswith(b"\x89PNG")
     result.print("title", {"nll": "held-out NLL"})
-    assert f"{nll['exact']:.4f}" in capsys.readouterr().out
-    again = compare(config, methods, tmp_path / "out")  # nothing is trained twice
-    assert again.summaries == result.summaries
+    mean, spread = (first + second) / 2, abs(first - second) / 2**0.5
+    assert f"{mean:.4f} ± {spread:.4f}" in capsys.readouterr().out
+    train = Run.train
+
+    def diverge(run):
+        if run.config.objective_options == {"published": True}:
+            raise FloatingPointError("The loss is nan")
+        return train(run)
+
+    monkeypatch.setattr(Run, "_optimizer_step", None)  # nothing is trained twice
+    monkeypatch.setattr(Run, "train", diverge)
+    again = compare(config, methods, tmp_path / "out", seeds=(1, 0))
+    assert again.held_out("exact", "nll") == [second, first]
+    assert again.failures == {"published SCE": "The loss is nan"}
+    assert "published SCE" not in again.summaries

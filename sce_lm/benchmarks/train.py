@@ -1,0 +1,95 @@
+"""The same model, data order and schedule trained by several objectives and seeds.
+
+For each configuration of scripts/train.py: a table of seconds a step, seconds and memory of the
+loss alone, and held-out figures that are exact whatever was trained; with several seeds, means and
+standard deviations. Objectives that sample take equally many logits a position (--logits). Runs
+that are finished are not trained again, and one that was stopped goes on from its checkpoint. Each
+configuration's folder has curves.png (against steps and seconds) and comparison.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from sce_lm.benchmarks import report
+from sce_lm.benchmarks.methods import choose, equal_logits
+
+HEADINGS = {
+    "lm": {"nll": "held-out exact NLL", "accuracy": "accuracy"},
+    "items": {"ndcg@10": "NDCG@10", "hr@10": "HR@10"},
+}
+"""By task: held-out figures and what the table calls them."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of the subcommand."""
+    parser.add_argument("configs", nargs="+", type=Path, help="configurations of scripts/train.py")
+    parser.add_argument("--methods", metavar="A,B", help="rows to train, by name; default: all")
+    parser.add_argument("--logits", type=int, default=2048, help="logits of a position")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="one run for each")
+    parser.add_argument("--steps", type=int, help="max_steps, a tenth of them to warm up")
+    parser.add_argument(
+        "--fields", type=json.loads, default={}, help="further fields of the runs, as JSON"
+    )
+    parser.add_argument("--folder", type=Path, default=Path("runs/train"), help="of all runs")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Train, print, and write what was asked for."""
+    # transformers and its friends take some seconds.
+    from sce_lm.training.comparison import Method, compare
+    from sce_lm.training.config import parse_config
+    from sce_lm.training.sources import build_task
+
+    described = report.machine(arguments.device, arguments.threads)
+    results, panels = [], []
+    for path in arguments.configs:
+        config = dataclasses.replace(parse_config([str(path)]), **_fields(arguments))
+        vocab_size = len(build_task(config).tokenizer)
+        rows = choose(equal_logits(arguments.logits, vocab_size), arguments.methods)
+        methods = {}
+        for row in rows:
+            options = dict(row.specification)
+            methods[row.label] = Method(options.pop("name"), options)
+        result = compare(config, methods, arguments.folder / path.stem, arguments.seeds)
+        what = f"{path.stem}: {config.max_steps} steps, {len(arguments.seeds)} seed(s); the loss on"
+        report.print_heading(described, what + _sizes(result.measured))
+        result.print(path.stem, HEADINGS[config.task])
+        results.append({"config": str(path), **dataclasses.asdict(result)})
+        panels.append(_panel(path.stem, result, next(iter(HEADINGS[config.task]))))
+    report.write_json(
+        arguments.json,
+        {"command": "train", "machine": described, "results": [_plain(r) for r in results]},
+    )
+    report.draw(arguments.plot, panels)
+
+
+def _fields(arguments: argparse.Namespace) -> dict[str, Any]:
+    steps = arguments.steps
+    schedule = {} if steps is None else {"max_steps": steps, "warmup_steps": max(1, steps // 10)}
+    return {**schedule, **arguments.fields}
+
+
+def _sizes(measured: Mapping[str, Any]) -> str:
+    return (
+        f" {measured['positions']:,} positions, vocabulary {measured['vocab_size']:,}, width "
+        f"{measured['width']}, {measured['dtype']}"
+    )
+
+
+def _plain(result: dict[str, Any]) -> dict[str, Any]:
+    return result | {"curves": str(result["curves"])}
+
+
+def _panel(title: str, result: Any, figure: str) -> report.Panel:
+    """A held-out figure against the loss's seconds."""
+    series = {
+        label: [(result.costs[label].seconds, value, label) for value in values]
+        for label, values in ((name, result.held_out(name, figure)) for name in result.summaries)
+    }
+    return report.Panel(title, "seconds in the loss", f"held-out {figure}", series)

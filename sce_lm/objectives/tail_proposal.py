@@ -1,0 +1,130 @@
+"""The proposal of corrected SCE's tail: a mixture of what the other objectives draw from.
+
+    q_j = (1 - floor) · sum_i share_i · q_ij + floor / V
+
+    labels     label frequencies seen so far, to a power                     (sampled softmax)
+    in_batch   frequencies of this batch's labels                            (in-batch softmax)
+    cache      how often each class would have been drawn from the softmax   (XIR)
+    kernel     the positions' mean kernel mass, centred, alpha "auto"        (kernel sampling)
+    gradient   the norm of each row's gradient at k-means centres            (none so far)
+    uniform    1 / V
+
+The tail is a priority sample weighed by the density of the whole mixture, so the partition function
+is unbiased whatever the components are. All of them are fixed before the tail's noise is drawn.
+
+XIR counts draws; here each position's share of its estimated softmax stands for one draw, its
+expectation: ``exp(c_j + s_tj) / Zhat_t``, whose mean over tails is p_tj. Occurrences fade by
+``CACHE_DECAY`` a call, since the parameters move.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from sce_lm.candidates.buckets import kmeans_buckets
+from sce_lm.candidates.cache import occurrences_of, record_draws
+from sce_lm.candidates.noise import stream
+from sce_lm.candidates.prior import gradient_prior, label_prior, log_with_floor
+from sce_lm.candidates.state import SCEState
+from sce_lm.config import SCEConfig, SCESizes
+from sce_lm.objectives.base import HeadInputs
+from sce_lm.objectives.kernel import Kernel, KernelConfig
+from sce_lm.ops.candidate_cross_entropy import Candidates
+from sce_lm.ops.exact_cross_entropy import compute_dtype
+
+PRIOR_CENTERS = 16
+"""Centres of component "gradient"; its scan costs 16·V/N products a position."""
+CACHE_DECAY = 0.99
+"""Factor on past occurrences at each call."""
+CACHE_POSITIONS = 256
+"""Positions that stand for all of a call's in the cache, spread evenly."""
+
+_KERNEL = KernelConfig(shared=True, alpha="auto", center=True)
+
+
+class TailProposal:
+    """What one call's tail is drawn from. All of it without gradient."""
+
+    def __init__(
+        self, config: SCEConfig, state: SCEState, inputs: HeadInputs, sizes: SCESizes
+    ) -> None:
+        self.config, self.state, self.inputs, self.sizes = config, state, inputs, sizes
+
+    def log_density(self, counts: torch.Tensor, seed: int, *, counted: bool) -> torch.Tensor:
+        """log q, fp64 ``[V]``.
+
+        Args:
+            counts: ``[V]`` label counts.
+            seed: of the call.
+            counted: whether the state may change.
+        """
+        mixture = torch.zeros(len(counts), dtype=torch.float64, device=counts.device)
+        for name, share in self.config.prior_shares().items():
+            mixture += share * self._component(name, counts, seed, counted)
+        return log_with_floor(mixture, self.sizes.uniform_floor)
+
+    def _component(self, name: str, counts: torch.Tensor, seed: int, counted: bool) -> torch.Tensor:
+        inputs, vocab_size = self.inputs, len(counts)
+        if name == "labels":
+            return label_prior(counts, self.config.prior_power)
+        if name == "in_batch":
+            return label_prior(torch.bincount(inputs.labels, minlength=vocab_size), 1.0)
+        if name == "cache":
+            occurrences = occurrences_of(self.state, vocab_size, counts.device)
+            return occurrences / occurrences.sum()
+        if name == "kernel":
+            everyone = torch.arange(vocab_size, device=counts.device)
+            kernel = Kernel(_KERNEL, self.state)
+            return kernel.proposal(inputs, seed, counted).log_prob(everyone).exp()
+        if name == "gradient":
+            return self._gradient(seed)
+        return torch.full_like(counts, 1.0 / vocab_size, dtype=torch.float64)
+
+    def _gradient(self, seed: int) -> torch.Tensor:
+        inputs = self.inputs
+        centers, bucket_of = kmeans_buckets(
+            inputs.hidden.to(compute_dtype(inputs.hidden)),
+            min(PRIOR_CENTERS, len(inputs.labels)),
+            stream(seed, "prior", inputs.labels.device),
+            balanced=False,
+        )
+        return gradient_prior(
+            centers,
+            torch.bincount(bucket_of, minlength=len(centers)),
+            inputs.columns,
+            inputs.post,
+            control_variate=self.sizes.control_variate,
+        )
+
+    def products(self) -> float:
+        """Inner products of width d a position that the components cost."""
+        vocab_size, width = self.inputs.weight.shape
+        num_positions, total = len(self.inputs.labels), 0.0
+        shares = self.config.prior_shares()
+        if "gradient" in shares:
+            total += min(PRIOR_CENTERS, num_positions) * vocab_size / num_positions
+        if "kernel" in shares:
+            kernel = Kernel(_KERNEL, self.state)
+            total += kernel.proposal_products(vocab_size, width, num_positions)
+        return total
+
+
+@torch.no_grad()
+def record_softmax(
+    state: SCEState, inputs: HeadInputs, candidates: Candidates, log_partition: torch.Tensor
+) -> None:
+    """Bring the cache up to date by the classes of a call's shared list and tail.
+
+    Args:
+        log_partition: ``[N]`` log Zhat.
+    """
+    num_positions, dtype = len(inputs.labels), compute_dtype(inputs.hidden, inputs.weight)
+    step = -(-num_positions // CACHE_POSITIONS)
+    ids = torch.cat([candidates.shared, candidates.tail])
+    hidden = inputs.columns.extend(inputs.hidden[::step], dtype)
+    logits = inputs.post(hidden @ inputs.columns.rows(ids, dtype).T)
+    share = (logits - log_partition[::step].unsqueeze(1)).clamp_max_(0.0).exp_()
+    mass = share.sum(dim=0).double()
+    mass[len(candidates.shared) :] *= candidates.tail_log_weights.exp()
+    scale = num_positions / len(hidden)
+    record_draws(state, ids, mass * scale, len(inputs.weight), CACHE_DECAY)
