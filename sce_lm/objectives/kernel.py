@@ -137,7 +137,7 @@ class Kernel(SampledObjective):
                 Candidates(ids[:0], ids, c, sparse_grad=config.sparse_grad),
                 **inputs.options,
             ).loss
-            products = m + self.proposal_products(*inputs.weight.shape, num_positions)
+            products = m + self.proposal_products(len(inputs.weight), width, num_positions)
         else:
             queries, rows, shift, alpha = self._kernel(inputs, seed, counted)
             sampler = KernelSampler(

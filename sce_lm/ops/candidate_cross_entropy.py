@@ -665,7 +665,7 @@ def _pass(hidden, columns, labels, candidates, post, position_weight, needs: Nee
 
         z = e @ p.column_weight + e_label
         if controls:
-            known = sum(control.known_part(shift) for control in controls)
+            known = torch.stack([control.known_part(shift) for control in controls]).sum(dim=0)
             if post.soft_cap is not None:
                 seen = e.sum(dim=1) + e_label
                 clamped = z + known < seen
