@@ -41,6 +41,7 @@ _AVERAGES = (
     "coverage",
     "products_per_position",
     "distinct_cached",
+    "candidates_per_position",
 )
 
 T = TypeVar("T")
@@ -176,8 +177,11 @@ class SCEState:
             self.averages[name] = AVERAGE_DECAY * past + (1.0 - AVERAGE_DECAY) * value
 
     def summary(self) -> dict[str, float]:
-        """Running averages for logs: coverage, products per position, and relative error, the
-        standard deviation of Zhat over Zhat with the estimator in use. Empty at first."""
+        """Running averages for logs, empty at first.
+
+        Coverage; candidates and products per position (the latter with all that choosing them
+        costs); relative error, the standard deviation of Zhat over Zhat with the estimator in use.
+        """
         figures = {k: self.averages[k] for k in _AVERAGES[2:] if k in self.averages}
         variances = [self.averages[k] for k in _AVERAGES[:2] if k in self.averages]
         if variances:

@@ -158,7 +158,9 @@ class Kernel(SampledObjective):
             if rows.shape[1] < width:  # their projection
                 operations += len(rows) * width * rows.shape[1] / num_positions
             products = m + operations / width
-        return loss, self.statistics(num_positions, products, counted=counted)
+        return loss, self.statistics(
+            num_positions, products, counted=counted, candidates=float(ids.shape[-1])
+        )
 
     def proposal(self, inputs: HeadInputs, seed: int, counted: bool) -> Categorical:
         """The mean of the positions' quadratic kernel distributions, one for all of them. After

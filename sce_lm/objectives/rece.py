@@ -91,7 +91,9 @@ class RECE(SampledObjective):
         buckets, count = self.config.resolve(num_positions, vocab_size)
         met = min(1.0, (1 + 2 * chunks.reach) / count) * vocab_size
         products = self.config.rounds * (met + buckets * (1 + vocab_size / num_positions))
-        return loss, self.statistics(num_positions, products, counted=counted)
+        return loss, self.statistics(
+            num_positions, products, counted=counted, candidates=self.config.rounds * met
+        )
 
     @torch.no_grad()
     def _chunks(self, inputs: HeadInputs, generator: torch.Generator) -> Chunks:

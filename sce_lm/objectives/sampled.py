@@ -23,12 +23,22 @@ class SampledObjective(Objective):
         products: float,
         *,
         counted: bool,
+        candidates: float | None = None,
         relative_error: torch.Tensor | None = None,
         **averages: float,
     ) -> Statistics:
-        """A call's :class:`Statistics`; the state's running averages follow if it counted."""
+        """A call's :class:`Statistics`; the state's running averages follow if it counted.
+
+        Args:
+            candidates: of a position, None: as many as ``products``, which all are with one.
+        """
         if counted:
-            self.state.average(coverage=1.0, products_per_position=products, **averages)
+            self.state.average(
+                coverage=1.0,
+                candidates_per_position=products if candidates is None else candidates,
+                products_per_position=products,
+                **averages,
+            )
         return Statistics(
             num_valid=num_positions,
             products_per_position=products,

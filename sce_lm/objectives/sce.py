@@ -101,8 +101,13 @@ class SCE(SampledObjective):
         products = self._products(candidates, num_positions, vocab_size)
         products += TailProposal(self.config, self.state, inputs, sizes).products()
         relative_error = self._relative_error(inputs, candidates, result.log_partition, counted)
+        own = 0 if candidates.bucket_items is None else candidates.bucket_items.shape[1]
         return result.loss, self.statistics(
-            num_positions, products, counted=counted, relative_error=relative_error
+            num_positions,
+            products,
+            counted=counted,
+            candidates=float(len(candidates.shared) + len(candidates.tail) + own),
+            relative_error=relative_error,
         )
 
     def _products(self, candidates: Candidates, num_positions: int, vocab_size: int) -> float:
@@ -284,12 +289,15 @@ class SCE(SampledObjective):
             loss = loss.index_add(0, position, pair_loss / visits[position].to(dtype))
         coverage = num_covered / num_positions
         pairs = sizes.num_buckets * sizes.bucket_positions
-        products = (
-            sizes.num_buckets * (1 + (self.config.centers == "mix") + vocab_size / num_positions)
-            + sizes.bucket_candidates * pairs / num_positions
+        met = sizes.bucket_candidates * pairs / num_positions
+        chosen = sizes.num_buckets * (
+            1 + (self.config.centers == "mix") + vocab_size / num_positions
         )
+        products = chosen + met
         if counted:
-            self.state.average(coverage=coverage, products_per_position=products)
+            self.state.average(
+                coverage=coverage, candidates_per_position=met, products_per_position=products
+            )
         return loss, Statistics(
             num_valid=num_positions,
             coverage=coverage,

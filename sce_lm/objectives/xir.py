@@ -155,7 +155,9 @@ class BIR(SampledObjective):
             _size(self.config.num_negatives, num_positions),
             stream(seed, "batch", ids.device),
         )
-        return loss, self.statistics(num_positions, 2.0 * len(ids), counted=counted)
+        return loss, self.statistics(
+            num_positions, 2.0 * len(ids), counted=counted, candidates=float(len(ids))
+        )
 
     def _loss(
         self, inputs: HeadInputs, pool: _Pool, draws: int, generator: torch.Generator
@@ -211,7 +213,11 @@ class XIR(BIR):
             record_draws(state, drawn_from, drawn, vocab_size, config.decay)
         distinct = float((cache.counts > 0).sum())
         return loss, self.statistics(
-            num_positions, 2.0 * len(drawn_from), counted=counted, distinct_cached=distinct
+            num_positions,
+            2.0 * len(drawn_from),
+            counted=counted,
+            candidates=float(len(drawn_from)),
+            distinct_cached=distinct,
         )
 
     def _two_pools(self, inputs: HeadInputs, seed: int, seen, ids, n, cache: Cache):

@@ -1,6 +1,7 @@
 """PEFT on patched models: adapters on the backbone, before and after apply_sce, equal to stock."""
 
 import copy
+import io
 
 import pytest
 import torch
@@ -382,3 +383,41 @@ def test_trainer_saves_adapters_that_stock_peft_loads(tmp_path):
     stock = PeftModel.from_pretrained(tiny_model("llama"), checkpoint).eval()
     ids = {"input_ids": batch["input_ids"]}
     torch.testing.assert_close(model.eval()(**ids).logits, stock(**ids).logits)
+
+
+def test_a_lora_head_goes_through_copies_pickles_and_checkpoints():
+    config = SCEConfig(num_buckets=4, bucket_candidates=8, shared_frequent=8, tail_candidates=16)
+    model = apply_sce(with_adapter(tiny_model("llama"), head_lora(lora_dropout=0.2)), config)
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    models = [model, copy.deepcopy(model), torch.load(file, weights_only=False)]
+    checkpointed = copy.deepcopy(model)
+    checkpointed.base_model.model.activation_checkpointing_enable()
+    found = []
+    for m in (*models, checkpointed):
+        torch.manual_seed(8)
+        loss = m(**tiny_batch()).loss
+        loss.backward()
+        found.append([loss.detach(), *(p.grad for _, p in trained(m))])
+        assert objective_of(m).state.step == 1
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_lora_head_under_autocast(dtype):
+    reference = with_adapter(tiny_model("llama"), head_lora())(**tiny_batch()).loss
+    stock, patched = stock_and_patched("llama", "after", head_lora())
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    losses = []
+    for model in (stock, patched):
+        with torch.autocast("cpu", dtype=dtype):
+            losses.append(model(**tiny_batch()).loss)
+        scaler.scale(losses[-1]).backward()
+    want, got = ((loss - reference).abs() for loss in losses)
+    assert got <= want + 0.02
+    for (name, p), (_, q) in zip(trained(patched), trained(stock)):
+        torch.testing.assert_close(
+            p.grad, q.grad, rtol=0, atol=3e-2 * float(q.grad.abs().max()), msg=name
+        )

@@ -328,7 +328,11 @@ def test_callback_with_rotation_and_logs(tmp_path):
     logged = [entry for entry in run.state.log_history if "loss" in entry]
     assert len(logged) == 4
     assert all(entry["sce/coverage"] == 1.0 for entry in logged)
-    assert all(entry["sce/products_per_position"] > 0 for entry in logged)
+    listed = [entry["sce/candidates_per_position"] for entry in logged]
+    # The bucket's and the sampled ones, the frequent and at most all labels, of which the batch has
+    # fewer than 50.
+    assert all(8 + 16 + 8 <= count <= 8 + 16 + 8 + 50 for count in listed)
+    assert all(entry["sce/products_per_position"] > count for entry, count in zip(logged, listed))
     assert all(entry["sce/relative_error"] > 0 for entry in logged)
     assert all(entry["sce/loss_seconds"] > 0 for entry in logged)
     assert sum(e["sce/loss_seconds"] for e in logged) == pytest.approx(loss_seconds(model))
