@@ -30,7 +30,7 @@ class SampledObjective(Objective):
         """A call's :class:`Statistics`; the state's running averages follow if it counted.
 
         Args:
-            candidates: of a position, None: as many as ``products``, which all are with one.
+            candidates: of a position; None: ``products``, where choosing them takes none.
         """
         if counted:
             self.state.average(
