@@ -8,8 +8,9 @@ keeps for its backward pass is counted on a part of a batch and scaled up. The l
     another        work + rows + 4·N·d + 4·V·d, or 8·d a row met where the gradient is row-sparse
 
 with N positions, V classes and width d. Candidates are worked on in blocks of a fixed budget; the
-rows that published SCE gathers for its buckets are held together with their gradient. The estimates
-are within a factor of two of what was measured, which is what a decision needs.
+rows that published SCE gathers for its buckets are held together with their gradient; BIR and XIR
+weigh the labels of the batch for every position, 12·N·min(N, V). The estimates are within a factor
+of two of what was measured, which is what a decision needs.
 """
 
 import dataclasses
@@ -129,7 +130,10 @@ def loss_bytes(objective: Objective, positions: int, vocab_size: int, width: int
     gradient = 4 * vocab_size * width
     if getattr(objective.config, "sparse_grad", False):
         gradient = 4 * (candidates + positions) * width
-    return WORK + rows + gradient + 4 * positions * width
+    work = WORK
+    if objective.name in ("bir", "xir"):
+        work += 12 * positions * min(positions, vocab_size)
+    return work + rows + gradient + 4 * positions * width
 
 
 def _exact_bytes(positions: int, vocab_size: int, width: int) -> int:
