@@ -29,7 +29,9 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
+
+from sce_lm.ops.dispatch import Backend
 
 Auto = Literal["auto"]
 
@@ -76,8 +78,21 @@ def check_share(config: Any, name: str, *, zero: bool = True) -> None:
         raise ValueError(f"{type(config).__name__}.{name} is {value!r}; give one in {interval}.")
 
 
+@dataclass(frozen=True, kw_only=True)
+class ObjectiveConfig:
+    """What every objective's configuration has. Raises ValueError for a value out of range."""
+
+    backend: Backend = "auto"
+    """Implementation of the numeric core. "torch": PyTorch. "triton": Triton kernels, or an error
+    that says why they cannot run. "auto": the kernels on a GPU wherever they can run, and PyTorch
+    elsewhere."""
+
+    def __post_init__(self) -> None:
+        check_choice(self, "backend", *get_args(Backend))
+
+
 @dataclass(frozen=True)
-class SCEConfig:
+class SCEConfig(ObjectiveConfig):
     """Configuration of SCE: corrected by default, as published by :meth:`published`.
 
     Raises ValueError for a value out of range and for combinations that mean nothing.
@@ -157,16 +172,13 @@ class SCEConfig:
     """Return a row-sparse gradient of the weight: candidate and label rows. With the control
     variate the gradient through the catalogue's mean is then left out, an approximation."""
 
-    backend: Literal["auto", "torch"] = "auto"
-    """Implementation of the numeric core; "torch" is the only one in this version."""
-
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_choice(self, "correction", "priority", "none")
         check_choice(self, "assignment", "nearest", "balanced", "topk")
         check_choice(self, "centers", "kmeans", "mix", "random")
         check_choice(self, "bucket_sampling", "top", "priority")
         check_choice(self, "reduce", "max", "mean")
-        check_choice(self, "backend", "auto", "torch")
         check_choice(self, "control_variate", True, False, "auto")
         for name in ("num_buckets", "shared_frequent", "tail_candidates"):
             check_count(self, name, low=0, auto=True)

@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).parents[1] / "sce_lm"
 
 MAY_IMPORT = {
     "ops": set(),
-    "config": set(),
+    "config": {"ops"},
     "files": set(),
     "candidates": {"config", "files", "ops"},
     "objectives": {"candidates", "config", "ops"},

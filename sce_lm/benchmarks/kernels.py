@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from triton import knobs
 
-from sce_lm.benchmarks import report, roofline
+from sce_lm.benchmarks import report, roofline, tune
 from sce_lm.config import SCEConfig
 from sce_lm.ops.candidate_cross_entropy import Candidates
 from sce_lm.ops.logits import LogitTransform
@@ -30,7 +30,7 @@ from sce_lm.ops.triton.catalogue_scan import catalogue_topk
 from sce_lm.ops.triton.compile_offline import Compiled, Launch, compile_launch, recording
 from sce_lm.ops.triton.configurations import ARCHITECTURES, DTYPES, Architecture, choose
 from sce_lm.ops.triton.exact_cross_entropy import exact_cross_entropy
-from sce_lm.ops.triton.tail_sample import tail_sample
+from sce_lm.ops.triton.priority_sample import priority_sample
 
 CACHE = Path(knobs.cache.dir) / "sce_lm"
 """Where results are kept, by a hash of source, types and options."""
@@ -49,10 +49,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dim", type=int, default=2048, help="d")
     parser.add_argument("--labels", type=int, default=4096, help="different labels of a batch")
     parser.add_argument("--share", type=float, default=0.5, help="of the peak rates")
+    parser.add_argument(
+        "--tune",
+        action="store_true",
+        help="instead: on this machine's GPU, time what lies beside the table's configurations",
+    )
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Compile, predict, print, and write what was asked for."""
+    if arguments.tune:
+        tune.run(arguments)
+        return
     rows = compile_table(arguments.archs, arguments.dtypes, arguments.processes)
     columns = ("kernel", "arch", "dtype", "config", "registers", "spills", "shared_bytes")
     columns += ("matrix_instructions", "tile_bytes", "tile_operations")
@@ -125,7 +133,7 @@ def launches(architecture: Architecture, dtype: torch.dtype, variant: Variant) -
             loss.sum().backward()
         excluded = torch.arange(16) if variant.bias else None
         catalogue_topk(hidden.detach(), weight.detach(), 16, bias=bias, excluded=excluded)
-        tail_sample(torch.zeros(v), 32, 2**40, 1)
+        priority_sample(torch.zeros(v), 32, torch.Generator())
     return list({launch.key: launch for launch in found}.values())
 
 

@@ -18,6 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from sce_lm.ops.triton.configurations import Configuration
+from sce_lm.ops.triton.control_variate import ROW_SUM_CHUNK
 
 FLOAT = 4
 """Bytes of an fp32 number."""
@@ -58,7 +59,7 @@ class Shape:
     buckets: int = 0
     bucket_size: int = 0
     control: bool = False
-    """Control variate: the mean of W is read."""
+    """Control variate: W and the certain rows are read for the mean of the rest."""
     item_bytes: int = 2
     """Bytes of an element of hidden states and weight."""
 
@@ -97,10 +98,18 @@ def steps(shape: Shape, choose: Choose) -> list[Step]:
     ]
     lists = [entry for entry in lists if entry[1] and entry[2]]
     found = []
+    means = max(shape.buckets, 1)
     if shape.control:
         table = shape.vocab * d * size
-        found.append(Step("forward", "mean of W", "", 0.0, table, table))
-    found.append(Step("forward", "row_dot", "", 0.0, 2 * n * d * size, 2 * n * d * size))
+        found += [
+            _read("forward", "mean of W", "", table),
+            _row_sum(shape, "forward", "shared", shape.shared, -(-shape.shared // ROW_SUM_CHUNK)),
+            _row_sum(shape, "forward", "bucket", shape.buckets * shape.bucket_size, shape.buckets),
+            _row_sum(shape, "backward", "positions", n, means),
+            Step("forward", "row_dot", "mean", 0.0, n * d * size + means * d * FLOAT,
+                 n * d * (size + FLOAT)),
+        ]  # fmt: skip
+    found.append(_read("forward", "row_dot", "label", 2 * n * d * size))
     found += [_forward(shape, choose, *entry) for entry in lists]
     slots = 0
     for index, (name, columns, segments, weighted) in enumerate(lists):
@@ -113,11 +122,20 @@ def steps(shape: Shape, choose: Choose) -> list[Step]:
         ]
     entries = (slots * FLOAT + n * size) * d
     found.append(Step("backward", "merge_rows", "", 0.0, entries + slots * d * size, 2 * entries))
-    table = shape.vocab * d * size
-    found.append(Step("backward", "zeros of dW", "", 0.0, table, table))
+    found.append(_read("backward", "zeros of dW", "", shape.vocab * d * size))
     if shape.buckets:
         found += [_scan(shape, choose, step) for step in ("group maxima", "group scores")]
-    return found
+    return [step for step in found if step.memory_bytes]
+
+
+def _read(phase: str, kernel: str, name: str, size: float) -> Step:
+    return Step(phase, kernel, name, 0.0, size, size)
+
+
+def _row_sum(shape: Shape, phase: str, name: str, rows: int, segments: int) -> Step:
+    """Rows that are read once, and a sum for each segment."""
+    d = shape.width
+    return _read(phase, "row_sum", name, rows * d * shape.item_bytes + segments * d * FLOAT)
 
 
 def _forward(shape, choose, name, columns, segments, weighted, backward=False) -> Step:

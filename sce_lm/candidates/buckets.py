@@ -45,7 +45,8 @@ def _nearest(hidden: torch.Tensor, centers: torch.Tensor) -> torch.Tensor:
 
 def _bucket_means(hidden, bucket, centers):
     """Mean of each bucket; an empty one keeps its centre."""
-    count = torch.bincount(bucket, minlength=len(centers)).unsqueeze(1)
+    one = hidden.new_ones(1).expand(len(hidden))
+    count = hidden.new_zeros(len(centers)).index_add_(0, bucket, one).unsqueeze(1)
     total = torch.zeros_like(centers).index_add_(0, bucket, hidden)
     return torch.where(count > 0, total / count.clamp_min(1), centers)
 

@@ -13,12 +13,19 @@ from __future__ import annotations
 
 import torch
 
+from sce_lm.ops.dispatch import Backend, kernels
+
 TILE = 2**18
 """Classes whose noise is held at a time (2 MiB of fp64)."""
 
 
 def priority_sample(
-    log_proposal: torch.Tensor, size: int, generator: torch.Generator, tile: int = TILE
+    log_proposal: torch.Tensor,
+    size: int,
+    generator: torch.Generator,
+    *,
+    tile: int = TILE,
+    backend: Backend = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Draw ``size`` distinct classes and the log-weights that make their sums unbiased.
 
@@ -30,10 +37,18 @@ def priority_sample(
         generator: source of u, on the device of ``log_proposal``. The uniforms have 53 bits, and
             class j takes the j-th, so that a draw does not depend on which classes are left out.
         tile: classes a tile.
+        backend: :data:`~sce_lm.ops.dispatch.Backend`. The kernel has tiles and random numbers of
+            its own, and may leave places empty, with ``c = -inf`` and any id.
 
     Returns:
-        ``[m]`` int64 ids and ``[m]`` fp64 log-weights c >= 0.
+        ``[m]`` int64 ids and ``[m]`` log-weights c >= 0, in fp64 (from the kernel in fp32).
+
+    Raises:
+        ValueError: backend "triton", and it cannot run.
     """
+    run = kernels("priority_sample", backend, log_proposal)
+    if run is not None:
+        return run(log_proposal, size, generator)
     available = torch.isfinite(log_proposal)
     if size >= int(available.sum()):
         ids = available.nonzero().squeeze(1)

@@ -198,7 +198,6 @@ class _Attachment:
 
     def __init__(self, model: PreTrainedModel, objective: Objective) -> None:
         self.objective = objective
-        self.evaluation = objectives.get("exact")
         self.statistics: Statistics | None = None
         self.seconds = 0.0
         self.always_lazy = False
@@ -415,6 +414,11 @@ class _Attachment:
         started = time.perf_counter()
         yield
         self.seconds += time.perf_counter() - started
+
+    @property
+    def evaluation(self) -> Objective:
+        """Exact cross-entropy by the objective's backend."""
+        return objectives.get("exact", backend=self.objective.config.backend)
 
     def note_new_state(self) -> None:
         state = self.objective.state

@@ -8,7 +8,7 @@ from typing import Any
 
 from sce_lm.objectives.base import Objective, Statistics
 from sce_lm.objectives.binary import BCE, GBCE, BCEConfig, GBCEConfig
-from sce_lm.objectives.exact import Exact
+from sce_lm.objectives.exact import Exact, ExactConfig
 from sce_lm.objectives.in_batch import InBatch, InBatchConfig
 from sce_lm.objectives.kernel import Kernel, KernelConfig
 from sce_lm.objectives.rece import RECE, RECEConfig
@@ -26,6 +26,7 @@ __all__ = [
     "BCEConfig",
     "BIRConfig",
     "Exact",
+    "ExactConfig",
     "GBCEConfig",
     "InBatch",
     "InBatchConfig",
@@ -80,7 +81,7 @@ def get(name: str, *, published: bool = False, **options: Any) -> Objective:
         raise ValueError(f"unknown objective {name!r}; choose one of {', '.join(names())}.")
     objective_class: Any = _OBJECTIVES[name]
     config_class = objective_class.config_class
-    known = [f.name for f in dataclasses.fields(config_class)] if config_class else []
+    known = [f.name for f in dataclasses.fields(config_class)]
     if published and not hasattr(config_class, "published"):
         raise ValueError(f"objective {name!r} has no other published form; leave published out.")
     if published:
@@ -88,10 +89,8 @@ def get(name: str, *, published: bool = False, **options: Any) -> Objective:
     for option in options:
         if option not in known:
             near = difflib.get_close_matches(option, known, 1)
-            hint = f"did you mean {near[0]!r}?" if near else f"it takes {known or 'no options'}."
+            hint = f"did you mean {near[0]!r}?" if near else f"it takes {known}."
             raise ValueError(f"objective {name!r} has no option {option!r}; {hint}")
-    if config_class is None:
-        return objective_class()
     return objective_class((config_class.published if published else config_class)(**options))
 
 

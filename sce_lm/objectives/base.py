@@ -11,7 +11,9 @@ from typing import Any, Literal
 import torch
 
 from sce_lm.candidates.state import SCEState
+from sce_lm.config import ObjectiveConfig
 from sce_lm.objectives.compiled import can_trace, head_loss, outside_graphs, register
+from sce_lm.ops.dispatch import Backend
 from sce_lm.ops.exact_cross_entropy import compute_dtype
 from sce_lm.ops.logits import LogitTransform
 from sce_lm.ops.rows import HeadColumns
@@ -57,11 +59,17 @@ class HeadInputs:
     want_statistics: bool
     low_rank: torch.Tensor | None = None
     """``[V, r]`` or None."""
+    backend: Backend = "auto"
 
     @property
     def columns(self) -> HeadColumns:
         """The columns of the head's rows."""
         return HeadColumns(self.weight, self.low_rank, self.bias)
+
+    @property
+    def head(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Hidden states, weight and labels: the first arguments of every loss in `sce_lm.ops`."""
+        return self.hidden, self.weight, self.labels
 
     @property
     def options(self) -> dict[str, Any]:
@@ -71,6 +79,7 @@ class HeadInputs:
             "low_rank": self.low_rank,
             "post": self.post,
             "position_weight": self.position_weight,
+            "backend": self.backend,
         }
 
 
@@ -82,12 +91,15 @@ class Objective(ABC):
 
     name: str
     """Its name in :func:`sce_lm.objectives.get`."""
-    config_class: Any = None
-    """The dataclass of its options, or None."""
-    config: Any = None
-    """Its frozen configuration, or None."""
+    config_class: type[ObjectiveConfig]
+    """The dataclass of its options."""
+    config: ObjectiveConfig
+    """Its frozen configuration."""
     state: SCEState | None = None
     """What it remembers between calls, or None."""
+
+    def __init__(self, config: Any = None) -> None:
+        self.config = self.config_class() if config is None else config
 
     @abstractmethod
     def compute(self, inputs: HeadInputs) -> tuple[torch.Tensor, Statistics]:
@@ -95,8 +107,7 @@ class Objective(ABC):
 
     def to_dict(self) -> dict[str, Any]:
         """Name and options as JSON-able values; ``objectives.get(**d)`` builds it again."""
-        options = {} if self.config is None else dataclasses.asdict(self.config)
-        return {"name": self.name, **options}
+        return {"name": self.name, **dataclasses.asdict(self.config)}
 
     def end_step(self, device: torch.device) -> None:  # noqa: B027 (nothing to share by default)
         """Called once an optimiser step on every process, with labels or without: the place for
@@ -183,10 +194,10 @@ class Objective(ABC):
     ) -> Any:
         """The call in eager code."""
         columns = HeadColumns(weight, low_rank, bias)
-        check_inputs(hidden_states, columns, labels, reduction, ignore_index)
+        check_inputs(hidden_states, columns, labels, reduction)
         dtype = compute_dtype(hidden_states, weight)
         flat_labels = labels.reshape(-1).long()
-        valid = (flat_labels != ignore_index).nonzero().squeeze(1)
+        valid = valid_positions(flat_labels, ignore_index, len(weight))
         num_valid = valid.numel()
         if num_valid == 0:
             is_sparse = getattr(self.config, "sparse_grad", False)
@@ -203,9 +214,9 @@ class Objective(ABC):
             denominator = num_valid if reduction == "mean" else 1
             if num_items_in_batch is not None:
                 denominator = num_items_in_batch
-            position_weight = torch.reciprocal(
-                torch.as_tensor(denominator, dtype=dtype, device=hidden.device)
-            )
+            if torch.is_tensor(denominator):
+                denominator = denominator.to(hidden.device, dtype)
+            position_weight = hidden.new_ones((), dtype=dtype) / denominator
         inputs = HeadInputs(
             hidden,
             weight,
@@ -216,6 +227,7 @@ class Objective(ABC):
             generator,
             return_stats,
             low_rank,
+            self.config.backend,
         )
         # Autocast would round the logits; the losses choose their own dtype.
         with torch.autocast(hidden.device.type, enabled=False):
@@ -257,7 +269,24 @@ def connected_zero(hidden: torch.Tensor, columns: HeadColumns, is_sparse: bool) 
     return torch.stack([part.sum().float() for part in parts]).sum()
 
 
-def check_inputs(hidden_states, columns: HeadColumns, labels, reduction, ignore_index) -> None:
+def valid_positions(labels: torch.Tensor, ignore_index: int, vocab_size: int) -> torch.Tensor:
+    """Indices of the positions with a label, ascending. On a GPU this waits for the device once.
+
+    Raises:
+        ValueError: a label outside ``[0, vocab_size)``.
+    """
+    is_valid = labels != ignore_index
+    outside = ((labels < 0) | (labels >= vocab_size)) & is_valid
+    num_valid, num_outside = torch.stack([is_valid.sum(), outside.sum()]).tolist()
+    if num_outside:
+        raise ValueError(
+            f"labels holds {labels[outside][0].item()}, outside [0, {vocab_size}) and not "
+            f"ignore_index={ignore_index}; check that tokenizer and head have the same size."
+        )
+    return torch.argsort(is_valid, descending=True, stable=True)[:num_valid]
+
+
+def check_inputs(hidden_states, columns: HeadColumns, labels, reduction) -> None:
     """Raise one sentence for inputs that do not fit together."""
     weight, low_rank, bias = columns
     if weight.dim() != 2:
@@ -294,10 +323,3 @@ def check_inputs(hidden_states, columns: HeadColumns, labels, reduction, ignore_
         )
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f'reduction is {reduction!r}; choose "mean", "sum" or "none".')
-    if labels.numel():
-        outside = ((labels < 0) | (labels >= vocab_size)) & (labels != ignore_index)
-        if outside.any():
-            raise ValueError(
-                f"labels holds {labels[outside][0].item()}, outside [0, {vocab_size}) and not "
-                f"ignore_index={ignore_index}; check that tokenizer and head have the same size."
-            )

@@ -20,14 +20,14 @@ import torch
 
 from sce_lm.candidates.noise import draw_seed, stream
 from sce_lm.candidates.proposals import Uniform
-from sce_lm.config import check_choice, check_count, check_share
+from sce_lm.config import ObjectiveConfig, check_choice, check_count, check_share
 from sce_lm.objectives.base import HeadInputs, Statistics
 from sce_lm.objectives.sampled import SampledObjective
 from sce_lm.ops.position_cross_entropy import PositionCandidates, position_binary_cross_entropy
 
 
 @dataclass(frozen=True)
-class BCEConfig:
+class BCEConfig(ObjectiveConfig):
     """Configuration of BCE. Raises ValueError for a value out of range."""
 
     num_negatives: int = 1
@@ -40,6 +40,7 @@ class BCEConfig:
     """Return a row-sparse gradient of the weight."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_count(self, "num_negatives")
         check_choice(self, "shared", True, False)
         check_choice(self, "sparse_grad", True, False)
@@ -84,9 +85,7 @@ class BCE(SampledObjective):
         lists = 1 if config.shared else num_positions
         ids = Uniform(vocab_size).draw((lists, config.num_negatives), generator)
         loss = position_binary_cross_entropy(
-            inputs.hidden,
-            inputs.weight,
-            inputs.labels,
+            *inputs.head,
             PositionCandidates(
                 ids, torch.zeros_like(ids[:1], dtype=torch.float32), sparse_grad=config.sparse_grad
             ),

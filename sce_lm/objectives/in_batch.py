@@ -27,14 +27,14 @@ import torch
 
 from sce_lm.candidates.noise import draw_seed
 from sce_lm.candidates.state import SCEState
-from sce_lm.config import check_choice, check_share
+from sce_lm.config import ObjectiveConfig, check_choice, check_share
 from sce_lm.objectives.base import HeadInputs, Statistics
 from sce_lm.objectives.sampled import SampledObjective
 from sce_lm.ops.candidate_cross_entropy import Candidates, candidate_cross_entropy
 
 
 @dataclass(frozen=True)
-class InBatchConfig:
+class InBatchConfig(ObjectiveConfig):
     """Configuration of the in-batch softmax. Raises ValueError for a value out of range."""
 
     logq: bool = True
@@ -50,6 +50,7 @@ class InBatchConfig:
     """Return a row-sparse gradient of the weight."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_choice(self, "logq", True, False)
         check_choice(self, "frequency", "counts", "streaming")
         check_share(self, "streaming_rate", zero=False)
@@ -85,13 +86,8 @@ class InBatch(SampledObjective):
                     ),
                 )
             log_weights -= torch.log(q * max(num_positions - 1, 1))
-        loss = candidate_cross_entropy(
-            inputs.hidden,
-            inputs.weight,
-            inputs.labels,
-            Candidates(ids[:0], ids, log_weights, sparse_grad=self.config.sparse_grad),
-            **inputs.options,
-        ).loss
+        candidates = Candidates(ids[:0], ids, log_weights, sparse_grad=self.config.sparse_grad)
+        loss = candidate_cross_entropy(*inputs.head, candidates, **inputs.options).loss
         return loss, self.statistics(num_positions, float(len(ids)), counted=counted)
 
 

@@ -36,7 +36,7 @@ import torch
 from sce_lm.candidates.kernel_sampler import KernelSampler, fit_projection, mean_kernel_proposal
 from sce_lm.candidates.noise import draw_seed, stream
 from sce_lm.candidates.proposals import Categorical, draw_with_replacement
-from sce_lm.config import check_choice, check_count
+from sce_lm.config import ObjectiveConfig, check_choice, check_count
 from sce_lm.objectives.base import HeadInputs, Statistics
 from sce_lm.objectives.sampled import SampledObjective
 from sce_lm.ops.candidate_cross_entropy import Candidates, candidate_cross_entropy
@@ -56,7 +56,7 @@ AUTO_POSITIONS, AUTO_ROWS = 64, 1024
 
 
 @dataclass(frozen=True)
-class KernelConfig:
+class KernelConfig(ObjectiveConfig):
     """Configuration of kernel-based sampling. Raises ValueError for a value out of range."""
 
     num_negatives: int = 64
@@ -93,6 +93,7 @@ class KernelConfig:
     """Return a row-sparse gradient of the weight."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_count(self, "num_negatives")
         check_choice(self, "kernel", "quadratic", "quartic")
         for name in ("center", "shared", "absolute", "sparse_grad"):
@@ -129,14 +130,10 @@ class Kernel(SampledObjective):
         seed = draw_seed(inputs.generator)
         counted = self.state.begin_call(inputs.labels, len(inputs.weight), seed)[2]
         generator = stream(seed, "negatives", inputs.labels.device)
-        head = inputs.hidden, inputs.weight, inputs.labels
         if config.shared:
             ids, c = draw_with_replacement(self.proposal(inputs, seed, counted), m, generator)
-            loss = candidate_cross_entropy(
-                *head,
-                Candidates(ids[:0], ids, c, sparse_grad=config.sparse_grad),
-                **inputs.options,
-            ).loss
+            candidates = Candidates(ids[:0], ids, c, sparse_grad=config.sparse_grad)
+            loss = candidate_cross_entropy(*inputs.head, candidates, **inputs.options).loss
             products = m + self.proposal_products(len(inputs.weight), width, num_positions)
         else:
             queries, rows, shift, alpha = self._kernel(inputs, seed, counted)
@@ -149,7 +146,7 @@ class Kernel(SampledObjective):
             )
             ids, log_q = sampler.draw(queries, m, generator, shift)
             loss = position_cross_entropy(
-                *head,
+                *inputs.head,
                 PositionCandidates(ids, -log_q - math.log(m), sparse_grad=config.sparse_grad),
                 **inputs.options,
                 absolute=config.absolute,

@@ -25,7 +25,7 @@ import torch
 
 from sce_lm.candidates.hashing import hash_chunks
 from sce_lm.candidates.noise import draw_seed, stream
-from sce_lm.config import check_count
+from sce_lm.config import ObjectiveConfig, check_count
 from sce_lm.objectives.base import HeadInputs, Statistics
 from sce_lm.objectives.sampled import SampledObjective
 from sce_lm.ops.chunk_cross_entropy import Chunks, chunk_cross_entropy
@@ -33,7 +33,7 @@ from sce_lm.ops.exact_cross_entropy import compute_dtype
 
 
 @dataclass(frozen=True)
-class RECEConfig:
+class RECEConfig(ObjectiveConfig):
     """Configuration of RECE. Raises ValueError for a value out of range."""
 
     num_buckets: int | Literal["auto"] = "auto"
@@ -49,6 +49,7 @@ class RECEConfig:
     """Independent hashes whose chunks are united."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_count(self, "num_buckets", auto=True)
         check_count(self, "buckets_per_chunk")
         check_count(self, "extra_chunks", low=0)
@@ -81,13 +82,7 @@ class RECE(SampledObjective):
         seed = draw_seed(inputs.generator)
         counted = self.state.begin_call(inputs.labels, vocab_size, seed)[2]
         chunks = self._chunks(inputs, stream(seed, "directions", inputs.labels.device))
-        loss = chunk_cross_entropy(
-            inputs.hidden,
-            inputs.weight,
-            inputs.labels,
-            chunks,
-            **inputs.options,
-        )
+        loss = chunk_cross_entropy(*inputs.head, chunks, **inputs.options)
         buckets, count = self.config.resolve(num_positions, vocab_size)
         met = min(1.0, (1 + 2 * chunks.reach) / count) * vocab_size
         products = self.config.rounds * (met + buckets * (1 + vocab_size / num_positions))

@@ -14,7 +14,7 @@ class SampledObjective(Objective):
     """An objective by a frozen configuration (by default its class's own), with a state."""
 
     def __init__(self, config: Any = None, state: SCEState | None = None) -> None:
-        self.config = self.config_class() if config is None else config
+        super().__init__(config)
         self.state: SCEState = SCEState() if state is None else state
 
     def statistics(

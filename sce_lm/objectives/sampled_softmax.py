@@ -27,15 +27,16 @@ from sce_lm.candidates.proposals import (
     draw_rows,
     draw_with_replacement,
 )
-from sce_lm.config import check_choice, check_count, check_share
+from sce_lm.config import ObjectiveConfig, check_choice, check_count, check_share
 from sce_lm.objectives.base import HeadInputs, Statistics
 from sce_lm.objectives.sampled import SampledObjective
 from sce_lm.ops.candidate_cross_entropy import Candidates, candidate_cross_entropy
+from sce_lm.ops.dispatch import Backend
 from sce_lm.ops.position_cross_entropy import PositionCandidates, position_cross_entropy
 
 
 @dataclass(frozen=True)
-class SampledSoftmaxConfig:
+class SampledSoftmaxConfig(ObjectiveConfig):
     """Configuration of sampled softmax. Raises ValueError for a value out of range."""
 
     num_negatives: int = 1024
@@ -65,6 +66,7 @@ class SampledSoftmaxConfig:
     """Return a row-sparse gradient of the weight."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_count(self, "num_negatives")
         check_choice(self, "proposal", "unigram", "log_uniform", "uniform")
         check_choice(self, "sampling", "replacement", "distinct", "priority")
@@ -92,24 +94,17 @@ class SampledSoftmax(SampledObjective):
         counts, _, counted = self.state.begin_call(inputs.labels, len(inputs.weight), seed)
         generator = stream(seed, "negatives", inputs.labels.device)
         proposal = self._proposal(counts)
-        head = inputs.hidden, inputs.weight, inputs.labels
         if config.shared:
-            ids, c = self._draw(proposal, generator)
-            loss = candidate_cross_entropy(
-                *head,
-                Candidates(ids[:0], ids, c, sparse_grad=config.sparse_grad),
-                **inputs.options,
-            ).loss
+            ids, c = self._draw(proposal, generator, inputs.backend)
+            candidates = Candidates(ids[:0], ids, c, sparse_grad=config.sparse_grad)
+            loss = candidate_cross_entropy(*inputs.head, candidates, **inputs.options).loss
         else:
             is_distinct = config.sampling == "distinct"
             ids, c = draw_rows(
                 proposal, num_positions, config.num_negatives, generator, distinct=is_distinct
             )
-            loss = position_cross_entropy(
-                *head,
-                PositionCandidates(ids, c, sparse_grad=config.sparse_grad),
-                **inputs.options,
-            ).loss
+            candidates = PositionCandidates(ids, c, sparse_grad=config.sparse_grad)
+            loss = position_cross_entropy(*inputs.head, candidates, **inputs.options).loss
         return loss, self.statistics(num_positions, float(ids.shape[-1]), counted=counted)
 
     def _proposal(self, counts: torch.Tensor) -> Proposal:
@@ -119,11 +114,12 @@ class SampledSoftmax(SampledObjective):
             return LogUniform(len(counts))
         return Categorical(log_label_prior(counts, self.config.power, self.config.uniform_floor))
 
-    def _draw(self, proposal: Proposal, generator: torch.Generator):
+    def _draw(self, proposal: Proposal, generator: torch.Generator, backend: Backend):
         """Ids and log-weights of a shared sample."""
         if self.config.sampling == "replacement":
             return draw_with_replacement(proposal, self.config.num_negatives, generator)
         if self.config.sampling == "distinct":
             return draw_distinct(proposal, self.config.num_negatives, generator)
         everyone = torch.arange(proposal.vocab_size, device=generator.device)
-        return priority_sample(proposal.log_prob(everyone), self.config.num_negatives, generator)
+        log_q, size = proposal.log_prob(everyone), self.config.num_negatives
+        return priority_sample(log_q, size, generator, backend=backend)

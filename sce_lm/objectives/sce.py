@@ -30,6 +30,7 @@ and only phi is sampled. It is exactly unbiased for every g, and for strata of R
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 
@@ -89,13 +90,7 @@ class SCE(SampledObjective):
         sizes = self.config.resolve(num_positions, vocab_size, prefer, self.state.num_labels)
         with torch.no_grad():
             candidates = self._choose(inputs, sizes, counts, seed, counted=counted)
-        result = candidate_cross_entropy(
-            inputs.hidden,
-            inputs.weight,
-            inputs.labels,
-            candidates,
-            **inputs.options,
-        )
+        result = candidate_cross_entropy(*inputs.head, candidates, **inputs.options)
         if counted and "cache" in self.config.prior_shares():
             record_softmax(self.state, inputs, candidates, result.log_partition)
         products = self._products(candidates, num_positions, vocab_size)
@@ -133,8 +128,8 @@ class SCE(SampledObjective):
         positions = None
         if not wanted:
             count = min(len(inputs.labels), MONITOR_POSITIONS)
-            spread = torch.linspace(0, len(inputs.labels) - 1, count)
-            positions = spread.long().to(inputs.labels.device)
+            device = inputs.labels.device
+            positions = torch.linspace(0, len(inputs.labels) - 1, count, device=device).long()
         plain, control = candidate_variance(
             inputs.hidden,
             inputs.weight,
@@ -183,6 +178,7 @@ class SCE(SampledObjective):
                     bias=inputs.bias,
                     low_rank=inputs.low_rank,
                     excluded=shared,
+                    backend=inputs.backend,
                 )
         has_control = sizes.control_variate and len(tail) > 0
         has_strata = has_control and config.tail_strata > 1
@@ -210,7 +206,7 @@ class SCE(SampledObjective):
             listed.append(self.state.most_frequent(counts, labels, sizes.shared_frequent))
         if config.shared_labels:
             listed.append(labels)
-        shared = torch.unique(torch.cat(listed))
+        shared = torch.unique(torch.cat(listed)) if len(listed) > 1 else listed[0]
         noise = stream(seed, "tail", labels.device)
         if not sizes.tail_candidates:
             none = torch.zeros(0, dtype=torch.float64, device=labels.device)
@@ -228,8 +224,9 @@ class SCE(SampledObjective):
         proposal = TailProposal(config, self.state, inputs, sizes).log_density(
             counts, seed, counted=counted
         )
-        proposal[shared] = -torch.inf
-        return shared, *priority_sample(proposal, sizes.tail_candidates, noise)
+        proposal.index_fill_(0, shared, -torch.inf)
+        size = sizes.tail_candidates
+        return shared, *priority_sample(proposal, size, noise, backend=inputs.backend)
 
     def end_step(self, device: torch.device) -> None:
         """Once an optimiser step, on every process: one cache for all of them."""
@@ -259,10 +256,12 @@ class SCE(SampledObjective):
                 sizes.bucket_candidates,
                 bias=inputs.bias,
                 low_rank=inputs.low_rank,
+                backend=inputs.backend,
             )
             bucket = torch.arange(len(items), device=device)
             bucket = bucket.repeat_interleave(sizes.bucket_positions)
-            visits = torch.bincount(position, minlength=num_positions)
+            visits = torch.zeros_like(inputs.labels)
+            visits.index_add_(0, position, torch.ones_like(position))
             covered = visits > 0
             if self.config.reduce == "max":
                 # The losses of all (bucket, position) pairs first; only the largest of each
@@ -270,13 +269,15 @@ class SCE(SampledObjective):
                 pair_loss = self._pairs(inputs, position, bucket, items, share=None)
                 best = torch.full_like(pair_loss[:1], -torch.inf).repeat(num_positions)
                 best.scatter_reduce_(0, position, pair_loss, "amax")
-                is_best = (pair_loss == best[position]).nonzero().squeeze(1)
-                pair = torch.full_like(visits, len(position))
-                pair.scatter_reduce_(0, position[is_best], is_best, "amin")
+                is_best = pair_loss == best[position]
+                none, every = len(position), torch.arange(len(position), device=device)
+                pair = torch.full_like(visits, none)
+                pair.scatter_reduce_(0, position, every.masked_fill(~is_best, none), "amin")
                 pair = pair[covered]
                 position, bucket = position[pair], bucket[pair]
-                visits = covered.long()
-            num_covered = int(covered.sum())
+                visits, num_covered = covered.long(), len(pair)
+            else:
+                num_covered = int(covered.sum())
 
         # mean over covered positions = sum over them / N · (N / covered)
         dtype = compute_dtype(inputs.hidden, inputs.weight)
@@ -308,20 +309,21 @@ class SCE(SampledObjective):
     def _pairs(self, inputs: HeadInputs, position, bucket, items, share) -> torch.Tensor:
         """Candidate cross-entropy of (bucket, position) pairs."""
         none = position.new_empty(0)
-        return candidate_cross_entropy(
-            inputs.hidden[position],
-            inputs.weight,
-            inputs.labels[position],
-            Candidates(
-                none,
-                none,
-                torch.zeros(0, dtype=torch.float64, device=position.device),
-                items,
-                bucket,
-                sparse_grad=self.config.sparse_grad,
-            ),
-            **{**inputs.options, "position_weight": share},
-        ).loss
+        candidates = Candidates(
+            none,
+            none,
+            torch.zeros(0, dtype=torch.float64, device=position.device),
+            items,
+            bucket,
+            sparse_grad=self.config.sparse_grad,
+        )
+        pairs = replace(
+            inputs,
+            hidden=inputs.hidden[position],
+            labels=inputs.labels[position],
+            position_weight=share,
+        )
+        return candidate_cross_entropy(*pairs.head, candidates, **pairs.options).loss
 
 
 def bucket_samples(
@@ -352,7 +354,7 @@ def bucket_samples(
         scores = inputs.post((part @ rows.T).double())
         scores = torch.log_softmax(scores, dim=1) + math.log1p(-BUCKET_PRIOR_SHARE)
         for own in torch.logaddexp(scores, prior).masked_fill_(left_out, -torch.inf):
-            drawn, c = priority_sample(own, size, generator, tile=len(own))
+            drawn, c = priority_sample(own, size, generator, tile=len(own), backend="torch")
             order = torch.argsort(drawn)
             ids.append(drawn[order])
             log_weights.append(c[order])

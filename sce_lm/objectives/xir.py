@@ -50,7 +50,7 @@ import torch
 from sce_lm.candidates.cache import Cache, draw_cache, merge_occurrences, record_draws
 from sce_lm.candidates.noise import draw_seed, stream
 from sce_lm.candidates.resampling import multinomial_counts
-from sce_lm.config import check_choice, check_count, check_share
+from sce_lm.config import ObjectiveConfig, check_choice, check_count, check_share
 from sce_lm.objectives.base import HeadInputs, Statistics
 from sce_lm.objectives.sampled import SampledObjective
 from sce_lm.ops.exact_cross_entropy import compute_dtype
@@ -63,7 +63,7 @@ BLOCK_ELEMENTS = 2**21
 
 
 @dataclass(frozen=True)
-class BIRConfig:
+class BIRConfig(ObjectiveConfig):
     """Configuration of BIR. Raises ValueError for a value out of range."""
 
     num_negatives: int | Literal["auto"] = "auto"
@@ -79,6 +79,7 @@ class BIRConfig:
     """Return a row-sparse gradient of the weight."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_count(self, "num_negatives", auto=True)
         check_choice(self, "correction", "none", "importance")
         check_choice(self, "popularity", "counts", "log", "power")
@@ -172,13 +173,7 @@ class BIR(SampledObjective):
             keep_label=not corrected,
             sparse_grad=self.config.sparse_grad,
         )
-        loss = position_cross_entropy(
-            inputs.hidden,
-            inputs.weight,
-            inputs.labels,
-            candidates,
-            **inputs.options,
-        ).loss
+        loss = position_cross_entropy(*inputs.head, candidates, **inputs.options).loss
         return loss, drawn
 
 

@@ -51,6 +51,7 @@ import torch
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import one_hot
 
+from sce_lm.ops.dispatch import Backend, kernels
 from sce_lm.ops.exact_cross_entropy import compute_dtype
 from sce_lm.ops.logits import LogitTransform
 from sce_lm.ops.rows import HeadColumns, Needs
@@ -76,7 +77,7 @@ class Candidates:
     tail: torch.Tensor
     """``[m]`` int64: in every position's sum with weight ``exp(c)``."""
     tail_log_weights: torch.Tensor
-    """``[m]`` c."""
+    """``[m]`` c; -inf marks an empty place, whose id may be any."""
     bucket_items: torch.Tensor | None = None
     """``[n_b, K_b]`` int64, ascending in each row."""
     bucket_of: torch.Tensor | None = None
@@ -119,6 +120,7 @@ def candidate_cross_entropy(
     low_rank: torch.Tensor | None = None,
     post: LogitTransform = LogitTransform(),
     position_weight: torch.Tensor | None = None,
+    backend: Backend = "auto",
 ) -> CandidateLoss:
     """Cross-entropy over candidates, as in the module's equations.
 
@@ -132,15 +134,20 @@ def candidate_cross_entropy(
         post: the map from raw logits to softmax logits.
         position_weight: 0-dim or ``[N]`` tensor. Given: ``loss`` is the sum of losses times this
             and the gradients are taken in the forward pass. None: ``loss`` is ``[N]``.
+        backend: :data:`~sce_lm.ops.dispatch.Backend`.
 
     Raises:
-        ValueError: a control variate with weighted buckets.
+        ValueError: a control variate with weighted buckets; backend "triton", and it cannot run.
     """
     if candidates.control_variate and candidates.bucket_log_weights is not None:
         raise ValueError(
             "the control variate knows what certain buckets leave over, and these have "
             "bucket_log_weights; use control_variate=False."
         )
+    run = kernels("candidate_cross_entropy", backend, hidden, weight, bias, low_rank, candidates)
+    if run is not None:
+        options = {"bias": bias, "post": post, "position_weight": position_weight}
+        return run(hidden, weight, labels, candidates, **options)
     return CandidateLoss(
         *_CandidateCrossEntropy.apply(
             hidden,
@@ -260,13 +267,17 @@ class _Problem:
         self.columns, self.dtype = columns, dtype
         vocab_size = len(columns.weight)
         self.num_positions = len(labels)
-        self.num_shared, self.num_tail = len(candidates.shared), len(candidates.tail)
+        tail, log_weights = candidates.tail, candidates.tail_log_weights
+        is_drawn = log_weights > -torch.inf
+        if not is_drawn.all():
+            tail, log_weights = tail[is_drawn], log_weights[is_drawn]
+        self.num_shared, self.num_tail = len(candidates.shared), len(tail)
         self.tail = slice(self.num_shared, self.num_shared + self.num_tail)
         self.num_dense = self.num_shared + self.num_tail
-        self.dense = torch.cat([candidates.shared, candidates.tail])
+        self.dense = torch.cat([candidates.shared, tail])
         self.dense_rows = self.rows(self.dense)
         self.dense_weight = self.dense_rows.new_ones(self.num_dense)
-        self.dense_weight[self.tail] = candidates.tail_log_weights.to(dtype).exp()
+        self.dense_weight[self.tail] = log_weights.to(dtype).exp()
 
         # The column of each label among the dense candidates, -1 where it is not there.
         ordered, order = torch.sort(self.dense)
@@ -291,7 +302,7 @@ class _Problem:
             first = self.bucket_of * self.items.shape[1]
             self.own_column = torch.where(found, slot - first, -1)
             # Tail items that a bucket's own list holds with certainty.
-            tails = candidates.tail.expand(len(self.items), -1).contiguous()
+            tails = tail.expand(len(self.items), -1).contiguous()
             self.own_tail = _find(tails, self.items)[1]
             tail_weight = tail_weight.masked_fill(self.own_tail, 0.0)
         self.bucket_size = self.items.shape[1]

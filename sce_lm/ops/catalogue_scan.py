@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from sce_lm.ops.dispatch import Backend, kernels
+
 TILE_ELEMENTS = 2**23
 """Scores held at a time (32 MiB in fp32)."""
 
@@ -16,6 +18,7 @@ def catalogue_topk(
     bias: torch.Tensor | None = None,
     low_rank: torch.Tensor | None = None,
     excluded: torch.Tensor | None = None,
+    backend: Backend = "auto",
 ) -> torch.Tensor:
     """The ``size`` classes with the largest ``q·w_j + b_j`` for each query.
 
@@ -26,10 +29,17 @@ def catalogue_topk(
         bias: ``[V]`` or None.
         low_rank: ``[V, r]`` or None: further columns of the weight, in a tensor of their own.
         excluded: ``[E]`` distinct int64 ids that no query may take.
+        backend: :data:`~sce_lm.ops.dispatch.Backend`.
 
     Returns:
         ``[Q, K]`` int64 ids, ascending in each row.
+
+    Raises:
+        ValueError: backend "triton", and it cannot run.
     """
+    run = kernels("catalogue_topk", backend, queries, weight, bias, low_rank)
+    if run is not None:
+        return run(queries, weight, size, bias=bias, excluded=excluded)
     vocab_size, num_queries = weight.shape[0], queries.shape[0]
     tile = max(size, TILE_ELEMENTS // num_queries)
     q, q_low = queries[:, : weight.shape[1]].to(weight.dtype), queries[:, weight.shape[1] :]

@@ -21,6 +21,7 @@ from typing import NamedTuple
 import torch
 from torch.autograd.function import once_differentiable
 
+from sce_lm.ops.dispatch import Backend, kernels
 from sce_lm.ops.exact_cross_entropy import compute_dtype
 from sce_lm.ops.logits import LogitTransform
 from sce_lm.ops.rows import HeadColumns, Needs
@@ -53,6 +54,7 @@ def chunk_cross_entropy(
     low_rank: torch.Tensor | None = None,
     post: LogitTransform = LogitTransform(),
     position_weight: torch.Tensor | None = None,
+    backend: Backend = "auto",
 ) -> torch.Tensor:
     """Cross-entropy over the union of each position's chunks.
 
@@ -66,7 +68,15 @@ def chunk_cross_entropy(
         post: the map from raw logits to softmax logits.
         position_weight: 0-dim tensor. Given: the result is the sum of losses times this and the
             gradients are taken in the forward pass. None: the result is ``[N]``.
+        backend: :data:`~sce_lm.ops.dispatch.Backend`.
+
+    Raises:
+        ValueError: backend "triton", and it cannot run.
     """
+    run = kernels("chunk_cross_entropy", backend, hidden, weight, bias, low_rank, chunks)
+    if run is not None:
+        options = {"bias": bias, "post": post, "position_weight": position_weight}
+        return run(hidden, weight, labels, chunks, **options)
     return _ChunkCrossEntropy.apply(
         hidden,
         weight,

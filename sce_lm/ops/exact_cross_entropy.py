@@ -24,6 +24,7 @@ from typing import NamedTuple
 import torch
 from torch.autograd.function import once_differentiable
 
+from sce_lm.ops.dispatch import Backend, kernels
 from sce_lm.ops.logits import LogitTransform
 from sce_lm.ops.memory import gradient_memory
 from sce_lm.ops.rows import HeadColumns, Needs
@@ -62,6 +63,7 @@ def exact_cross_entropy(
     low_rank: torch.Tensor | None = None,
     post: LogitTransform = LogitTransform(),
     position_weight: torch.Tensor | None = None,
+    backend: Backend = "auto",
 ) -> ExactLoss:
     """Cross-entropy over all V classes.
 
@@ -74,7 +76,15 @@ def exact_cross_entropy(
         post: the map from raw logits to softmax logits.
         position_weight: 0-dim or ``[N]`` tensor. Given: ``loss`` is the sum of losses times this.
             None: ``loss`` is ``[N]``, minus the labels' log-probabilities.
+        backend: :data:`~sce_lm.ops.dispatch.Backend`.
+
+    Raises:
+        ValueError: backend "triton", and it cannot run.
     """
+    run = kernels("exact_cross_entropy", backend, hidden, weight, bias, low_rank)
+    if run is not None:
+        options = {"bias": bias, "post": post, "position_weight": position_weight}
+        return run(hidden, weight, labels, **options)
     return ExactLoss(
         *_ExactCrossEntropy.apply(
             hidden, weight, low_rank, bias, labels, post, position_weight, torch.is_grad_enabled()

@@ -29,6 +29,7 @@ import torch
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import embedding_bag, pad, softplus
 
+from sce_lm.ops.dispatch import Backend, kernels
 from sce_lm.ops.exact_cross_entropy import compute_dtype
 from sce_lm.ops.logits import LogitTransform
 from sce_lm.ops.rows import HeadColumns, Needs
@@ -74,6 +75,7 @@ def position_cross_entropy(
     low_rank: torch.Tensor | None = None,
     post: LogitTransform = LogitTransform(),
     position_weight: torch.Tensor | None = None,
+    backend: Backend = "auto",
     absolute: bool = False,
 ) -> PositionLoss:
     """Cross-entropy over each position's own candidates.
@@ -88,8 +90,13 @@ def position_cross_entropy(
         post: the map from raw logits to softmax logits.
         position_weight: 0-dim or ``[N]`` tensor. Given: ``loss`` is the sum of losses times this
             and the gradients are taken in the forward pass. None: ``loss`` is ``[N]``.
+        backend: :data:`~sce_lm.ops.dispatch.Backend`; there are no kernels yet.
         absolute: the absolute softmax of Blanc & Rendle (2018), ``|s|`` in place of s.
+
+    Raises:
+        ValueError: backend "triton".
     """
+    kernels("position_cross_entropy", backend, hidden)
     terms = _absolute_softmax if absolute else _softmax
     return PositionLoss(
         *_PositionLoss.apply(
@@ -118,6 +125,7 @@ def position_binary_cross_entropy(
     low_rank: torch.Tensor | None = None,
     post: LogitTransform = LogitTransform(),
     position_weight: torch.Tensor | None = None,
+    backend: Backend = "auto",
 ) -> torch.Tensor:
     """Mean binary cross-entropy over label and candidates; arguments as above.
 
@@ -127,6 +135,7 @@ def position_binary_cross_entropy(
     Returns:
         Scalar ``sum_t position_weight · loss_t``, or ``[N]`` if no weight was given.
     """
+    kernels("position_binary_cross_entropy", backend, hidden)
     return _PositionLoss.apply(
         hidden,
         weight,

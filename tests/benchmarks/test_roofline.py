@@ -47,6 +47,9 @@ def test_buckets_are_scanned_and_their_rows_are_their_own():
     for step in ("group maxima", "group scores"):
         assert found[step, ""].memory_bytes == (1000 + 4) * 128 * 2
     assert found["mean of W", ""].memory_bytes == 1000 * 128 * 2
+    assert found["row_sum", "bucket"].memory_bytes == 4 * 64 * 128 * 2 + 4 * 128 * 4
+    assert found["row_sum", "positions"].memory_bytes == 256 * 128 * 2 + 4 * 128 * 4
+    assert ("row_sum", "shared") not in found
 
 
 @pytest.mark.parametrize("device", DEVICES, ids=lambda d: d.name)

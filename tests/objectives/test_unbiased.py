@@ -120,8 +120,8 @@ def test_bucket_samples_are_unbiased(prior, post):
 @pytest.mark.parametrize("control", [False, True], ids=["plain", "control"])
 @pytest.mark.parametrize("tile", [35, 100])
 def test_tiles_with_thresholds_of_their_own_are_unbiased(tile, control, monkeypatch):
-    def tiled(proposal, size, generator):
-        return priority.priority_sample(proposal, size, generator, tile=tile)
+    def tiled(proposal, size, generator, *, backend):
+        return priority.priority_sample(proposal, size, generator, tile=tile, backend=backend)
 
     monkeypatch.setattr(sce, "priority_sample", tiled)
     check(objective("buckets", control=control), peaked_problem())

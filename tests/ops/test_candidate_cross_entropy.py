@@ -257,3 +257,21 @@ def test_no_logits_are_kept_for_the_backward_pass():
             sums = vars(loss.grad_fn.gradients).values()
             held += [t.numel() for t in sums if torch.is_tensor(t)]
         assert sum(held) < n * k / 20
+
+
+def test_empty_places_of_the_tail_are_not_there():
+    """A place with ``c = -inf`` may hold any id, also one that is listed elsewhere."""
+    problem = make_problem(20, 60, 5)
+    shared, tail = torch.arange(10), torch.arange(20, 35)
+    c = torch.linspace(0, 1, 15, dtype=torch.float64)
+    padded = torch.cat([tail[:7], torch.zeros(3).long(), tail[7:]])
+    padded_c = torch.cat([c[:7], torch.full((3,), -torch.inf).double(), c[7:]])
+    post = LogitTransform(1.0, 2.0)
+    results = []
+    for ids, log_weights in ((tail, c), (padded, padded_c)):
+        candidates = core.Candidates(shared, ids, log_weights, control_variate=True)
+        loss = core.candidate_cross_entropy(
+            *problem[:3], candidates, bias=problem.bias, post=post
+        ).loss
+        results.append([loss, *torch.autograd.grad(loss.sum(), problem.parameters)])
+    assert all(torch.equal(a, b) for a, b in zip(*results))

@@ -206,7 +206,7 @@ def test_streamed_ranks_and_lists_equal_dense_ones_with_ties_and_masks(data):
 def test_a_model_that_scores_all_items_alike_is_not_rewarded():
     model = build("llama")
     with torch.no_grad():
-        model.lm_head.weight.copy_(model.lm_head.weight[:1].expand(VOCABULARY, -1))
+        model.lm_head.weight.zero_()  # scores of equal rows could differ by rounding
     histories, _ = random_users(seed=3)
     report = evaluate_items(
         model, histories, [VOCABULARY - 1] * 23, items=ITEMS, mask_seen=False, tile_size=9

@@ -40,12 +40,17 @@ from sce_lm.ops.triton.supported import inputs_supported
 
 
 def candidate_cross_entropy_supported(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, candidates: Candidates
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    low_rank: Tensor | None = None,
+    candidates: Candidates | None = None,
 ) -> str | None:
-    """Why the kernels cannot take these inputs; None if they can."""
-    if candidates.control_variate and candidates.bucket_log_weights is not None:
-        return "the control variate needs buckets without weights"
-    return inputs_supported(hidden, weight, bias)
+    """Why the kernels cannot take these inputs; None if they can. ``candidates``: None stands for
+    any with a single stratum."""
+    if candidates is not None and candidates.control_variate and candidates.stratum_of is not None:
+        return "the control variate has several strata, and they know one mean"
+    return inputs_supported(hidden, weight, bias, low_rank)
 
 
 def candidate_cross_entropy(
@@ -61,7 +66,7 @@ def candidate_cross_entropy(
     """As :func:`sce_lm.ops.candidate_cross_entropy.candidate_cross_entropy`, for inputs that
     :func:`candidate_cross_entropy_supported` accepts."""
     result = _forward(
-        hidden,
+        hidden.to(weight.dtype),
         weight,
         bias,
         labels,
@@ -283,7 +288,8 @@ def _save(ctx, inputs, output):
 
 
 def _differentiate(ctx, grad_loss, *_):
-    tensors, saved = ctx.saved_tensors[:10], ctx.saved_tensors[10:]
+    everything = ctx.saved_tensors  # may be read only once under gradient checkpointing
+    tensors, saved = everything[:10], everything[10:]
     weight, bias = tensors[1:3]
     needs_hidden, needs_row, needs_bias = ctx.needs_input_grad[:3]
     sparse_grad = ctx.options[-1]

@@ -14,6 +14,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from sce_lm.ops.triton.configurations import configuration
 from sce_lm.ops.triton.logit_math import grouped, raw_logits
@@ -91,21 +92,28 @@ def catalogue_scan_kernel(
 
 
 def catalogue_topk_supported(
-    queries: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
+    queries: Tensor, weight: Tensor, bias: Tensor | None = None, low_rank: Tensor | None = None
 ) -> str | None:
     """Why the kernels cannot take these inputs; None if they can. Queries may have any dtype."""
-    return inputs_supported(queries.to(weight.dtype), weight, bias)
+    return inputs_supported(queries.to(weight.dtype), weight, bias, low_rank)
 
 
 def catalogue_topk(
-    queries: torch.Tensor,
-    weight: torch.Tensor,
+    queries: Tensor,
+    weight: Tensor,
     size: int,
     *,
-    bias: torch.Tensor | None = None,
-    excluded: torch.Tensor | None = None,
-) -> torch.Tensor:
+    bias: Tensor | None = None,
+    excluded: Tensor | None = None,
+) -> Tensor:
     """As :func:`sce_lm.ops.catalogue_scan.catalogue_topk`; scores are kept in fp32."""
+    return _topk(queries, weight, bias, excluded, size)
+
+
+@torch.library.custom_op("sce_lm::catalogue_topk", mutates_args=())
+def _topk(
+    queries: Tensor, weight: Tensor, bias: Tensor | None, excluded: Tensor | None, size: int
+) -> Tensor:
     queries = queries.to(weight.dtype).contiguous()
     num_groups = triton.cdiv(len(weight), GROUP_SIZE)
     is_excluded = None
@@ -126,6 +134,11 @@ def catalogue_topk(
     best = torch.topk(scores, size, dim=1, sorted=False).indices
     group = chosen.gather(1, best // GROUP_SIZE)
     return (group * GROUP_SIZE + best % GROUP_SIZE).sort(dim=1).values
+
+
+@_topk.register_fake
+def _(queries, weight, bias, excluded, size):
+    return queries.new_empty(len(queries), size, dtype=torch.int64)
 
 
 def _scan(queries, weight, bias, is_excluded, rank, out) -> None:

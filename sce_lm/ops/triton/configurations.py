@@ -1,6 +1,7 @@
 """Launch configurations: which tile each kernel uses on which architecture.
 
-There is no tuning at run time. The offline compilation test builds every row of this table and
+There is no tuning at run time; ``scripts/benchmark.py kernels --tune`` measures what lies beside a
+row. The offline compilation test builds every row of this table and
 refuses one that spills registers, needs more shared memory than the architecture has or, in half
 precision, does not use the matrix unit.
 """
@@ -91,10 +92,11 @@ INTERPRETER = Configuration(16, 16, 32, 1, 1)
 _INTERPRETED = {
     "merge_rows": Configuration(1, 4, 64, 1, 1),
     "catalogue_scan": Configuration(16, 64, 32, 1, 1),
-    "tail_sample": Configuration(1, 64, 1, 1, 1),
+    "priority_sample": Configuration(1, 64, 1, 1, 1),
 }
 
 _target: Architecture | None = None
+_instead: dict[str, Configuration] = {}
 
 
 @contextmanager
@@ -108,8 +110,20 @@ def compiling_for(architecture: Architecture) -> Iterator[None]:
         _target = kept
 
 
+@contextmanager
+def replaced(kernel: str, by: Configuration) -> Iterator[None]:
+    """Launch a kernel with another configuration than the table's."""
+    _instead[kernel] = by
+    try:
+        yield
+    finally:
+        del _instead[kernel]
+
+
 def configuration(kernel: str, like: torch.Tensor) -> Configuration:
     """The tile of a kernel for tensors of this device and dtype."""
+    if kernel in _instead:
+        return _instead[kernel]
     if _target is None and like.device.type == "cpu":
         return _INTERPRETED.get(kernel, INTERPRETER)
     architecture = _target or architecture_of(like.device)
@@ -152,9 +166,9 @@ def architecture_of(device: torch.device) -> Architecture | None:
 
 _ANY = {
     "row_dot": Configuration(16, 1, 128, 4, 2),
-    "row_sum": Configuration(1, 16, 256, 4, 2),
-    "merge_rows": Configuration(1, 16, 256, 4, 2),
-    "tail_sample": Configuration(1, 512, 1, 4, 1),
+    "row_sum": Configuration(1, 8, 256, 4, 2),
+    "merge_rows": Configuration(1, 8, 256, 4, 2),
+    "priority_sample": Configuration(1, 512, 1, 4, 1),
 }
 _NAMES = tuple(ARCHITECTURES)
 
@@ -182,7 +196,7 @@ _HALF = {
         Configuration(64, 128, 64, 8, 3),
         Configuration(64, 128, 32, 8, 3),
         Configuration(128, 128, 64, 8, 4),
-        Configuration(128, 128, 64, 8, 4),
+        Configuration(128, 64, 64, 8, 4),
         Configuration(128, 128, 32, 8, 2),
     ),
     "logit_gradient_weighted": _rows(
@@ -224,7 +238,7 @@ _UNALIGNED = {
     "catalogue_scan": Configuration(64, 64, 32, 4, 2),
 }
 _SINGLE = {
-    "forward": Configuration(64, 64, 16, 8, 2),
+    "forward": Configuration(64, 32, 16, 8, 2),
     "forward_weighted": Configuration(32, 64, 16, 8, 2),
     "logit_gradient": Configuration(32, 64, 16, 8, 2),
     "logit_gradient_weighted": Configuration(32, 64, 16, 8, 2),

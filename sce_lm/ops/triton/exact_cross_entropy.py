@@ -35,7 +35,8 @@ def exact_cross_entropy(
 ) -> ExactLoss:
     """As :func:`sce_lm.ops.exact_cross_entropy.exact_cross_entropy`, for inputs that
     :func:`exact_cross_entropy_supported` accepts."""
-    loss, correct, _ = _forward(hidden, weight, bias, labels, post.scale, post.soft_cap)
+    h = hidden.to(weight.dtype)
+    loss, correct, _ = _forward(h, weight, bias, labels, post.scale, post.soft_cap)
     return ExactLoss(loss if position_weight is None else (loss * position_weight).sum(), correct)
 
 
@@ -121,10 +122,11 @@ def _save(ctx, inputs, output):
 
 
 def _differentiate(ctx, grad_loss, *_):
-    has_bias = ctx.saved_tensors[3] is not None
+    saved = ctx.saved_tensors  # may be read only once under gradient checkpointing
+    has_bias = saved[3] is not None
     needs_hidden, needs_row, needs_bias = ctx.needs_input_grad[:3]
     grad_hidden, grad_weight, grad_bias = _backward(
-        grad_loss, *ctx.saved_tensors, *ctx.options, needs_hidden, needs_row or needs_bias
+        grad_loss, *saved, *ctx.options, needs_hidden, needs_row or needs_bias
     )
     return (
         grad_hidden if needs_hidden else None,

@@ -8,24 +8,40 @@ from triton import knobs
 from sce_lm.ops.triton.configurations import DTYPES, architecture_of
 
 
-def inputs_supported(
-    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
-) -> str | None:
-    """Why the kernels cannot take hidden states and an output head; None if they can.
+def device_supported(device: torch.device) -> str | None:
+    """Why the kernels cannot run on a device; None if they can.
 
     They run on CUDA and ROCm devices of the architectures in
     :mod:`~sce_lm.ops.triton.configurations`, and on the CPU under ``TRITON_INTERPRET=1``.
     """
-    if hidden.device.type == "cuda":
-        if architecture_of(hidden.device) is None:
-            return "this device has no launch configurations"
-    elif not (hidden.device.type == "cpu" and knobs.runtime.interpret):
-        return f"tensors on {hidden.device.type!r} need a GPU, or TRITON_INTERPRET=1"
+    if device.type == "cuda":
+        known = architecture_of(device) is not None
+        return None if known else "this device has no launch configurations"
+    if device.type == "cpu" and knobs.runtime.interpret:
+        return None
+    return f"tensors on {device.type!r} need a GPU, or TRITON_INTERPRET=1"
+
+
+def inputs_supported(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    low_rank: torch.Tensor | None = None,
+) -> str | None:
+    """Why the kernels cannot take hidden states and an output head; None if they can.
+
+    The operands of a product have one dtype: hidden states are widened to that of the weight.
+    """
+    reason = device_supported(hidden.device)
+    if reason is not None:
+        return reason
+    if low_rank is not None:
+        return "the head has a low-rank operand, which they do not take"
     if weight.device != hidden.device:
         return f"hidden states are on {hidden.device} and the weight is on {weight.device}"
-    if hidden.dtype not in DTYPES:
-        return f"{hidden.dtype} is not one of " + ", ".join(map(str, DTYPES))
-    if weight.dtype != hidden.dtype:
+    if weight.dtype not in DTYPES:
+        return f"a weight of {weight.dtype} is not one of " + ", ".join(map(str, DTYPES))
+    if torch.promote_types(hidden.dtype, weight.dtype) != weight.dtype:
         return f"hidden states are {hidden.dtype} and the weight is {weight.dtype}"
     if bias is not None and bias.dtype not in DTYPES:
         return f"a bias of {bias.dtype} is not one of " + ", ".join(map(str, DTYPES))

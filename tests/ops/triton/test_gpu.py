@@ -1,15 +1,23 @@
-"""The kernels on a GPU: bf16 against fp64, equal bits, no wait for the device, graph capture."""
+"""The kernels on a GPU: bf16 against fp64, equal bits, no wait for the device, graph capture,
+compute-sanitizer. ``scripts/test.sh --gpu`` runs them. They have not been run on hardware yet."""
+
+import os
+import shutil
+import subprocess
+import sys
+import warnings
 
 import pytest
 import torch
 from support.problems import Problem, make_problem, relative_error
 
+from sce_lm import objectives
 from sce_lm.objectives.reference import candidate_reference, exact_reference
 from sce_lm.ops.candidate_cross_entropy import Candidates
 from sce_lm.ops.triton.candidate_cross_entropy import candidate_cross_entropy
 from sce_lm.ops.triton.catalogue_scan import catalogue_topk
 from sce_lm.ops.triton.exact_cross_entropy import exact_cross_entropy
-from sce_lm.ops.triton.tail_sample import tail_sample
+from sce_lm.ops.triton.priority_sample import priority_sample
 
 pytestmark = [
     pytest.mark.gpu,
@@ -63,18 +71,81 @@ def test_the_same_bits_every_time():
         assert all(torch.equal(a, b) for a, b in zip(first, results(problem, candidates)))
 
 
+def selections(problem: Problem) -> None:
+    catalogue_topk(problem.hidden.detach()[:64], problem.weight.detach(), 128)
+    noise = torch.Generator("cuda").manual_seed(1)
+    priority_sample(torch.zeros(3000, device="cuda"), 256, noise)
+
+
 def test_nothing_waits_for_the_device():
     problem, _, candidates = drawn(256, torch.bfloat16)
     results(problem, candidates)  # compiles
-    catalogue_topk(problem.hidden.detach()[:64], problem.weight.detach(), 128)
-    tail_sample(torch.zeros(3000, device="cuda"), 256, 1)
+    selections(problem)
     torch.cuda.set_sync_debug_mode("error")
     try:
         results(problem, candidates)
-        catalogue_topk(problem.hidden.detach()[:64], problem.weight.detach(), 128)
-        tail_sample(torch.zeros(3000, device="cuda"), 256, 2)
+        selections(problem)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def waits(objective, problem: Problem) -> list[str]:
+    """What waits for the device in a training step after the first one."""
+
+    def step():
+        objective(*problem[:3], bias=problem.bias).backward()
+
+    step()
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return [str(w.message) for w in caught if "synchroniz" in str(w.message)]
+
+
+def test_a_step_waits_where_labels_are_checked_alone():
+    """And the lists of distinct labels and frequent classes, where there are any."""
+    problem = drawn(256, torch.bfloat16)[0]
+    tail = {"num_buckets": 0, "shared_labels": False, "shared_frequent": 0, "tail_candidates": 256}
+    assert len(waits(objectives.get("exact"), problem)) == 1
+    assert len(waits(objectives.get("sce", **tail), problem)) == 1
+    buckets = {"num_buckets": 4, "bucket_candidates": 64, "tail_candidates": 256}
+    assert len(waits(objectives.get("sce", **buckets), problem)) <= 3
+
+
+@pytest.mark.parametrize(
+    "specification",
+    [
+        {"name": "exact"},
+        {"name": "in_batch"},
+        {"name": "rece"},
+        {"name": "sce", "published": True},
+        {"name": "sce", "correction": "none", "num_buckets": 4, "bucket_candidates": 64},
+    ],
+    ids=lambda s: s["name"],
+)
+def test_objectives_take_the_kernels_and_equal_torch(specification):
+    problem = drawn(256, torch.float32)[0]
+    found = []
+    for backend in ("triton", "torch"):
+        objective = objectives.get(**specification, backend=backend)
+        generator = torch.Generator().manual_seed(4)
+        loss = objective(*problem[:3], bias=problem.bias, generator=generator)
+        found.append([loss, *torch.autograd.grad(loss, problem.parameters)])
+    for actual, want in zip(*found):
+        assert relative_error(actual, want) < 1e-3
+
+
+def test_auto_takes_the_kernels():
+    problem = drawn(256, torch.bfloat16)[0]
+    losses = [
+        objectives.get("exact", backend=backend)(*problem[:3], bias=problem.bias)
+        for backend in ("auto", "triton")
+    ]
+    assert torch.equal(*losses)
 
 
 def test_a_graph_replays():
@@ -101,3 +172,20 @@ def test_offsets_past_int32():
     loss = candidate_cross_entropy(hidden, weight, labels, candidates).loss
     wanted = exact_reference(hidden.double(), weight[-64:].double(), labels - rows + 64)
     assert relative_error(loss, wanted) < 1e-3
+
+
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck", "synccheck"])
+def test_compute_sanitizer_finds_nothing(tool):
+    program = shutil.which("compute-sanitizer")
+    if program is None:
+        pytest.skip("compute-sanitizer is not installed; it comes with the CUDA toolkit")
+    names = ("test_the_same_bits_every_time", "test_auto_takes_the_kernels")
+    tests = [f"{__file__}::{name}" for name in names]
+    command = [program, "--tool", tool, "--error-exitcode", "9", "--target-processes", "all"]
+    result = subprocess.run(
+        [*command, sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests],
+        env={**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]

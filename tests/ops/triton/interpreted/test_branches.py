@@ -16,10 +16,10 @@ from sce_lm.ops.triton import (
     logit_gradient,
     logit_math,
     merge_rows,
+    priority_sample,
     row_dot,
     row_gradient,
     row_sum,
-    tail_sample,
 )
 from sce_lm.ops.triton.candidate_cross_entropy import candidate_cross_entropy
 from sce_lm.ops.triton.exact_cross_entropy import exact_cross_entropy
@@ -33,7 +33,7 @@ MODULES = (
     row_dot,
     row_gradient,
     row_sum,
-    tail_sample,
+    priority_sample,
 )
 
 
@@ -68,7 +68,7 @@ def launched() -> list[Launch]:
     with watched(run=False) as found:
         catalogue_scan.catalogue_topk(q, w, 7, bias=problem.bias, excluded=torch.arange(20))
         catalogue_scan.catalogue_topk(q[:, :64], w[:, :64], 7)
-        tail_sample.tail_sample(torch.zeros(300), 20, 1)
+        priority_sample.priority_sample(torch.zeros(300), 20, torch.Generator())
     return launches + found
 
 

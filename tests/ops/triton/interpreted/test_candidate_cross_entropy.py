@@ -24,7 +24,7 @@ def check(case: Case) -> None:
     """Loss and gradients of weighted losses."""
     problem, double, candidates = draw(case)
     bias = problem.bias
-    assert candidate_cross_entropy_supported(*problem[:2], bias, candidates) is None
+    assert candidate_cross_entropy_supported(*problem[:2], bias) is None
     if case.weighted:
         expected = weighted_bucket_reference(double, candidates, case.post)
     else:
@@ -136,17 +136,31 @@ def test_the_same_bits_every_time():
     assert all(torch.equal(a, b) for a, b in zip(*runs))
 
 
+def test_narrow_hidden_states_are_widened():
+    """As under autocast, which leaves the weight in fp32."""
+    problem, _, candidates = draw(Case("mixed", buckets=2, control=True))
+    half = problem.hidden.detach().half().requires_grad_()
+    found = candidate_cross_entropy(half, *problem[1:3], candidates).loss
+    wide = half.detach().float().requires_grad_()
+    expected = candidate_cross_entropy(wide, *problem[1:3], candidates).loss
+    assert torch.equal(found, expected)
+    (actual,) = torch.autograd.grad(found.sum(), half)
+    (want,) = torch.autograd.grad(expected.sum(), wide)
+    assert torch.equal(actual, want.half())
+
+
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
         (lambda h, w: (h.double(), w), "float64"),
-        (lambda h, w: (h.half(), w), "float16 and the weight is torch.float32"),
+        (lambda h, w: (h, w.double()), "a weight of torch.float64"),
+        (lambda h, w: (h, w.half()), "float32 and the weight is torch.float16"),
         (lambda h, w: (h, w.T.contiguous().T), "contiguous"),
         (lambda h, w: (h.to("meta"), w), "meta"),
     ],
-    ids=["fp64", "mixed", "strides", "device"],
+    ids=["fp64", "fp64 weight", "mixed", "strides", "device"],
 )
 def test_unsupported_inputs_are_named(change, reason):
-    problem, _, candidates = draw(Case("unsupported"))
+    problem = draw(Case("unsupported")).problem
     hidden, weight = change(problem.hidden.detach(), problem.weight.detach())
-    assert reason in candidate_cross_entropy_supported(hidden, weight, None, candidates)
+    assert reason in candidate_cross_entropy_supported(hidden, weight)

@@ -10,7 +10,7 @@ import sce_lm.ops.triton.row_gradient as row_gradient
 from sce_lm.ops.triton.candidate_cross_entropy import candidate_cross_entropy
 from sce_lm.ops.triton.catalogue_scan import catalogue_topk
 from sce_lm.ops.triton.exact_cross_entropy import exact_cross_entropy
-from sce_lm.ops.triton.tail_sample import tail_sample
+from sce_lm.ops.triton.priority_sample import priority_sample
 
 CASE = Case("races", bias=True, buckets=2, control=True, vocab=80, shared=20, tail=20, width=35)
 
@@ -30,7 +30,8 @@ def exact_results():
 def scan_results():
     problem = draw(CASE).problem
     hidden, weight = problem.hidden.detach()[:20], problem.weight.detach()
-    return [catalogue_topk(hidden, weight, 5), *tail_sample(torch.zeros(200), 50, 3)]
+    drawn = priority_sample(torch.zeros(200), 50, torch.Generator().manual_seed(3))
+    return [catalogue_topk(hidden, weight, 5), *drawn]
 
 
 RESULTS = [candidate_results, exact_results, scan_results]

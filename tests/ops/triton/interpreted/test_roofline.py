@@ -10,19 +10,22 @@ from sce_lm.ops.triton.candidate_cross_entropy import candidate_cross_entropy
 from sce_lm.ops.triton.catalogue_scan import catalogue_topk
 from sce_lm.ops.triton.configurations import INTERPRETER, configuration
 
-KERNELS = ("forward", "logit_gradient", "hidden_gradient", "row_gradient", "merge_rows", "row_dot")
+KERNELS = ("forward", "logit_gradient", "hidden_gradient", "row_gradient")
+SUMS = ("merge_rows", "row_dot", "row_sum")
 CASE = Case(
     "plan", positions=64, vocab=300, width=64, shared=64, tail=48, buckets=4, bucket_size=32
 )
 
 
+@pytest.mark.parametrize("control", [False, True], ids=["plain", "control"])
 @pytest.mark.parametrize("buckets", [0, 4])
-def test_the_plan_moves_at_most_a_third_more_than_the_model_counts(buckets):
-    case = Case(**{**vars(CASE), "buckets": buckets})
+def test_the_plan_moves_at_most_a_third_more_than_the_model_counts(buckets, control):
+    case = Case(**{**vars(CASE), "buckets": buckets, "control": control})
     problem, _, candidates = draw(case)
     if candidates.bucket_of is not None:
         candidates.bucket_of.copy_(torch.arange(case.positions) % buckets)
-    shape = Shape(64, 300, 64, 64, 48, buckets, 32 if buckets else 0, item_bytes=4)
+    own = 32 if buckets else 0
+    shape = Shape(64, 300, 64, 64, 48, buckets, own, control, item_bytes=4)
     with watched() as launches:
         loss = candidate_cross_entropy(*problem[:3], candidates).loss.sum()
         torch.autograd.grad(loss, problem.parameters)
@@ -33,8 +36,13 @@ def test_the_plan_moves_at_most_a_third_more_than_the_model_counts(buckets):
         assert len(ran) == len(planned)
         for launch, step in zip(ran, planned):
             assert 0.6 < launch.memory_bytes / step.memory_bytes < 1.3, (kernel, step)
-            if kernel not in ("merge_rows", "row_dot"):
-                assert 0.6 < launch.tile_bytes / step.tile_bytes < 1.3, (kernel, step)
+            assert 0.6 < launch.tile_bytes / step.tile_bytes < 1.3, (kernel, step)
+    for kernel in SUMS:
+        ran = sum(x.memory_bytes for x in launches if x.kernel == f"{kernel}_kernel")
+        planned = sum(step.memory_bytes for step in counted if step.kernel == kernel)
+        assert ran == planned == 0 or 0.6 < ran / planned < 1.3, kernel
+    every = {x.kernel.removesuffix("_kernel") for x in launches}
+    assert every <= {*KERNELS, *SUMS}  # no launch is left out of the count
 
 
 def test_the_scan_reads_the_catalogue_twice():

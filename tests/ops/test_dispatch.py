@@ -1,0 +1,68 @@
+"""Which implementation runs."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from support.problems import make_problem
+
+from sce_lm import SCEConfig, objectives
+from sce_lm.ops import dispatch
+
+ON_GPU = SimpleNamespace(device=torch.device("cuda"))
+ON_CPU = torch.zeros(1)
+
+
+@pytest.mark.parametrize(
+    ("backend", "like", "reason", "chosen"),
+    [
+        ("auto", ON_GPU, None, True),
+        ("auto", ON_GPU, "of its dtype", False),
+        ("auto", ON_CPU, None, False),
+        ("torch", ON_GPU, None, False),
+        ("triton", ON_GPU, None, True),
+        ("triton", ON_CPU, None, True),
+    ],
+)
+def test_the_choice(backend, like, reason, chosen, monkeypatch):
+    run = object()
+    monkeypatch.setattr(dispatch, "_find", lambda *inputs: (reason, run))
+    found = dispatch.kernels("exact_cross_entropy", backend, like)
+    assert found is (run if chosen else None)
+
+
+def test_kernels_that_cannot_run_say_why(monkeypatch):
+    with pytest.raises(ValueError, match='"triton": it has no kernels; use backend="auto"'):
+        dispatch.kernels("position_cross_entropy", "triton", ON_CPU)
+    with pytest.raises(ValueError, match="tensors on 'cpu' need a GPU"):
+        dispatch.kernels("exact_cross_entropy", "triton", ON_CPU, torch.zeros(2, 1))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="Triton is not installed"):
+        dispatch.kernels("exact_cross_entropy", "triton", ON_CPU, torch.zeros(2, 1))
+    assert dispatch.kernels("exact_cross_entropy", "auto", ON_GPU) is None
+
+
+def test_every_operation_in_the_table_is_there():
+    for operation in dispatch.MODULES:
+        inputs = [ON_CPU] if operation == "priority_sample" else [torch.zeros(2, 1)] * 2
+        if operation == "chunk_cross_entropy":
+            inputs += [None, None, SimpleNamespace(of_position=[0])]
+        reason, run = dispatch._find(operation, *inputs)
+        assert "TRITON_INTERPRET" in reason
+        assert callable(run)
+
+
+@pytest.mark.parametrize("name", objectives.names())
+def test_every_objective_hands_its_backend_on(name):
+    problem = make_problem(12, 40, 4, dtype=torch.float32)
+    plain = objectives.get(name, backend="torch")
+    assert plain(*problem[:3], bias=problem.bias).isfinite()
+    assert plain.to_dict()["backend"] == "torch"
+    asked = objectives.get(name, backend="triton")
+    with pytest.raises(ValueError, match='backend="triton"'):
+        asked(*problem[:3], bias=problem.bias)
+
+
+def test_an_unknown_backend_is_refused():
+    with pytest.raises(ValueError, match=r"SCEConfig.backend is 'cuda'; choose one of 'auto'"):
+        SCEConfig(backend="cuda")
