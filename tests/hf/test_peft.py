@@ -290,12 +290,21 @@ def test_lora_head_is_the_merged_weight():
             torch.testing.assert_close(got, want, rtol=1e-5, atol=0)
 
 
-def test_bf16_lora_head_is_within_stocks_own_error():
-    reference = with_adapter(tiny_model("llama"), head_lora())(**tiny_batch()).loss
-    stock, patched = stock_and_patched("llama", "after", head_lora())
-    want, got = (m.to(torch.bfloat16)(**tiny_batch()).loss for m in (stock, patched))
-    assert (got - reference).abs() <= (want - reference).abs() + 0.02
-    got.backward()
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gemma3", "granite"])
+def test_bf16_lora_head_is_within_stocks_own_error(name):
+    """Against the same rounded weights in fp32, on average over batches; the backbone, which both
+    compute in bf16, gives most of the error."""
+    stock, patched = (m.to(torch.bfloat16) for m in stock_and_patched(name, "after", head_lora()))
+    reference = copy.deepcopy(stock).float()
+    errors = []
+    for seed in range(6):
+        batch = tiny_batch(seed)
+        with torch.no_grad():
+            want, *found = (float(m(**batch).loss) for m in (reference, stock, patched))
+        errors.append([abs(loss - want) for loss in found])
+    of_stock, of_ours = torch.tensor(errors).mean(dim=0).tolist()
+    assert of_ours <= 1.1 * of_stock
+    patched(**tiny_batch()).loss.backward()
     assert all(p.grad.isfinite().all() for _, p in trained(patched))
 
 
