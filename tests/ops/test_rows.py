@@ -113,13 +113,17 @@ def test_scans_see_all_columns():
 def test_gradients_lie_in_their_own_columns():
     head = HeadColumns(torch.zeros(9, 4, dtype=torch.bfloat16), torch.zeros(9, 2), torch.zeros(9))
     ids, rows = torch.tensor([2, 5]), torch.arange(14.0).view(2, 7)
-    everywhere = -torch.ones(7)
+    everywhere = -torch.ones(1, 7)
     weight, low_rank, bias = head.gradients((True, True, True), ids, rows, everywhere)
     assert weight.dtype == torch.bfloat16
     assert torch.equal(weight[ids].float(), rows[:, :4])
     assert torch.equal(low_rank[ids], rows[:, 4:6])
     assert torch.equal(bias[ids], rows[:, 6])
     assert all((g[0] == -1).all() for g in (weight, low_rank, bias))
+    strata = torch.tensor([0, 1, 0, 1, 1, 1, 0, 0, 1])
+    everywhere = torch.stack([torch.full((7,), 3.0), torch.full((7,), 4.0)])
+    for g in head.gradients((True, True, True), ids, rows, everywhere, stratum_of=strata):
+        assert [float(g[i].flatten()[0]) for i in (0, 1, 8)] == [3.0, 4.0, 4.0]
     needs = (False, True, True)
     assert head.num_frozen(needs) == 4
     found = head.gradients(needs, ids, rows[:, 4:], sparse=True)
