@@ -78,7 +78,7 @@ def test_a_model_that_ignores_where_histories_begin_cannot_pack(monkeypatch):
     """Position ids are taken, and the mask is causal only."""
     model = AutoModelForCausalLM.from_config(SASRecConfig(vocab_size=50, hidden_size=16))
     assert can_pack(model)
-    monkeypatch.setattr("sce_lm.recsys.sasrec.create_causal_mask", lambda **_: causal())
+    monkeypatch.setattr("sce_lm.recsys.sasrec.create_causal_mask", lambda *_, **__: causal())
     assert not can_pack(model)
 
 
