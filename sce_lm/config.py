@@ -350,6 +350,7 @@ class SCEConfig(ObjectiveConfig):
         vocab_size: int,
         prefer_control_variate: bool = True,
         num_labels: int = 0,
+        rows: int | None = None,
     ) -> SCESizes:
         """A number for every "auto", and no list longer than there are positions or classes.
 
@@ -358,8 +359,15 @@ class SCEConfig(ObjectiveConfig):
             vocab_size: V.
             prefer_control_variate: what past draws say for ``control_variate="auto"``.
             num_labels: labels seen so far, for ``uniform_floor="auto"``.
+            rows: those of the V that this rank holds, if the head is cut by rows: each list is cut
+                in proportion, and ``num_labels`` are the labels among them. None: all of them.
         """
         n, v = num_positions, vocab_size
+        rows = v if rows is None else rows
+
+        def here(size: int) -> int:
+            return -(-min(size, v) * rows // v)
+
         published = self.assignment == "topk"
         sampled_buckets = self.bucket_sampling == "priority"
         corrected = self.correction == "priority" and not sampled_buckets
@@ -379,20 +387,20 @@ class SCEConfig(ObjectiveConfig):
             if corrected:
                 auto_candidates = max(1024, min(CANDIDATES_PER_POSITION * bucket_positions, 4096))
         auto_tail = (1024 if num_buckets else 2048) if corrected else 0
-        tail = min(_pick(self.tail_candidates, auto_tail), v)
+        tail = here(_pick(self.tail_candidates, auto_tail))
         control = prefer_control_variate if self.control_variate == "auto" else self.control_variate
         labels_share = self.prior_shares().get("labels", 0.0)
         return SCESizes(
             num_buckets=num_buckets,
             bucket_positions=bucket_positions,
             bucket_candidates=(
-                min(_pick(self.bucket_candidates, auto_candidates), v) if num_buckets else 0
+                here(_pick(self.bucket_candidates, auto_candidates)) if num_buckets else 0
             ),
-            shared_frequent=0 if published else min(_pick(self.shared_frequent, 1024), v),
+            shared_frequent=0 if published else here(_pick(self.shared_frequent, 1024)),
             tail_candidates=tail,
             control_variate=control and tail > 0,
             uniform_floor=(
-                max(MIN_FLOOR, labels_share * v / (v + num_labels))
+                max(MIN_FLOOR, labels_share * rows / (rows + num_labels))
                 if self.uniform_floor == "auto"
                 else self.uniform_floor
             ),

@@ -4,6 +4,7 @@
     python scripts/benchmark.py estimators --real runs/lm_embedded --plot estimators.png
     python scripts/benchmark.py train examples/configs/lm_embedded.yaml --steps 150 --seeds 0 1
     python scripts/benchmark.py scale --plot scale.png
+    python scripts/benchmark.py ranks --ranks 1 2 4 8 --bandwidth 100
     python scripts/benchmark.py kernels --json kernels.json
 
 `--help` after a subcommand lists its options. The table goes to standard output, progress to

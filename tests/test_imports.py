@@ -13,10 +13,13 @@ MAY_IMPORT = {
     "files": set(),
     "candidates": {"config", "files", "ops"},
     "objectives": {"candidates", "config", "ops"},
-    "hf": {"objectives", "candidates", "config", "files", "ops"},
+    "distributed": {"objectives", "candidates", "config", "ops"},
+    "hf": {"distributed", "objectives", "candidates", "config", "files", "ops"},
     "recsys": {"hf", "objectives", "candidates", "config", "files", "ops"},
     "training": {"recsys", "hf", "objectives", "candidates", "config", "files", "ops"},
-    "benchmarks": {"training", "hf", "objectives", "candidates", "config", "files", "ops"},
+    "benchmarks": {
+        *("training", "hf", "distributed", "objectives", "candidates", "config", "files", "ops")
+    },
 }
 """What each part of the package may import from the others."""
 

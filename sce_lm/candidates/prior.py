@@ -19,12 +19,12 @@ def label_prior(counts: torch.Tensor, power: float) -> torch.Tensor:
     """``n_j^power / sum_k n_k^power``.
 
     Args:
-        counts: ``[V]`` label counts, not all 0.
+        counts: ``[V]`` label counts; if all are 0, the prior is 0 too.
         power: 1 follows the frequencies, 0 makes every class seen so far equally likely.
     """
     seen = counts.to(torch.float64)
     frequency = torch.where(counts > 0, seen.pow(power), seen)
-    return frequency / frequency.sum()
+    return frequency / frequency.sum().clamp_min(1.0)
 
 
 def log_with_floor(prior: torch.Tensor, uniform_floor: float) -> torch.Tensor:

@@ -60,7 +60,7 @@ class WeightClasses:
 
     def is_due(self, num_labels: int) -> bool:
         """Whether so many labels call for building anew."""
-        return num_labels >= GROWTH * self.num_labels
+        return num_labels >= max(GROWTH * self.num_labels, 1)
 
     def sample(
         self,

@@ -38,11 +38,13 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss, ForMaskedLMLoss
 
 from sce_lm import objectives
 from sce_lm.config import SCEConfig
+from sce_lm.distributed import vocab_parallel_loss
 from sce_lm.hf.head import HeadProduct, call_inside, check_linear, merged_adapters
 from sce_lm.hf.lazy_logits import CrossEntropy, LazyLogits, RecordedLogits
 from sce_lm.hf.traced_logits import TracedLogits, is_traceable
@@ -397,6 +399,8 @@ class _Attachment:
         if training:
             self.note_new_state()
         objective = self.objective if training else self.evaluation
+        if isinstance(inputs[1], DTensor):  # the weight of a tensor-parallel plan's head
+            objective = partial(vocab_parallel_loss, config=objective)
         loss = objective(*inputs, return_stats=not training, **options)
         self.statistics = None
         if isinstance(loss, tuple):

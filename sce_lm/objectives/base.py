@@ -97,6 +97,8 @@ class Objective(ABC):
     """Its frozen configuration."""
     state: SCEState | None = None
     """What it remembers between calls, or None."""
+    vocab_size: int | None = None
+    """V, where a call's ``weight`` holds only some of the rows; None: it holds them all."""
 
     def __init__(self, config: Any = None) -> None:
         self.config = self.config_class() if config is None else config
@@ -104,6 +106,11 @@ class Objective(ABC):
     @abstractmethod
     def compute(self, inputs: HeadInputs) -> tuple[torch.Tensor, Statistics]:
         """The weighted sum of losses (or ``[N]`` losses) and statistics with ``[N]`` fields."""
+
+    def nothing(self, inputs: HeadInputs) -> torch.Tensor:
+        """The loss where no position has a label (N = 0): a zero that is connected to the graph."""
+        is_sparse = getattr(self.config, "sparse_grad", False)
+        return connected_zero(inputs.hidden, inputs.columns, is_sparse)
 
     def to_dict(self) -> dict[str, Any]:
         """Name and options as JSON-able values; ``objectives.get(**d)`` builds it again."""
@@ -197,11 +204,14 @@ class Objective(ABC):
         check_inputs(hidden_states, columns, labels, reduction)
         dtype = compute_dtype(hidden_states, weight)
         flat_labels = labels.reshape(-1).long()
-        valid = valid_positions(flat_labels, ignore_index, len(weight))
+        valid = valid_positions(flat_labels, ignore_index, self.vocab_size or len(weight))
         num_valid = valid.numel()
         if num_valid == 0:
-            is_sparse = getattr(self.config, "sparse_grad", False)
-            loss = connected_zero(hidden_states, columns, is_sparse).to(dtype)
+            none = hidden_states.reshape(-1, hidden_states.shape[-1])[:0]
+            inputs = HeadInputs(
+                none, weight, valid, bias, post, None, generator, return_stats, low_rank
+            )
+            loss = self.nothing(inputs).to(dtype)
             if reduction == "none":
                 loss = loss + hidden_states.new_zeros(labels.shape, dtype=dtype)
             return (loss, Statistics(num_valid=0)) if return_stats else loss
@@ -294,11 +304,11 @@ def check_inputs(hidden_states, columns: HeadColumns, labels, reduction) -> None
             f"weight has shape {tuple(weight.shape)}; the output head's [vocab_size, hidden_size] "
             "matrix is needed."
         )
-    vocab_size, width = weight.shape
+    num_rows, width = weight.shape
     if low_rank is not None:
-        if low_rank.dim() != 2 or len(low_rank) != vocab_size:
+        if low_rank.dim() != 2 or len(low_rank) != num_rows:
             raise ValueError(
-                f"low_rank has shape {tuple(low_rank.shape)}; [{vocab_size}, r], a row for each "
+                f"low_rank has shape {tuple(low_rank.shape)}; [{num_rows}, r], a row for each "
                 "row of weight, is needed."
             )
         width += low_rank.shape[1]
@@ -316,9 +326,9 @@ def check_inputs(hidden_states, columns: HeadColumns, labels, reduction) -> None
         )
     if labels.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"labels has dtype {labels.dtype}; pass integer class ids (int64).")
-    if bias is not None and bias.shape != (vocab_size,):
+    if bias is not None and bias.shape != (num_rows,):
         raise ValueError(
-            f"bias has shape {tuple(bias.shape)}; [{vocab_size}], one number for each row of "
+            f"bias has shape {tuple(bias.shape)}; [{num_rows}], one number for each row of "
             "weight, is needed."
         )
     if reduction not in ("mean", "sum", "none"):

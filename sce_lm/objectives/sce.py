@@ -31,6 +31,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 
@@ -69,6 +70,15 @@ MONITOR_POSITIONS = 256
 """Positions that each of them looks at, spread evenly over the batch."""
 
 
+class Chosen(NamedTuple):
+    """What one call of corrected SCE sums over."""
+
+    candidates: Candidates
+    sizes: SCESizes
+    counted: bool
+    """Whether the state counts the call."""
+
+
 class SCE(SampledObjective):
     """Scalable Cross-Entropy by an :class:`SCEConfig`, with its state."""
 
@@ -85,19 +95,45 @@ class SCE(SampledObjective):
     # -- corrected ---------------------------------------------------------------------------
 
     def _corrected(self, inputs: HeadInputs, seed: int) -> tuple[torch.Tensor, Statistics]:
-        num_positions, vocab_size = len(inputs.labels), len(inputs.weight)
-        counts, prefer, counted = self.state.begin_call(inputs.labels, vocab_size, seed)
-        sizes = self.config.resolve(num_positions, vocab_size, prefer, self.state.num_labels)
+        chosen = self.choose(inputs, seed, len(inputs.weight))
+        result = candidate_cross_entropy(*inputs.head, chosen.candidates, **inputs.options)
+        return result.loss, self.observe(inputs, chosen, result.log_partition)
+
+    def choose(self, inputs: HeadInputs, seed: int, vocab_size: int) -> Chosen:
+        """Candidates of one call.
+
+        Args:
+            inputs: ``weight`` holds all rows of the head, or those of one rank; ``labels`` are the
+                labels among them, in any number.
+            seed: of this call.
+            vocab_size: V, rows of the whole head.
+        """
+        rows = len(inputs.weight)
+        counts, prefer, counted = self.state.begin_call(inputs.labels, rows, seed)
+        sizes = self.config.resolve(
+            len(inputs.hidden), vocab_size, prefer, self.state.num_labels, rows
+        )
         with torch.no_grad():
             candidates = self._choose(inputs, sizes, counts, seed, counted=counted)
-        result = candidate_cross_entropy(*inputs.head, candidates, **inputs.options)
+        return Chosen(candidates, sizes, counted)
+
+    def observe(
+        self, inputs: HeadInputs, chosen: Chosen, log_partition: torch.Tensor
+    ) -> Statistics:
+        """Statistics of a call; the state follows if it counted.
+
+        Args:
+            log_partition: ``[N]`` log Zhat.
+        """
+        candidates, sizes, counted = chosen
+        num_positions = len(inputs.hidden)
         if counted and "cache" in self.config.prior_shares():
-            record_softmax(self.state, inputs, candidates, result.log_partition)
-        products = self._products(candidates, num_positions, vocab_size)
+            record_softmax(self.state, inputs, candidates, log_partition)
+        products = self._products(candidates, num_positions, len(inputs.weight))
         products += TailProposal(self.config, self.state, inputs, sizes).products()
-        relative_error = self._relative_error(inputs, candidates, result.log_partition, counted)
+        relative_error = self._relative_error(inputs, candidates, log_partition, counted)
         own = 0 if candidates.bucket_items is None else candidates.bucket_items.shape[1]
-        return result.loss, self.statistics(
+        return self.statistics(
             num_positions,
             products,
             counted=counted,

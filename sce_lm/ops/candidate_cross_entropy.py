@@ -37,6 +37,11 @@ the products instead; the control's second term has rank one a bucket and is add
 gradient of W is summed in fp32 over the rows that were touched, and cast once. A low-rank operand
 and a bias are further columns of W (module :mod:`sce_lm.ops.rows`).
 
+Of a head that is cut by rows over several ranks, each rank has candidates among its own rows, and
+the sums of the ranks add up: Zhat = sum_r Zhat_r, with the label's term where its row is. A label
+that is elsewhere is -1 here. :class:`CandidatePasses` gives log Zhat_r first and the gradients once
+log Zhat is known: above, Zhat is then that of all ranks.
+
 Positions are sorted by bucket; each block's buckets are multiplied together, in groups of sizes
 so alike that padding them to the largest adds at most a tenth.
 """
@@ -161,6 +166,59 @@ def candidate_cross_entropy(
             torch.is_grad_enabled(),
         )
     )
+
+
+class Sums(NamedTuple):
+    """What one pass over the candidates finds."""
+
+    log_partition: torch.Tensor
+    """``[N]`` log Zhat of the rows that are here, -inf where there is nothing to sum."""
+    label_logit: torch.Tensor
+    """``[N]`` s_ty, 0 where the label is elsewhere."""
+    num_clamped: torch.Tensor
+    """0-dim int64: positions whose control variate was dropped."""
+
+
+class CandidatePasses:
+    """The two passes over the candidates of some rows of a head, with a collective in between.
+
+    Args:
+        hidden: ``[N, d]`` (``[N, d + r]``).
+        columns: of the rows that are here.
+        labels: ``[N]`` int64 row numbers, -1 where the label's row is elsewhere.
+        post: the map from raw logits to softmax logits.
+        candidates: among these rows.
+    """
+
+    def __init__(
+        self,
+        hidden: torch.Tensor,
+        columns: HeadColumns,
+        labels: torch.Tensor,
+        post: LogitTransform,
+        candidates: Candidates,
+    ) -> None:
+        self.inputs = (hidden, columns, labels, candidates, post)
+        self.dtype = compute_dtype(hidden, columns.weight)
+
+    def scan(self) -> Sums:
+        """The pass that gives log Zhat_r."""
+        return _pass(*self.inputs, None, Needs(), self.dtype)[0]
+
+    def gradients(
+        self, log_partition: torch.Tensor, position_weight: torch.Tensor, needs: Needs
+    ) -> tuple[torch.Tensor | None, ...]:
+        """dL/dh ``[N, D]`` (of these rows alone), and those of weight, low_rank and bias, for the
+        loss ``sum_t position_weight_t · loss_t``.
+
+        Args:
+            log_partition: ``[N]`` log Zhat over all ranks.
+            position_weight: ``[N]``.
+            needs: which of them are wanted.
+        """
+        _, columns, _, candidates, _ = self.inputs
+        found = _pass(*self.inputs, position_weight, needs, self.dtype, log_partition)[1]
+        return found.of_inputs(columns, candidates)
 
 
 def candidate_variance(
@@ -300,7 +358,7 @@ class _Problem:
             ascending = (self.items + buckets * vocab_size).flatten()
             slot, found = _find(labels + self.bucket_of * vocab_size, ascending)
             first = self.bucket_of * self.items.shape[1]
-            self.own_column = torch.where(found, slot - first, -1)
+            self.own_column = torch.where(found & (labels >= 0), slot - first, -1)
             # Tail items that a bucket's own list holds with certainty.
             tails = tail.expand(len(self.items), -1).contiguous()
             self.own_tail = _find(tails, self.items)[1]
@@ -475,6 +533,8 @@ class _Block(NamedTuple):
     """``[n, S + m + K_b]`` raw logits of the lists."""
     is_label: tuple[torch.Tensor, torch.Tensor]
     """(rows, columns) of ``x`` at which the candidate is the label."""
+    is_here: torch.Tensor
+    """``[n]`` bool: the label's row is one of these."""
     outside: torch.Tensor
     """``[n]`` 1 where the label lies in R."""
     label_weight: torch.Tensor
@@ -502,15 +562,16 @@ def _block(p: _Problem, hidden, labels, span: _Span, x: torch.Tensor, with_mean:
         torch.cat([in_dense, in_bucket]),
         torch.cat([column[in_dense], p.num_dense + own_column[in_bucket]]),
     )
+    is_here = y >= 0
     is_shared = (column >= 0) & (column < p.num_shared)
-    outside = (~is_shared & ~is_own).to(p.dtype)
+    outside = (is_here & ~is_shared & ~is_own).to(p.dtype)
     drawn = (column >= p.num_shared) & ~is_own
     label_weight = p.column_weight[column.clamp_min(0)] * drawn if p.num_dense else 0.0 * outside
-    label_rows = p.rows(y)
+    label_rows = p.rows(y.clamp_min(0))  # any row does where the label is elsewhere
     label_raw = torch.linalg.vecdot(h, label_rows)
     return _Block(
         at, h, y, bucket, span.groups, items, item_rows,
-        label_rows, label_raw, x, is_label, outside, label_weight,
+        label_rows, label_raw, x, is_label, is_here, outside, label_weight,
     )  # fmt: skip
 
 
@@ -566,6 +627,7 @@ class _Gradients:
             # Products with the candidates' rows meet their weights here.
             self.weighted_rows = p.dense_rows * p.dense_weight.unsqueeze(1)
         if self.with_head:
+            # Labels that are elsewhere make a row -1, which stays 0 until it is dropped.
             self.ids = torch.unique(torch.cat([p.dense, labels, p.items.reshape(-1)]))
             self.num_frozen = p.columns.num_frozen(needs.head)
             width -= self.num_frozen
@@ -643,27 +705,56 @@ class _Gradients:
                 holds = share.new_zeros(len(self.ids), len(share))
                 holds[self.slots(p.items), p.cells()] = 1.0
                 self.rows.addmm_(holds, share, alpha=-1.0)
+        elsewhere = int(torch.count_nonzero(self.ids[:1] < 0))
+        self.ids, self.rows = self.ids[elsewhere:], self.rows[elsewhere:]
+
+    def of_inputs(
+        self, columns: HeadColumns, candidates: Candidates, factor: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor | None, ...]:
+        """Gradients of hidden states (``[N, D]``, in the dtype of the computation), weight,
+        low_rank and bias, times ``factor`` (None: 1), which is worked into the sums."""
+        grad_hidden, of_head = None, [None] * 3
+        if self.with_hidden:
+            grad_hidden = self.hidden if factor is None else self.hidden.mul_(factor)
+        if self.with_head:
+            rows, everywhere = self.rows, self.everywhere
+            if factor is not None:
+                rows, everywhere = rows.mul_(factor), everywhere * factor
+            of_head = columns.gradients(
+                self.needs.head,
+                self.ids,
+                rows,
+                everywhere,
+                sparse=candidates.sparse_grad,
+                stratum_of=candidates.stratum_of if candidates.control_variate else None,
+            )
+        return grad_hidden, *of_head
 
 
-def _pass(hidden, columns, labels, candidates, post, position_weight, needs: Needs, dtype):
-    """Losses, log Zhat, clamped positions, and the gradients that are needed."""
+def _pass(
+    hidden, columns, labels, candidates, post, position_weight, needs: Needs, dtype, whole=None
+) -> tuple[Sums, _Gradients]:
+    """Sums, and the gradients that are needed. ``whole``: ``[N]`` log Zhat of all ranks, if these
+    rows are not all there are."""
     with_control = candidates.control_variate
     p = _Problem(hidden, columns, labels, candidates, dtype, with_control)
     spans = p.spans()
     gradients = _Gradients(p, labels, needs)
-    losses = hidden.new_empty(len(hidden), dtype=dtype)
-    log_partition = torch.empty_like(losses)
+    log_partition = hidden.new_empty(len(hidden), dtype=dtype)
+    label_logit = torch.empty_like(log_partition)
     num_clamped = torch.zeros((), dtype=torch.int64, device=hidden.device)
-    buffer = losses.new_empty(max(span.stop - span.start for span in spans), p.num_columns)
+    buffer = log_partition.new_empty(max(span.stop - span.start for span in spans), p.num_columns)
 
     for span in spans:
         x = buffer[: span.stop - span.start]
         b = _block(p, hidden, labels, span, x, with_control)
         controls = [_Control(p, b, post, k) for k in p.strata]
         label_s = post(b.label_raw)
+        label_logit[b.at] = label_s.masked_fill(~b.is_here, 0.0)
+        present_s = label_s.masked_fill(~b.is_here, torch.finfo(dtype).min)
         s = post.apply_(b.x)
         slope = post.slope(s)
-        shift = torch.maximum(label_s, s.amax(dim=1)) if s.shape[1] else label_s
+        shift = torch.maximum(present_s, s.amax(dim=1)) if s.shape[1] else present_s
         for control in controls:
             shift = torch.maximum(shift, control.least_shift())
         e = s.sub_(shift.unsqueeze(1)).exp_()
@@ -672,7 +763,7 @@ def _pass(hidden, columns, labels, candidates, post, position_weight, needs: Nee
             e[:, p.tail].masked_fill_(p.own_tail[b.bucket], 0.0)
         if p.item_weight is not None:
             e[:, p.num_dense :] *= p.item_weight[b.bucket]
-        e_label = (label_s - shift).exp()
+        e_label = (present_s - shift).exp().masked_fill_(~b.is_here, 0.0)
 
         z = e @ p.column_weight + e_label
         if controls:
@@ -688,27 +779,30 @@ def _pass(hidden, columns, labels, candidates, post, position_weight, needs: Nee
                 e[:, p.tail] *= unweighted
             z = z + known
         log_z = z.log() + shift
-        losses[b.at], log_partition[b.at] = log_z - label_s, log_z
+        log_partition[b.at] = log_z
         if not needs:
             continue
 
-        per_row = position_weight if position_weight.dim() == 0 else position_weight[b.at]
-        per_row = per_row / z
+        share = position_weight if position_weight.dim() == 0 else position_weight[b.at]
+        if whole is not None:
+            z = (whole[b.at] - shift).exp()
+        per_row = share / z
         list_factor = per_row
         if torch.is_tensor(slope):
             e *= slope
         else:
             list_factor = per_row * slope
-        label_grad = (e_label - z) * post.slope(label_s)
+        label_grad = (e_label * per_row - share) * post.slope(label_s)
+        label_grad = label_grad.masked_fill_(~b.is_here, 0.0)
         of_strata = []
         for control in controls:
-            pull = control.pull()
+            pull = control.pull() * per_row
             label_grad = label_grad - pull * control.label_share
-            of_strata.append((pull * per_row, control.mean_gradient() * per_row))
-        gradients.add(b, e, list_factor, label_grad * per_row, of_strata)
+            of_strata.append((pull, control.mean_gradient() * per_row))
+        gradients.add(b, e, list_factor, label_grad, of_strata)
 
     gradients.finish(with_control, through_mean=with_control and not candidates.sparse_grad)
-    return losses, log_partition, num_clamped, gradients
+    return Sums(log_partition, label_logit, num_clamped), gradients
 
 
 class _CandidateCrossEntropy(torch.autograd.Function):
@@ -731,9 +825,10 @@ class _CandidateCrossEntropy(torch.autograd.Function):
         ctx.dtype = compute_dtype(hidden, weight)
         ctx.position_weight = position_weight
         now = ctx.needs if position_weight is not None else Needs()
-        losses, log_partition, num_clamped, gradients = _pass(
+        (log_partition, label_logit, num_clamped), gradients = _pass(
             hidden, columns, labels, candidates, post, position_weight, now, ctx.dtype
         )
+        losses = log_partition - label_logit
         ctx.mark_non_differentiable(log_partition, num_clamped)
         ctx.save_for_backward(hidden, *columns, labels)
         ctx.gradients = gradients if now else None
@@ -754,24 +849,11 @@ class _CandidateCrossEntropy(torch.autograd.Function):
                 factor = factor * ctx.position_weight
             gradients = _pass(
                 hidden, columns, labels, ctx.candidates, ctx.post, factor, ctx.needs, ctx.dtype
-            )[3]
+            )[1]
             factor = None
-        grad_hidden, of_head = None, [None] * 3
-        if ctx.needs.hidden:
-            grad_hidden = gradients.hidden if factor is None else gradients.hidden.mul_(factor)
+        grad_hidden, *of_head = gradients.of_inputs(columns, ctx.candidates, factor)
+        if grad_hidden is not None:
             grad_hidden = grad_hidden[:, : hidden.shape[1]].to(hidden.dtype)
-        if any(ctx.needs.head):
-            rows, everywhere = gradients.rows, gradients.everywhere
-            if factor is not None:
-                rows, everywhere = rows.mul_(factor), everywhere * factor
-            of_head = columns.gradients(
-                ctx.needs.head,
-                gradients.ids,
-                rows,
-                everywhere,
-                sparse=ctx.candidates.sparse_grad,
-                stratum_of=ctx.candidates.stratum_of if ctx.candidates.control_variate else None,
-            )
         return grad_hidden, *of_head, None, None, None, None, None
 
 

@@ -116,26 +116,57 @@ def exact_scores(
 ) -> ExactScores:
     """Log-probabilities of the labels and the ``top_k >= 1`` best classes, in one pass and without
     gradient. Arguments as for :func:`exact_cross_entropy`."""
-    scan = _Streamed(hidden, HeadColumns(weight, low_rank, bias), labels, post).scan(top_k=top_k)
-    assert scan.top is not None
-    return ExactScores(scan.label_logit - scan.log_z, scan.correct, scan.top)
+    scan = ExactPasses(hidden, HeadColumns(weight, low_rank, bias), labels, post).scan(top_k=top_k)
+    return ExactScores(
+        scan.label_logit - scan.log_partition, scan.best_class == labels, scan.top.indices
+    )
 
 
-class _Scan(NamedTuple):
+class Top(NamedTuple):
+    """The largest logits of each position, in descending order."""
+
+    values: torch.Tensor
+    """``[N, k]``."""
+    indices: torch.Tensor
+    """``[N, k]`` int64: their classes."""
+
+
+class Scan(NamedTuple):
     """What one pass over the classes finds, ``[N]`` each."""
 
-    log_z: torch.Tensor
+    log_partition: torch.Tensor
     label_logit: torch.Tensor
-    correct: torch.Tensor
+    """s_ty, 0 where the label is -1."""
+    best: torch.Tensor
+    """The largest logit."""
+    best_class: torch.Tensor
+    """int64: its class, the first one if several tie."""
+    top: Top
+    """k = 0 if it was not asked for."""
     grad_hidden: torch.Tensor | None
-    """``[N, d]`` sum_j softmax_j g'_j W_j, if asked for."""
-    top: torch.Tensor | None
+    """``[N, D]`` sum_j softmax_j g'_j W_j, if asked for."""
 
 
-class _Streamed:
-    """The two passes over tiles of classes."""
+class ExactPasses:
+    """The two passes over tiles of classes.
 
-    def __init__(self, hidden, columns, labels, post):
+    Of a head that is cut by rows over several ranks, each makes them over its own ``columns``, with
+    labels of -1 where the label's row is elsewhere.
+
+    Args:
+        hidden: ``[N, d]`` (``[N, d + r]``).
+        columns: of the head, V rows or those that are here.
+        labels: ``[N]`` int64 row numbers.
+        post: the map from raw logits to softmax logits.
+    """
+
+    def __init__(
+        self,
+        hidden: torch.Tensor,
+        columns: HeadColumns,
+        labels: torch.Tensor,
+        post: LogitTransform,
+    ) -> None:
         self.columns, self.labels, self.post = columns, labels, post
         self.vocab_size = len(columns.weight)
         self.dtype = compute_dtype(hidden, columns.weight)
@@ -158,7 +189,8 @@ class _Streamed:
     def new_buffer(self) -> torch.Tensor:
         return self.hidden.new_empty(self.blocks[0].stop, min(TILE_CLASSES, self.vocab_size))
 
-    def scan(self, with_grad_hidden: bool = False, top_k: int = 0) -> _Scan:
+    def scan(self, with_grad_hidden: bool = False, top_k: int = 0) -> Scan:
+        """The pass that gives ``log Z`` of these rows."""
         count, hidden, buffer = len(self.hidden), self.hidden, self.new_buffer()
         best = hidden.new_full((count,), -torch.inf)
         best_class = torch.zeros_like(self.labels)
@@ -199,16 +231,20 @@ class _Streamed:
         if grad is not None:
             slope = 1.0 if self.post.soft_cap is not None else self.post.slope(total)
             grad.mul_((slope / total).unsqueeze(1))
-        return _Scan(
-            best + total.log(),
-            label_logit,
-            best_class == self.labels,
-            grad,
-            top_classes if top_k else None,
-        )
+        top = Top(top_values, top_classes)
+        return Scan(best + total.log(), label_logit, best, best_class, top, grad)
 
-    def gradients(self, log_z, position_weight, needs: Needs):
-        """dL/dh, and those of the head, for the loss ``sum_t position_weight_t · loss_t``."""
+    def gradients(
+        self, log_partition: torch.Tensor, position_weight: torch.Tensor, needs: Needs
+    ) -> tuple[torch.Tensor | None, ...]:
+        """dL/dh ``[N, D]`` (of these rows alone), and those of weight, low_rank and bias, for the
+        loss ``sum_t position_weight_t · loss_t``.
+
+        Args:
+            log_partition: ``[N]`` log Z over all rows there are.
+            position_weight: ``[N]``.
+            needs: which of them are wanted.
+        """
         hidden, buffer = self.hidden, self.new_buffer()
         grad_hidden = torch.zeros_like(hidden) if needs.hidden else None
         of_head = [
@@ -222,7 +258,7 @@ class _Streamed:
             for rows in self.blocks:
                 s = self.logits(hidden[rows], w, buffer)
                 slope = self.post.slope(s)
-                g = s.sub_(log_z[rows].unsqueeze(1)).exp_()
+                g = s.sub_(log_partition[rows].unsqueeze(1)).exp_()
                 column, is_here = _column(self.labels[rows], classes)
                 g.scatter_add_(1, column.unsqueeze(1), -is_here.to(g.dtype).unsqueeze(1))
                 g *= slope
@@ -231,7 +267,7 @@ class _Streamed:
                 keep = 0.0 if rows.start == 0 else 1.0
                 torch.addmm(of_rows, g.T, weighted[rows], beta=keep, out=of_rows)
             for grad, mine in zip(of_head, self.columns.split(needs.head, of_rows)):
-                if grad is not None:
+                if grad is not None and mine is not None:
                     grad[classes] = mine
         if grad_hidden is not None:
             grad_hidden *= position_weight.unsqueeze(1)
@@ -309,10 +345,10 @@ class _ExactCrossEntropy(torch.autograd.Function):
             )
             log_z = None
         else:
-            streamed = _Streamed(hidden, columns, labels, post)
+            passes = ExactPasses(hidden, columns, labels, post)
             only_hidden = position_weight is not None and needs == Needs(hidden=True)
-            scan = streamed.scan(with_grad_hidden=only_hidden)
-            log_z, correct = scan.log_z, scan.correct
+            scan = passes.scan(with_grad_hidden=only_hidden)
+            log_z, correct = scan.log_partition, scan.best_class == labels
             losses = log_z - scan.label_logit
             if scan.grad_hidden is not None and position_weight is not None:
                 pull = post.slope(scan.label_logit)
@@ -337,12 +373,12 @@ class _ExactCrossEntropy(torch.autograd.Function):
         if gradients is not None:
             gradients = [g if g is None else g.mul_(factor) for g in gradients]
         else:
-            streamed = _Streamed(hidden, columns, labels, ctx.post)
+            passes = ExactPasses(hidden, columns, labels, ctx.post)
             if log_z is None:
-                log_z = streamed.scan().log_z
+                log_z = passes.scan().log_partition
             if ctx.position_weight is not None:
                 factor = factor * ctx.position_weight
-            gradients = streamed.gradients(log_z, factor.expand(len(labels)), ctx.needs)
+            gradients = passes.gradients(log_z, factor.expand(len(labels)), ctx.needs)
         grad_hidden, *of_head = gradients
         if grad_hidden is not None:
             grad_hidden = grad_hidden[:, : hidden.shape[1]].to(hidden.dtype)

@@ -7,8 +7,12 @@
 
 Inside: what accelerate saves (model, optimiser, scheduler, gradient scaler, the random states of
 every process), the objective's state of every process, and `checkpoint.json` with the step, the
-number of processes and the SHA-256 of every file. The data position is the step: the order of the
-data is a function of seed and step alone.
+batches that make a step, the number of processes and the SHA-256 of every file. The data position
+is the step: the order of the data is a function of seed and step alone.
+
+Another number of processes may go on, if it can share the batches of a step equally: each then
+accumulates more or fewer of them, and a step stays what it was. Its processes draw noise of their
+own, and one that is new starts from the objective's state of one that was there.
 
 A checkpoint that is damaged later (a file missing or changed) is refused by name rather than passed
 over, since to go on from an older one in silence would lose work without a word.
@@ -45,8 +49,12 @@ class Checkpoints:
         """The newest complete checkpoint, or None."""
         return max(self.folder.glob("step-*"), default=None)
 
-    def save(self, step: int) -> None:
-        """Write the state after `step` optimiser steps, then remove all but the newest `keep`."""
+    def save(self, step: int, batches: int) -> None:
+        """Write the state after `step` optimiser steps, then remove all but the newest `keep`.
+
+        Args:
+            batches: of one step, over all processes.
+        """
         complete = self.folder / f"step-{step:08d}"
         partial = self.folder / f".partial-{complete.name}"
         if self.accelerator.is_main_process:
@@ -54,38 +62,37 @@ class Checkpoints:
         self.accelerator.wait_for_everyone()
         self.accelerator.save_state(str(partial), safe_serialization=False)
         if self.objective.state is not None and not self.objective.state.is_new:
-            self.objective.state.save(self._objective_state(partial))
+            self.objective.state.save(state_file(partial, self.accelerator.process_index))
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
-            _complete(partial, complete, step, self.accelerator.num_processes)
+            _complete(partial, complete, step, batches, self.accelerator.num_processes)
             for old in sorted(self.folder.glob("step-*"))[: -self.keep]:
                 # Renamed first, so that a half-removed folder never passes for a checkpoint.
                 removed = old.rename(old.with_name(f".removed-{old.name}"))
                 shutil.rmtree(removed)
         self.accelerator.wait_for_everyone()
 
-    def load(self, checkpoint: Path) -> int:
-        """Restore everything from `checkpoint` and return its step.
+    def load(self, checkpoint: Path) -> dict[str, int]:
+        """Restore everything from `checkpoint` and return its `step`, `batches` and `processes`.
 
-        Raises ValueError if a file is missing or damaged, or the number of processes has changed.
+        Raises ValueError if a file is missing or damaged, or the processes there are now cannot
+        share the batches of a step.
         """
         if self.accelerator.is_main_process:
             verify(checkpoint)
         self.accelerator.wait_for_everyone()
         manifest = json.loads((checkpoint / MANIFEST).read_text())
-        if manifest["processes"] != self.accelerator.num_processes:
+        if manifest["batches"] % self.accelerator.num_processes:
             raise ValueError(
-                f"{checkpoint} was written by {manifest['processes']} processes and this run has "
-                f"{self.accelerator.num_processes}; start as many as before, or choose another "
-                "output_dir."
+                f"{checkpoint} was written by {manifest['processes']} processes, whose steps take "
+                f"{manifest['batches']} batches, and this run has {self.accelerator.num_processes}"
+                "; start a number that divides them, or choose another output_dir."
             )
         self.accelerator.load_state(str(checkpoint))
-        if self._objective_state(checkpoint).exists() and self.objective.state is not None:
-            self.objective.state.load(self._objective_state(checkpoint))
-        return manifest["step"]
-
-    def _objective_state(self, folder: Path) -> Path:
-        return state_file(folder, self.accelerator.process_index)
+        state = state_file(checkpoint, self.accelerator.process_index % manifest["processes"])
+        if state.exists() and self.objective.state is not None:
+            self.objective.state.load(state)
+        return {name: manifest[name] for name in ("step", "batches", "processes")}
 
 
 def verify(checkpoint: Path) -> None:
@@ -103,10 +110,10 @@ def verify(checkpoint: Path) -> None:
         )
 
 
-def _complete(partial: Path, complete: Path, step: int, processes: int) -> None:
+def _complete(partial: Path, complete: Path, step: int, batches: int, processes: int) -> None:
     """List the files, push all of it to disk, and give the folder its name."""
     files = {path.name: _sha256(path) for path in sorted(partial.iterdir())}
-    manifest = {"step": step, "processes": processes, "files": files}
+    manifest = {"step": step, "batches": batches, "processes": processes, "files": files}
     (partial / MANIFEST).write_text(json.dumps(manifest, indent=1))
     for path in (*partial.iterdir(), partial):
         _sync(path)

@@ -323,6 +323,14 @@ class TrainConfig:
         metadata={"help": "Trackers that accelerate knows, e.g. tensorboard or wandb."},
     )
 
+    process_timeout: float = field(
+        default=1800.0,
+        metadata={
+            "help": "Seconds that a process waits for another one, which may be preparing the "
+            "data, before the run ends with an error; half an hour, as transformers' ddp_timeout."
+        },
+    )
+
     # Checkpoints.
     checkpoint_every: int = field(
         default=500,
@@ -368,7 +376,8 @@ class TrainConfig:
             self._require(name, getattr(self, name) >= 0, "0 or more")
         for name in ("weight_decay", "max_grad_norm"):
             self._require(name, getattr(self, name) >= 0, "0 or more")
-        self._require("learning_rate", self.learning_rate > 0, "above 0")
+        for name in ("learning_rate", "process_timeout"):
+            self._require(name, getattr(self, name) > 0, "above 0")
         rate = self.sparse_learning_rate
         self._require("sparse_learning_rate", rate is None or rate > 0, "above 0")
         self._require(

@@ -20,13 +20,14 @@ import statistics
 import time
 import warnings
 from contextlib import nullcontext
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import set_seed
+from accelerate.utils import InitProcessGroupKwargs, set_seed
 from tqdm.auto import tqdm
 from transformers import get_scheduler
 
@@ -56,6 +57,7 @@ REPORTING_FIELDS = (
     "log_every",
     "trackers",
     "resume",
+    "process_timeout",
     "checkpoint_every",
     "checkpoints_to_keep",
 )
@@ -84,6 +86,9 @@ class Run:
             mixed_precision=config.mixed_precision,
             log_with=trackers or None,
             project_dir=config.output_dir,
+            kwargs_handlers=[
+                InitProcessGroupKwargs(timeout=timedelta(seconds=config.process_timeout))
+            ],
         )
         check_optimizer(config.optimizer, self.objective, self.accelerator.distributed_type)
         self.is_main = self.accelerator.is_main_process
@@ -141,7 +146,11 @@ class Run:
         self.step = 0
         newest = self.checkpoints.newest()
         if newest is not None:
-            self.step = self.checkpoints.load(newest)
+            found = self.checkpoints.load(newest)
+            self.step = found["step"]
+            self.order.accumulation = found["batches"] // self.processes
+            if found["processes"] != self.processes:
+                set_seed(config.seed + self.step, device_specific=True)
         self.is_finished = (self.folder / "summary.json").exists()
         if self.is_main and not self.is_finished:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -225,7 +234,7 @@ class Run:
             ):
                 if self.is_main:
                     self.metrics.sync()
-                self.checkpoints.save(self.step)
+                self.checkpoints.save(self.step, self.order.accumulation * self.processes)
                 if self.is_main:
                     self.best.remove_earlier()
             bar.set_postfix(shown, refresh=False)

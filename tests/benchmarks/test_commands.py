@@ -7,12 +7,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+from support.launch import ONE_THREAD
 from support.models import tiny_model
-from support.training import ONE_THREAD, documentation, lm_fields, write_config, write_text
+from support.training import documentation, lm_fields, write_config, write_text
 from transformers import AutoTokenizer
 
 from sce_lm import objectives
-from sce_lm.benchmarks import loss, rows, scale
+from sce_lm.benchmarks import loss, ranks, rows, scale
 from sce_lm.benchmarks.estimators import estimators
 from sce_lm.benchmarks.loss import methods
 from sce_lm.benchmarks.methods import Method, choose
@@ -125,6 +126,34 @@ def test_scale(tmp_path):
     assert points[0]["state_bytes_an_item"] >= 8  # counts
     assert points[2]["state_bytes_an_item"] == 0
     assert (tmp_path / "scale.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+def test_ranks(tmp_path):
+    benchmark(
+        *("ranks", "--ranks", 3, "--vocabs", 400, "--token-counts", 20, "--dim", 8, *ONCE),
+        *("--latency", 50, "--bandwidth", 1, "--json", tmp_path / "ranks.json"),
+        *("--plot", tmp_path / "ranks.png"),
+    )
+    points = json.loads((tmp_path / "ranks.json").read_text())["points"]
+    assert [(p["method"], p["ranks"]) for p in points] == [("exact", 3), ("sce", 3)]
+    for point in points:
+        assert point["weight_bytes"] == 134 * 8 * 4
+        network = ranks.network_seconds(ranks.collective_bytes(20, 8), 3, 50e-6, 1e9)
+        assert point["network_seconds"] == pytest.approx(network)
+        assert point["seconds"] == point["own_seconds"] + point["network_seconds"]
+    assert points[1]["kept_bytes"] >= 8 * 134  # counts of its rows
+    assert (tmp_path / "ranks.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_network_arithmetic():
+    """Two ranks exchange all bytes once there and back, in two messages of each all-reduce."""
+    sizes = ranks.collective_bytes(100, 8)
+    assert sizes == [400, 1200, 3200]
+    assert ranks.network_seconds(sizes, 1, 1e-3, 1e6) == 0
+    assert ranks.network_seconds(sizes, 2, 0.0, 1e6) == pytest.approx(4800 / 1e6)
+    assert ranks.network_seconds(sizes, 2, 1e-3, 1e6) == pytest.approx(4800 / 1e6 + 6e-3)
+    assert ranks.network_seconds([4000], 4, 1e-3, 1e6) == pytest.approx(6e-3 + 1.5 * 4000 / 1e6)
 
 
 def test_state_bytes_are_those_of_all_its_tensors():

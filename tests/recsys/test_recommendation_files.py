@@ -6,7 +6,7 @@ from pathlib import Path
 import polars as pl
 import pytest
 import torch
-from support.training import ONE_THREAD
+from support.launch import ONE_THREAD
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sce_lm import recsys

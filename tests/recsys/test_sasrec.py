@@ -3,7 +3,7 @@ import sys
 
 import pytest
 import torch
-from support.training import ONE_THREAD
+from support.launch import ONE_THREAD
 from torch.nn.functional import gelu, layer_norm, linear, relu, softmax
 from transformers import AutoConfig, AutoModelForCausalLM, DataCollatorWithFlattening
 

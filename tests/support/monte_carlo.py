@@ -16,6 +16,24 @@ FREQUENCY = Categorical((20.0 + (torch.arange(V) * 37 % 60)).log())
 """A label distribution q for batches that are redrawn."""
 PAST = (FREQUENCY.log_prob(torch.arange(V)).exp() * 1e12).long()
 """Label counts of a long past of that distribution."""
+PLAIN, CAP = LogitTransform(), LogitTransform(1.2, 12.0)
+STRATA = {
+    "tail": {"num_buckets": 0, "shared_labels": False, "shared_frequent": 0},
+    "buckets": {
+        "num_buckets": 2,
+        "bucket_candidates": 12,
+        "shared_labels": False,
+        "shared_frequent": 0,
+    },
+    "balanced": {
+        "num_buckets": 2,
+        "bucket_candidates": 12,
+        "assignment": "balanced",
+        "shared_labels": False,
+        "shared_frequent": 0,
+    },
+    "all": {"num_buckets": 2, "bucket_candidates": 12, "shared_frequent": 12},
+}
 
 
 def peaked_problem(

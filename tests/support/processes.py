@@ -8,25 +8,27 @@ checkpoint ``FOLDER/NAME``.
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 import warnings
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    set_model_state_dict,
+)
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from support.launch import start
 from support.models import VOCAB_SIZE, tiny_batch, tiny_model
-from support.training import ONE_THREAD
 
 from sce_lm import SCEConfig, apply_sce, objectives
 from sce_lm.hf import objective_of
@@ -46,11 +48,14 @@ class Case:
 
     model: str
     engine: str = "ddp"
+    """Or "fsdp", "zero3", or "tp": transformers' tensor parallelism, where all see all rows."""
     objective: str | None = "exact"
     """Or "sce", covering the vocabulary; None: the stock loss."""
     own_head: bool = False
     """FSDP2 shards the head by itself, and not with the embedding."""
     bf16: bool = False
+    resumes: str | None = None
+    """The case whose sharded checkpoint, of any number of processes, it goes on from."""
 
 
 CASES = {
@@ -63,6 +68,15 @@ CASES = {
     "fsdp_head_sce": Case("granite", "fsdp", objective="sce", own_head=True),
     "fsdp_bf16": Case("llama", "fsdp", bf16=True),
     "fsdp_bf16_stock": Case("llama", "fsdp", objective=None, bf16=True),
+    "fsdp_tied_resumed": Case("gemma3", "fsdp", resumes="fsdp_tied"),
+    "fsdp_head_sce_resumed": Case(
+        "granite", "fsdp", objective="sce", own_head=True, resumes="fsdp_head_sce"
+    ),
+    "tp": Case("llama", "tp"),
+    "tp_sce": Case("llama", "tp", objective="sce"),
+    "tp_tied": Case("gemma3", "tp"),
+    "tp_tied_sce": Case("gemma3", "tp", objective="sce"),
+    "tp_bias_sce": Case("phi", "tp", objective="sce"),
     "zero3": Case("phi", "zero3"),
     "zero3_tied": Case("gemma3", "zero3"),
     "zero3_sce": Case("llama", "zero3", objective="sce"),
@@ -78,14 +92,34 @@ def global_batch(step: int) -> dict[str, torch.Tensor]:
     return batch
 
 
-def build(case: Case) -> torch.nn.Module:
-    model = tiny_model(case.model)
+def stock_model(case: Case, seed: int = 0) -> torch.nn.Module:
+    """With heads that four processes can share."""
+    return tiny_model(case.model, seed, num_key_value_heads=4)
+
+
+def build(case: Case, folder: Path | None = None) -> torch.nn.Module:
+    """The model with its objective; for tensor parallelism it goes through a folder."""
+    model = stock_model(case)
+    if case.engine == "tp" and folder is not None:
+        model = tensor_parallel(model, folder / case.model)
     if case.objective is None:
         return model
     return apply_sce(model, COVERING if case.objective == "sce" else objectives.get("exact"))
 
 
+def tensor_parallel(model: torch.nn.Module, folder: Path) -> torch.nn.Module:
+    from transformers.distributed import DistributedConfig
+
+    if dist.get_rank() == 0:
+        model.save_pretrained(folder)
+    dist.barrier()
+    config = DistributedConfig(tp_size=dist.get_world_size())
+    return type(model).from_pretrained(folder, distributed_config=config).train()
+
+
 def wrap(model: torch.nn.Module, case: Case, world_size: int) -> torch.nn.Module:
+    if case.engine == "tp":
+        return model
     if case.engine == "ddp":
         return DistributedDataParallel(model)
     if case.engine == "zero3":
@@ -121,7 +155,9 @@ def train(model: torch.nn.Module, rank: int = 0, world_size: int = 1) -> list[fl
     share = ROWS // world_size
     rows = slice(rank * share, (rank + 1) * share)
     has_optimizer = hasattr(model, "step")  # DeepSpeed's engine
-    optimizer = None if has_optimizer else torch.optim.SGD(model.parameters(), lr=0.1)
+    # Sharded parameters and whole ones cannot be updated by one fused call.
+    options = {"lr": 0.1, "foreach": False}
+    optimizer = None if has_optimizer else torch.optim.SGD(model.parameters(), **options)
     losses = []
     for step in range(STEPS):
         batch = global_batch(step)
@@ -151,40 +187,21 @@ def full_parameters(model: torch.nn.Module, case: Case) -> dict[str, torch.Tenso
     return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
 
 
-def run(world_size: int, folder: Path, names: Iterable[str], seconds: int = 240) -> None:
-    """Start the processes and wait; a process that fails or hangs is an error."""
-    command = [sys.executable, "-W", "ignore", __file__]
-    processes = [
-        subprocess.Popen(
-            [*command, str(rank), str(world_size), str(folder), *names],
-            env=ONE_THREAD,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(world_size)
-    ]
-    try:
-        for process in processes:
-            _, errors = process.communicate(timeout=seconds)
-            assert process.returncode == 0, errors[-3000:]
-    finally:
-        for process in processes:
-            process.kill()
-
-
 def main() -> None:
-    rank, world_size, folder = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
+    rank, world_size, folder = start()
     warnings.filterwarnings("error", message=".*without the objective.*")
-    store = dist.FileStore(str(folder / "store"), world_size)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
     ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size}  # which DeepSpeed reads
     os.environ.update({name: str(value) for name, value in ranks.items()}, DS_ACCELERATOR="cpu")
     for name in sys.argv[4:]:
         case = CASES[name]
-        model = wrap(build(case), case, world_size)
-        losses = train(model, rank, world_size)
+        model = wrap(build(case, folder), case, world_size)
+        if case.resumes is not None:
+            state = get_model_state_dict(model)
+            dcp.load(state, checkpoint_id=str(folder / case.resumes))
+            set_model_state_dict(model, state)
+        losses = train(model) if case.engine == "tp" else train(model, rank, world_size)
         if case.objective == "sce":
-            has_labels = rank * ROWS // world_size < EMPTY_ROWS.start
+            has_labels = case.engine == "tp" or rank * ROWS // world_size < EMPTY_ROWS.start
             assert objective_of(model).state.step == (STEPS if has_labels else 0)
         if case.engine == "fsdp":
             dcp.save(get_model_state_dict(model), checkpoint_id=str(folder / name))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import pydoc
 from pathlib import Path
 from typing import Any
@@ -16,9 +15,6 @@ from sce_lm.training.metrics import read_metrics
 
 MODULES = ("argparse", "ast", "asyncio", "collections", "email", "json", "logging", "unittest")
 END_OF_TEXT = "<|endoftext|>"
-
-ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
-"""Environment of a program that computes with one thread, as the tests here do themselves."""
 
 
 def documentation() -> list[str]:

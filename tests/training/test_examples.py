@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from support.training import ONE_THREAD
+from support.launch import ONE_THREAD
 
 from sce_lm.training.config import parse_config
 from sce_lm.training.embedded.api_calls import embedded_interactions

@@ -10,7 +10,7 @@ import polars as pl
 import pytest
 import torch
 from support.data import shared_data
-from support.training import ONE_THREAD
+from support.launch import ONE_THREAD
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sce_lm import recsys

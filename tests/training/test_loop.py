@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.launch import ONE_THREAD
 from support.training import (
     NO_DROPOUT,
-    ONE_THREAD,
     SMALL_SCE,
     figures,
     lm_fields,
