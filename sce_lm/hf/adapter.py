@@ -85,8 +85,7 @@ def apply_sce(model: ModelT, config: SCEConfig | Objective) -> ModelT:
     objective = objectives.from_config(config)
     attachment = _attachment_of(model)
     if attachment is not None:
-        attachment.objective = objective
-        attachment.statistics = None
+        attachment.use(objective)
         return model
     target = next((m for m in model.modules() if isinstance(m, PreTrainedModel)), None)
     if target is None:
@@ -199,8 +198,7 @@ class _Attachment:
     """What :func:`apply_sce` put on one model."""
 
     def __init__(self, model: PreTrainedModel, objective: Objective) -> None:
-        self.objective = objective
-        self.statistics: Statistics | None = None
+        self.use(objective)
         self.seconds = 0.0
         self.always_lazy = False
         self.training = model.training
@@ -225,6 +223,12 @@ class _Attachment:
             model.register_forward_hook(self.after_forward, with_kwargs=True, always_call=True),
             model.register_load_state_dict_post_hook(self.after_load),
         ]
+
+    def use(self, objective: Objective) -> None:
+        """Train with ``objective``, and evaluate with exact cross-entropy by its backend."""
+        self.objective = objective
+        self.evaluation = objectives.get("exact", backend=objective.config.backend)
+        self.statistics: Statistics | None = None
 
     def detach(self, model: PreTrainedModel) -> None:
         """Take everything off ``model`` again."""
@@ -418,11 +422,6 @@ class _Attachment:
         started = time.perf_counter()
         yield
         self.seconds += time.perf_counter() - started
-
-    @property
-    def evaluation(self) -> Objective:
-        """Exact cross-entropy by the objective's backend."""
-        return objectives.get("exact", backend=self.objective.config.backend)
 
     def note_new_state(self) -> None:
         state = self.objective.state

@@ -139,8 +139,8 @@ def test_a_mixture_weighed_by_one_of_its_parts_is_found(part, monkeypatch):
     """The planted error of mixtures: drawn from all of them, weighed by the density of one."""
     one = with_a_past(objective("tail", control=False, m=60, prior=part))
 
-    def wrong(proposal, size, generator):
-        ids, c = priority.priority_sample(proposal, size, generator)
+    def wrong(proposal, size, generator, **options):
+        ids, c = priority.priority_sample(proposal, size, generator, **options)
         alone = TailProposal(one.config, one.state, *wrong.call).log_density(
             wrong.counts, 0, counted=False
         )

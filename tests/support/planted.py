@@ -13,7 +13,7 @@ import sce_lm.ops.candidate_cross_entropy as core
 from sce_lm.ops.candidate_cross_entropy import Candidates
 
 
-def wrong_threshold(proposal, size, generator):
+def wrong_threshold(proposal, size, generator, **options):
     """tau is the m-th largest priority instead of the (m+1)-th."""
     u = torch.rand(len(proposal), generator=generator, dtype=torch.float64)
     top = torch.topk(proposal - torch.log1p(-u), size)

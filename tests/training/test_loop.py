@@ -136,10 +136,10 @@ def test_a_checkpoint_in_the_making_is_passed_over(corpus, tmp_path, monkeypatch
     broken, whole = tmp_path / "broken", tmp_path / "whole"
     complete = checkpoint._complete
 
-    def stop_at_step_4(partial, folder, step, processes):
+    def stop_at_step_4(partial, folder, step, *more):
         if step == 4:
             raise KeyboardInterrupt
-        complete(partial, folder, step, processes)
+        complete(partial, folder, step, *more)
 
     run = Run(TrainConfig(**{**fields, "output_dir": str(broken)}))
     monkeypatch.setattr(checkpoint, "_complete", stop_at_step_4)
