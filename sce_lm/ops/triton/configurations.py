@@ -166,8 +166,8 @@ def architecture_of(device: torch.device) -> Architecture | None:
 
 _ANY = {
     "row_dot": Configuration(16, 1, 128, 4, 2),
-    "row_sum": Configuration(1, 8, 256, 4, 2),
-    "merge_rows": Configuration(1, 8, 256, 4, 2),
+    "row_sum": Configuration(1, 16, 128, 4, 2),
+    "merge_rows": Configuration(1, 16, 128, 4, 2),
     "priority_sample": Configuration(1, 512, 1, 4, 1),
 }
 _NAMES = tuple(ARCHITECTURES)
@@ -244,5 +244,5 @@ _SINGLE = {
     "logit_gradient_weighted": Configuration(32, 64, 16, 8, 2),
     "hidden_gradient": Configuration(32, 16, 64, 8, 2),
     "row_gradient": Configuration(16, 64, 64, 8, 2),
-    "catalogue_scan": Configuration(64, 64, 16, 8, 2),
+    "catalogue_scan": Configuration(64, 32, 16, 8, 2),
 }
