@@ -29,6 +29,7 @@ HEADS = ("trainable", "frozen")
 def methods(candidates: int) -> list[Method]:
     """All rows of the table; ``candidates`` is the size of the tail-only form."""
     tail = {**TAIL_ONLY, "tail_candidates": candidates}
+    by_gradient = tail | {"prior": {"labels": 1, "gradient": 3}, "prior_power": 1.0}
     return [
         Method("stock", "stock", {"name": "stock"}),
         Method("compile", "torch.compile of stock", {"name": "compile"}),
@@ -39,6 +40,7 @@ def methods(candidates: int) -> list[Method]:
         Method("exact", "exact (ours)", {"name": "exact"}),
         Method("published", "published SCE", {"name": "sce", "published": True}),
         Method("tail", f"SCE, tail of {candidates}", tail),
+        Method("gradient", f"SCE, tail of {candidates} by gradient", by_gradient),
         Method("strata", "SCE, default strata", DEFAULT_STRATA),
         Method("kernel", "kernel, 64 draws", {"name": "kernel", "num_negatives": 64}),
     ]
