@@ -131,6 +131,12 @@ class SCEConfig(ObjectiveConfig):
     tail_candidates: int | Auto = "auto"
     """Size of the priority sample from everything else, one for all positions; 0 drops it."""
 
+    target_relative_error: float | None = None
+    """Hold the relative error of the partition function (root mean square over positions, as in the
+    logs) at this value by the size of the tail: ``tail_candidates`` is where it starts, and every
+    few calls it moves by what was measured since, up to a quarter of the catalogue, with a warning
+    there. The loss is biased by about half the square of it. None: the tail keeps its size."""
+
     prior: str | Mapping[str, float] = "labels"
     """Proposal of the tail: "labels" (frequencies seen so far), "uniform", "in_batch" (this batch's
     labels), "cache" (the softmax of past calls, as XIR's cache), "kernel" (the positions' mean
@@ -187,6 +193,8 @@ class SCEConfig(ObjectiveConfig):
         check_count(self, "tail_strata")
         self._check_prior()
         check_share(self, "prior_power")
+        if self.target_relative_error is not None:
+            check_share(self, "target_relative_error", zero=False)
         if self.uniform_floor != "auto" and not 0.0 < self.uniform_floor <= 1.0:
             raise ValueError(
                 f"SCEConfig.uniform_floor is {self.uniform_floor!r}; give one in (0, 1], or "
@@ -294,6 +302,14 @@ class SCEConfig(ObjectiveConfig):
             raise ValueError(
                 f"SCEConfig: tail_strata={self.tail_strata} reads the whole weight at each call, "
                 'and belongs to correction="priority" without sparse_grad; use tail_strata=1.'
+            )
+        has_tail = self.correction == "priority" and self.tail_candidates != 0
+        if self.target_relative_error is not None and not (
+            has_tail and self.bucket_sampling == "top"
+        ):
+            raise ValueError(
+                f"SCEConfig: target_relative_error={self.target_relative_error} sets the size of a "
+                "sampled tail; give one, or leave target_relative_error out."
             )
         if self.num_buckets == 0 and self.bucket_candidates != "auto":
             raise ValueError(

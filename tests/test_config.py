@@ -40,6 +40,12 @@ REFUSED = {
     "strata of nothing": {"tail_strata": 4, "tail_candidates": 0},
     "strata and sparse_grad": {"tail_strata": 4, "sparse_grad": True},
     "no strata": {"tail_strata": 0},
+    "a target of nothing": {"target_relative_error": 0.0},
+    "a target without a tail": {"target_relative_error": 0.1, "tail_candidates": 0},
+    "a target for bucket samples": {
+        "target_relative_error": 0.1,
+        "bucket_sampling": "priority",
+    },
     "nothing left": {
         "num_buckets": 0,
         "tail_candidates": 0,

@@ -11,14 +11,18 @@ MAY_IMPORT = {
     "ops": set(),
     "config": {"ops"},
     "files": set(),
+    "figures": {"files"},
     "candidates": {"config", "files", "ops"},
     "objectives": {"candidates", "config", "ops"},
     "distributed": {"objectives", "candidates", "config", "ops"},
     "hf": {"distributed", "objectives", "candidates", "config", "files", "ops"},
     "recsys": {"hf", "objectives", "candidates", "config", "files", "ops"},
-    "training": {"recsys", "hf", "objectives", "candidates", "config", "files", "ops"},
+    "training": {
+        *("recsys", "hf", "objectives", "candidates", "config", "files", "figures", "ops")
+    },
     "benchmarks": {
-        *("training", "hf", "distributed", "objectives", "candidates", "config", "files", "ops")
+        *("training", "hf", "distributed", "objectives", "candidates"),
+        *("config", "files", "figures", "ops"),
     },
 }
 """What each part of the package may import from the others."""
@@ -30,7 +34,7 @@ ONLY_IN = {
     "datasets": {"recsys", "training"},
     "polars": {"recsys", "training"},
     "accelerate": {"training"},
-    "matplotlib": {"training", "benchmarks"},
+    "matplotlib": {"figures"},
 }
 """Parts that may know a library."""
 

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from sce_lm import files
+from sce_lm.figures import png
 
 WIDTH = 150
 """Characters of a table's line where the output is no terminal."""
@@ -107,22 +108,16 @@ def draw(path: Path | None, panels: Sequence[Panel]) -> None:
     """
     if path is None:
         return
-    # Imported here: plots are an optional part of the installation.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     rows = -(-len(panels) // 2)
-    canvas = Figure(figsize=(13, 4.5 * rows), layout="constrained")
-    FigureCanvasAgg(canvas)
-    for panel, axes in zip(panels, canvas.subplots(rows, 2, squeeze=False).flat):
-        for label, series in panel.series.items():
-            points = [point for point in series if min(point[:2]) > 0]
-            style = "none" if any(text for *_, text in points) else "solid"
-            xs, ys = [x for x, _, _ in points], [y for _, y, _ in points]
-            axes.plot(xs, ys, linestyle=style, marker="o", label=label)
-            for x, y, text in points:
-                axes.annotate(text, (x, y), (3, 3), textcoords="offset points", fontsize=6)
-        axes.set(title=panel.title, xlabel=panel.x, ylabel=panel.y, xscale="log", yscale="log")
-        axes.grid(alpha=0.3, which="both")
-        axes.legend()
-    canvas.savefig(path, dpi=120)
+    with png(path, 13, 4.5 * rows) as figure:
+        for panel, axes in zip(panels, figure.subplots(rows, 2, squeeze=False).flat):
+            for label, series in panel.series.items():
+                points = [point for point in series if min(point[:2]) > 0]
+                style = "none" if any(text for *_, text in points) else "solid"
+                xs, ys = [x for x, _, _ in points], [y for _, y, _ in points]
+                axes.plot(xs, ys, linestyle=style, marker="o", label=label)
+                for x, y, text in points:
+                    axes.annotate(text, (x, y), (3, 3), textcoords="offset points", fontsize=6)
+            axes.set(title=panel.title, xlabel=panel.x, ylabel=panel.y, xscale="log", yscale="log")
+            axes.grid(alpha=0.3, which="both")
+            axes.legend()

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import os
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar
@@ -74,6 +74,8 @@ class SCEState:
         """The sum of the head's rows, for heads that are frozen or trained row by row."""
         self.num_labels = 0
         """Labels counted, the sum of ``counts``."""
+        self.tail_candidates = 0
+        """Size of the next tail where a target sets it; 0: the configuration's."""
         self._frequent: torch.Tensor | None = None
         self._classes: WeightClasses | None = None
         self._recent: OrderedDict[int, _Call] = OrderedDict()
@@ -188,27 +190,28 @@ class SCEState:
             figures["relative_error"] = min(variances) ** 0.5
         return figures
 
-    def save(self, path: str | os.PathLike) -> None:
-        """Write a safetensors file, complete or not at all.
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """Everything that goes on from here needs, on the CPU.
 
         The running sum of the head's rows is dropped, so that the run that goes on reads the weight
-        again as one that is resumed from this file will: the two stay equal bit for bit.
+        again as one that is resumed from this state will: the two stay equal bit for bit.
         """
         self.row_sum.forget()
-        path = Path(path)
         counts = torch.zeros(0, dtype=torch.int64) if self.counts is None else self.counts
         averages = [self.averages.get(name, float("nan")) for name in _AVERAGES]
-        with replacing(path) as partial:
-            save_file(
-                {
-                    "counts": counts.cpu().contiguous(),
-                    "step": torch.tensor(self.step),
-                    "averages": torch.tensor(averages, dtype=torch.float64),
-                    **{_MEMORY + name: t.cpu().contiguous() for name, t in self.memory.items()},
-                    **self._lists(),
-                },
-                partial,
-            )
+        return {
+            "counts": counts.cpu().contiguous(),
+            "step": torch.tensor(self.step),
+            "tail_candidates": torch.tensor(self.tail_candidates),
+            "averages": torch.tensor(averages, dtype=torch.float64),
+            **{_MEMORY + name: t.cpu().contiguous() for name, t in self.memory.items()},
+            **self._lists(),
+        }
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write :meth:`state_dict` to a safetensors file, complete or not at all."""
+        with replacing(Path(path)) as partial:
+            save_file(self.state_dict(), partial)
 
     def _lists(self) -> dict[str, torch.Tensor]:
         """What is derived from past counts, and would come out otherwise from today's."""
@@ -228,20 +231,32 @@ class SCEState:
             ValueError: the file is no complete saved state, or counts another vocabulary.
         """
         try:
-            saved = load_file(path)
-            counts, step, averages = saved["counts"], int(saved["step"]), saved["averages"].tolist()
-        except (SafetensorError, KeyError, ValueError) as error:
+            self.load_state_dict(load_file(path))
+        except (SafetensorError, ValueError) as error:
             raise ValueError(
-                f"{path} is not a complete SCEState file ({error}); delete it to start the state "
-                "anew, or restore it from another checkpoint."
+                f"{path}: {error}. Restore the file from another checkpoint, or delete it to start "
+                "the state anew."
             ) from error
+
+    def load_state_dict(self, saved: Mapping[str, torch.Tensor]) -> None:
+        """Take over what :meth:`state_dict` gave.
+
+        Raises:
+            ValueError: an entry is missing, or the state counts another vocabulary.
+        """
+        missing = {"counts", "step", "averages"} - set(saved)
+        if missing:
+            raise ValueError(f"not a complete SCEState: {', '.join(sorted(missing))} missing")
+        saved = {name: tensor.clone() for name, tensor in saved.items()}
+        counts, step, averages = saved["counts"], int(saved["step"]), saved["averages"].tolist()
         if self.counts is not None and counts.numel() not in (0, self.counts.numel()):
             raise ValueError(
-                f"{path} counts {counts.numel()} classes but this model has "
-                f"{self.counts.numel()}; load the state that was saved with this model."
+                f"the state counts {counts.numel()} classes but this model has "
+                f"{self.counts.numel()}; load the state that was saved with this model"
             )
         self.counts = counts if counts.numel() else None
         self.step = step
+        self.tail_candidates = int(saved.get("tail_candidates", 0))
         self.averages = {k: v for k, v in zip(_AVERAGES, averages) if v == v}
         self.memory = {
             name.removeprefix(_MEMORY): t for name, t in saved.items() if name.startswith(_MEMORY)

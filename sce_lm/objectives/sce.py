@@ -30,6 +30,7 @@ and only phi is sampled. It is exactly unbiased for every g, and for strata of R
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -68,6 +69,10 @@ MONITOR_EVERY = 8
 """Calls between two measurements of the tail's variance."""
 MONITOR_POSITIONS = 256
 """Positions that each of them looks at, spread evenly over the batch."""
+MIN_TAIL = 64
+"""Least size of a tail that a target sets."""
+MAX_TAIL_SHARE = 0.25
+"""Its largest share of the catalogue; beyond it the exact loss is the better choice."""
 
 
 class Chosen(NamedTuple):
@@ -113,6 +118,8 @@ class SCE(SampledObjective):
         sizes = self.config.resolve(
             len(inputs.hidden), vocab_size, prefer, self.state.num_labels, rows
         )
+        if self.state.tail_candidates:
+            sizes = replace(sizes, tail_candidates=self.state.tail_candidates)
         with torch.no_grad():
             candidates = self._choose(inputs, sizes, counts, seed, counted=counted)
         return Chosen(candidates, sizes, counted)
@@ -177,11 +184,30 @@ class SCE(SampledObjective):
             post=inputs.post,
             positions=positions,
         )
+        own = control if candidates.control_variate else plain
         if monitors:
             self.state.average(
                 variance_plain=float(plain.mean()), variance_control=float(control.mean())
             )
-        return (control if candidates.control_variate else plain).sqrt() if wanted else None
+            if self.config.target_relative_error is not None:
+                self._set_tail(len(candidates.tail), float(own.mean()), len(inputs.weight))
+        return own.sqrt() if wanted else None
+
+    def _set_tail(self, size: int, variance: float, vocab_size: int) -> None:
+        """The next tail's size: the variance falls as 1 / size, and half of the way there, in
+        logarithms, keeps one noisy measurement from swinging it."""
+        target = self.config.target_relative_error
+        assert target is not None
+        largest = max(MIN_TAIL, int(MAX_TAIL_SHARE * vocab_size))
+        wanted = size * min(max(variance**0.5 / target, 0.5), 2.0)
+        if wanted > largest and self.state.tail_candidates < largest:
+            warnings.warn(
+                f"target_relative_error={target} needs a tail of more than {largest} candidates; "
+                f"it is capped there (relative error {variance**0.5:.3f} at {size}). Raise the "
+                "target or the shared and bucket lists, or use the exact loss.",
+                stacklevel=2,
+            )
+        self.state.tail_candidates = min(max(round(wanted), MIN_TAIL), largest)
 
     def _choose(
         self, inputs: HeadInputs, sizes: SCESizes, counts, seed: int, *, counted: bool

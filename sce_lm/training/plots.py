@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from sce_lm.figures import png
 from sce_lm.training.metrics import read_metrics
 
 LINES = 10
@@ -21,36 +22,30 @@ def draw_curves(runs: Mapping[str, Sequence[Path]], path: Path, held_out: str) -
 
     Raises ImportError where matplotlib is not installed.
     """
-    # Imported here: plots are an optional part of the installation.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(15, 4), layout="constrained")
-    FigureCanvasAgg(figure)
-    panels = (("loss", "step", ""), (held_out, "step", "o"), (held_out, "seconds", "o"))
-    for axes, (name, x, marker) in zip(figure.subplots(1, 3), panels):
-        for number, (label, folders) in enumerate(runs.items()):
-            style = {
-                "color": f"C{number % LINES}",
-                "linestyle": ("-", "--", ":", "-.")[number // LINES % 4],
-                "marker": marker,
-                "markersize": 3,
-            }
-            for index, folder in enumerate(folders):
-                records = with_seconds(read_metrics(Path(folder) / "metrics.jsonl"))
-                points = [(r[x], r[name]) for r in records if name in r]
-                axes.plot(
-                    [p[0] for p in points],
-                    [p[1] for p in points],
-                    label=None if index else label,
-                    **style,
-                )
-        title = "training loss" if name == "loss" else f"held-out {name}"
-        axes.set(title=title, xlabel=x, ylabel="nats" if name == "loss" else "")
-        axes.grid(alpha=0.3)
-    if len(runs) > 1:
-        axes.legend(fontsize=7)
-    figure.savefig(path, dpi=120)
+    with png(path, 15, 4) as figure:
+        panels = (("loss", "step", ""), (held_out, "step", "o"), (held_out, "seconds", "o"))
+        for axes, (name, x, marker) in zip(figure.subplots(1, 3), panels):
+            for number, (label, folders) in enumerate(runs.items()):
+                style = {
+                    "color": f"C{number % LINES}",
+                    "linestyle": ("-", "--", ":", "-.")[number // LINES % 4],
+                    "marker": marker,
+                    "markersize": 3,
+                }
+                for index, folder in enumerate(folders):
+                    records = with_seconds(read_metrics(Path(folder) / "metrics.jsonl"))
+                    points = [(r[x], r[name]) for r in records if name in r]
+                    axes.plot(
+                        [p[0] for p in points],
+                        [p[1] for p in points],
+                        label=None if index else label,
+                        **style,
+                    )
+            title = "training loss" if name == "loss" else f"held-out {name}"
+            axes.set(title=title, xlabel=x, ylabel="nats" if name == "loss" else "")
+            axes.grid(alpha=0.3)
+        if len(runs) > 1:
+            axes.legend(fontsize=7)
 
 
 def draw_popularity(profiles: Mapping[str, dict[str, list[float]]], path: Path) -> None:
@@ -63,26 +58,21 @@ def draw_popularity(profiles: Mapping[str, dict[str, list[float]]], path: Path) 
 
     Raises ImportError where matplotlib is not installed.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots()
-    for label, profile in profiles.items():
-        axes.plot(profile["catalogue"], profile["recommended"], marker="o", label=label)
-    profile = next(iter(profiles.values()))
-    axes.plot(profile["catalogue"], profile["trained"], "k--", label="training events")
-    axes.set(
-        title="popularity of recommended items",
-        xlabel="share of the catalogue, most popular items first",
-        ylabel="share of list entries",
-        xscale="log",
-        ylim=(0, 1.02),
-    )
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(path, dpi=120)
+    with png(path, 6, 4) as figure:
+        axes = figure.subplots()
+        for label, profile in profiles.items():
+            axes.plot(profile["catalogue"], profile["recommended"], marker="o", label=label)
+        profile = next(iter(profiles.values()))
+        axes.plot(profile["catalogue"], profile["trained"], "k--", label="training events")
+        axes.set(
+            title="popularity of recommended items",
+            xlabel="share of the catalogue, most popular items first",
+            ylabel="share of list entries",
+            xscale="log",
+            ylim=(0, 1.02),
+        )
+        axes.grid(alpha=0.3)
+        axes.legend()
 
 
 def with_seconds(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
