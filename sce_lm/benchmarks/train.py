@@ -2,9 +2,10 @@
 
 For each configuration of scripts/train.py: a table of seconds a step, seconds and memory of the
 loss alone, and held-out figures that are exact whatever was trained; with several seeds, means and
-standard deviations. Objectives that sample take equally many logits a position (--logits). Runs
-that are finished are not trained again, and one that was stopped goes on from its checkpoint. Each
-configuration's folder has curves.png (against steps and seconds) and comparison.json.
+standard deviations. Objectives that sample take equally many logits a position (--logits);
+"configured" is the configuration's own. Runs that are finished are not trained again, and one that
+was stopped goes on from its checkpoint. Each configuration's folder has curves.png (against steps
+and seconds) and comparison.json.
 """
 
 from __future__ import annotations
@@ -17,11 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from sce_lm.benchmarks import report
-from sce_lm.benchmarks.methods import choose, equal_logits
+from sce_lm.benchmarks.methods import Method, choose, equal_logits
 
 HEADINGS = {
     "lm": {"nll": "held-out exact NLL", "accuracy": "accuracy"},
-    "items": {"ndcg@10": "NDCG@10", "hr@10": "HR@10"},
+    "items": {"ndcg@10": "NDCG@10", "hr@10": "HR@10", "coverage@10": "coverage@10"},
 }
 """By task: held-out figures and what the table calls them."""
 
@@ -42,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Train, print, and write what was asked for."""
     # transformers and its friends take some seconds.
-    from sce_lm.training.comparison import Method, compare
+    from sce_lm.training import comparison
     from sce_lm.training.config import parse_config
     from sce_lm.training.sources import build_task
 
@@ -51,12 +52,15 @@ def run(arguments: argparse.Namespace) -> None:
     for path in arguments.configs:
         config = dataclasses.replace(parse_config([str(path)]), **_fields(arguments))
         vocab_size = len(build_task(config).tokenizer)
-        rows = choose(equal_logits(arguments.logits, vocab_size), arguments.methods)
+        rows = equal_logits(arguments.logits, vocab_size)
+        if arguments.methods is not None:
+            own = {"name": config.objective, **config.objective_options}
+            rows = choose([Method("configured", "as configured", own), *rows], arguments.methods)
         methods = {}
         for row in rows:
             options = dict(row.specification)
-            methods[row.label] = Method(options.pop("name"), options)
-        result = compare(config, methods, arguments.folder / path.stem, arguments.seeds)
+            methods[row.label] = comparison.Method(options.pop("name"), options)
+        result = comparison.compare(config, methods, arguments.folder / path.stem, arguments.seeds)
         what = f"{path.stem}: {config.max_steps} steps, {len(arguments.seeds)} seed(s); the loss on"
         report.print_heading(described, what + _sizes(result.measured))
         result.print(path.stem, HEADINGS[config.task])

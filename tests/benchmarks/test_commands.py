@@ -88,14 +88,14 @@ def test_train(tmp_path):
     write_text(tmp_path)
     fields = lm_fields(tmp_path, max_steps=4, eval_every=2, checkpoint_every=0)
     arguments = (
-        *("train", write_config(tmp_path / "tiny.yaml", fields), "--methods", "exact,sampled"),
+        *("train", write_config(tmp_path / "tiny.yaml", fields), "--methods", "exact,configured"),
         *("--logits", 64, "--seeds", 0, 1, "--steps", 3, "--folder", tmp_path / "runs"),
         *("--threads", 1, "--json", tmp_path / "train.json", "--plot", tmp_path / "train.png"),
     )
     shown = benchmark(*arguments).stdout
     (found,) = json.loads((tmp_path / "train.json").read_text())["results"]
-    assert set(found["costs"]) == {"stock", "exact", "sampled softmax"}
-    for label in ("exact", "sampled softmax"):
+    assert set(found["costs"]) == {"stock", "exact", "as configured"}
+    for label in ("exact", "as configured"):
         assert [summary["steps"] for summary in found["summaries"][label]] == [3, 3]
         assert label in shown
     assert "±" in shown
