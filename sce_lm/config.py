@@ -7,9 +7,9 @@ every term of the cost alike, so it decides nothing.
 problem                    buckets  candidates of each    frequent   tail
 =========================  =======  ====================  =========  ====
 V < 65,536                 none                           1,024      2,048
-V >= 65,536, N large       64       32·N/64, 1,024-4,096  1,024      1,024
-the same, fewer positions  N/32                           1,024      1,024
-scan over 4,096·N/V        fewer, none below 8            1,024      as above
+V >= 65,536, N large       64       32·N/64, 1,024-4,096  1,024      2,048
+the same, fewer positions  N/32                           1,024      2,048
+scan over 4,096·N/V        fewer, none below 8            1,024      2,048
 =========================  =======  ====================  =========  ====
 
 * Pretrained language models are peaked: most of the mass lies on few, context-dependent tokens,
@@ -402,8 +402,7 @@ class SCEConfig(ObjectiveConfig):
             bucket_positions = -(-n // num_buckets) if num_buckets else 0
             if corrected:
                 auto_candidates = max(1024, min(CANDIDATES_PER_POSITION * bucket_positions, 4096))
-        auto_tail = (1024 if num_buckets else 2048) if corrected else 0
-        tail = here(_pick(self.tail_candidates, auto_tail))
+        tail = here(_pick(self.tail_candidates, 2048 if corrected else 0))
         control = prefer_control_variate if self.control_variate == "auto" else self.control_variate
         labels_share = self.prior_shares().get("labels", 0.0)
         return SCESizes(

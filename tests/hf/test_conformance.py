@@ -6,7 +6,6 @@ The table of all types: ``python tests/support/conformance.py --json conformance
 from collections import Counter
 
 import pytest
-import torch
 from support.conformance import Outcome, check, types
 
 from sce_lm.objectives.exact import Exact
@@ -28,14 +27,6 @@ OTHER_HEADS = {
     "masked": ("bert", "modernbert", "distilbert"),
     "vision": ("gemma3", "idefics3", "llava"),
 }
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("model_type", FEW)

@@ -1,6 +1,5 @@
 import datasets
 import pytest
-import torch
 from accelerate.state import AcceleratorState
 from support.training import write_text
 
@@ -11,15 +10,6 @@ def corpus(tmp_path_factory):
     folder = tmp_path_factory.mktemp("corpus")
     write_text(folder)
     return folder
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Tiny models gain nothing from threads, and lose much where processes share the cores."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(autouse=True)

@@ -21,14 +21,6 @@ KERNELS = {
 }
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def faults(launches, dtype) -> list[str]:
     found = []
     for launch in launches:
