@@ -5,6 +5,7 @@ from sce_lm.hf.adapter import (
     last_statistics,
     loss_seconds,
     objective_of,
+    probe_loss,
     remove_sce,
 )
 from sce_lm.hf.callback import SCECallback
@@ -20,6 +21,7 @@ __all__ = [
     "load_objective",
     "loss_seconds",
     "objective_of",
+    "probe_loss",
     "remove_sce",
     "save_objective",
 ]

@@ -56,6 +56,7 @@ from sce_lm.objectives.compiled import (
     refuse_export,
     register,
 )
+from sce_lm.objectives.probe import Probe
 from sce_lm.ops.logits import LogitTransform
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
@@ -145,6 +146,25 @@ def loss_seconds(model: nn.Module) -> float:
     return 0.0 if attachment is None else attachment.seconds
 
 
+def probe_loss(model: nn.Module, every: int, positions: int = 256) -> Probe:
+    """Compare the objective with exact cross-entropy every ``every`` training losses, on a few
+    positions of the batch, until the objective is replaced.
+
+    Returns:
+        The :class:`~sce_lm.objectives.probe.Probe`, whose ``figures`` are those of the latest look.
+
+    Raises:
+        ValueError: ``model`` was not patched.
+    """
+    attachment = _attachment_of(model)
+    if attachment is None:
+        raise ValueError(
+            f"this {type(model).__name__} has no objective to probe; call apply_sce first."
+        )
+    attachment.probe = Probe(every, positions)
+    return attachment.probe
+
+
 @contextmanager
 def lazy_logits(model: nn.Module) -> Iterator[None]:
     """Inside, ``model(...)`` without labels also returns ``outputs.logits`` as LazyLogits.
@@ -229,6 +249,7 @@ class _Attachment:
         self.objective = objective
         self.evaluation = objectives.get("exact", backend=objective.config.backend)
         self.statistics: Statistics | None = None
+        self.probe: Probe | None = None
 
     def detach(self, model: PreTrainedModel) -> None:
         """Take everything off ``model`` again."""
@@ -405,6 +426,8 @@ class _Attachment:
         objective = self.objective if training else self.evaluation
         if isinstance(inputs[1], DTensor):  # the weight of a tensor-parallel plan's head
             objective = partial(vocab_parallel_loss, config=objective)
+        elif training and self.probe is not None and torch.is_grad_enabled():
+            self.probe(self.objective, *inputs, **options)
         loss = objective(*inputs, return_stats=not training, **options)
         self.statistics = None
         if isinstance(loss, tuple):

@@ -9,9 +9,10 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from sce_lm.hf.adapter import loss_seconds, objective_of
+from sce_lm.hf.adapter import loss_seconds, objective_of, probe_loss
 from sce_lm.hf.saving import save_objective, state_file
 from sce_lm.objectives import Objective
+from sce_lm.objectives.probe import Probe
 
 
 class SCECallback(TrainerCallback):
@@ -29,10 +30,17 @@ class SCECallback(TrainerCallback):
         resume_from: the checkpoint folder that ``trainer.train(resume_from_checkpoint=...)`` is
             given, needed only where that is not in ``output_dir`` (the Trainer does not tell its
             callbacks).
+        probe_every: training losses from one comparison with exact cross-entropy to the next
+            (:mod:`sce_lm.objectives.probe`), logged as ``sce/probe_...``; 0: none.
+
+    It warns once where the relative error says that there are too few candidates.
     """
 
-    def __init__(self, resume_from: str | Path | None = None) -> None:
+    def __init__(self, resume_from: str | Path | None = None, probe_every: int = 0) -> None:
         self.resume_from = resume_from
+        self.probe_every = probe_every
+        self.probe: Probe | None = None
+        self.advised = False
         self.logged_seconds = 0.0
         self.logged_steps = 0
 
@@ -48,6 +56,8 @@ class SCECallback(TrainerCallback):
         if objective is None:
             return
         self.logged_seconds, self.logged_steps = loss_seconds(model), state.global_step
+        if self.probe_every:
+            self.probe = probe_loss(model, self.probe_every)
         if objective.state is None or state.global_step == 0:
             return
         file = state_file(self._resumed_checkpoint(args, state), args.process_index)
@@ -104,6 +114,12 @@ class SCECallback(TrainerCallback):
         if objective is None or logs is None or "loss" not in logs:
             return
         figures = {} if objective.state is None else objective.state.summary()
+        if self.probe is not None:
+            figures |= self.probe.figures
+        advice = objective.advice()
+        if advice is not None and not self.advised:
+            self.advised = True
+            warnings.warn(advice, stacklevel=2)
         seconds, steps = loss_seconds(model), state.global_step
         if steps > self.logged_steps:
             figures["loss_seconds"] = (seconds - self.logged_seconds) / (steps - self.logged_steps)

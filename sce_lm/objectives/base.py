@@ -116,6 +116,9 @@ class Objective(ABC):
         """Name and options as JSON-able values; ``objectives.get(**d)`` builds it again."""
         return {"name": self.name, **dataclasses.asdict(self.config)}
 
+    def advice(self) -> str | None:
+        """One sentence on what should be changed, by the calls so far, or None."""
+
     def end_step(self, device: torch.device) -> None:  # noqa: B027 (nothing to share by default)
         """Called once an optimiser step on every process, with labels or without: the place for
         what processes share, in a number of collectives that does not depend on data."""

@@ -75,6 +75,10 @@ MAX_TAIL_SHARE = 0.25
 """Its largest share of the catalogue; beyond it the exact loss is the better choice."""
 
 
+HIGH_ERROR, GOOD_ERROR = 0.3, 0.1
+"""Relative error above which more candidates are advised, and the one they are to bring."""
+
+
 class Chosen(NamedTuple):
     """What one call of corrected SCE sums over."""
 
@@ -90,6 +94,8 @@ class SCE(SampledObjective):
     name = "sce"
     config_class = SCEConfig
     config: SCEConfig
+    tail = 0
+    """Size of the latest tail."""
 
     def compute(self, inputs: HeadInputs) -> tuple[torch.Tensor, Statistics]:
         seed = draw_seed(inputs.generator)
@@ -133,7 +139,7 @@ class SCE(SampledObjective):
             log_partition: ``[N]`` log Zhat.
         """
         candidates, sizes, counted = chosen
-        num_positions = len(inputs.hidden)
+        num_positions, self.tail = len(inputs.hidden), len(candidates.tail)
         if counted and "cache" in self.config.prior_shares():
             record_softmax(self.state, inputs, candidates, log_partition)
         products = self._products(candidates, num_positions, len(inputs.weight))
@@ -294,6 +300,19 @@ class SCE(SampledObjective):
         """Once an optimiser step, on every process: one cache for all of them."""
         if "cache" in self.config.prior_shares():
             merge_occurrences(self.state, device)
+
+    def advice(self) -> str | None:
+        error = self.state.summary().get("relative_error", 0.0)
+        if error <= HIGH_ERROR or self.config.target_relative_error is not None or not self.tail:
+            return None
+        wanted = self.tail * (error / GOOD_ERROR) ** 2
+        return (
+            f"the partition function's relative error is {error:.2f}, so the loss is biased by "
+            f"about {error**2 / 2:.2f} nats: there are too few candidates. tail_candidates="
+            f"{math.ceil(wanted / 1024) * 1024} instead of {self.tail} would bring it to about "
+            f"{GOOD_ERROR}, and so would target_relative_error={GOOD_ERROR}; more buckets or "
+            "shared candidates help as well."
+        )
 
     # -- published ---------------------------------------------------------------------------
 

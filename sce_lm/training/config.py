@@ -318,6 +318,13 @@ class TrainConfig:
         default=10,
         metadata={"help": "Steps between records of the loss in metrics.jsonl and the trackers."},
     )
+    probe_every: int = field(
+        default=0,
+        metadata={
+            "help": "Batches from one comparison of the loss and its gradient with the exact ones, on "
+            "256 positions, to the next (objective/probe_... in metrics.jsonl); 0: none."
+        },
+    )
     trackers: list[str] = field(
         default_factory=list,
         metadata={"help": "Trackers that accelerate knows, e.g. tensorboard or wandb."},
@@ -366,6 +373,7 @@ class TrainConfig:
             self._require(name, getattr(self, name) >= 1, "at least 1")
         for name in (
             "warmup_steps",
+            "probe_every",
             "eval_every",
             "eval_batches",
             "eval_users",

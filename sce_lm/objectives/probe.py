@@ -1,0 +1,97 @@
+"""What the approximation costs, measured while training: the exact loss on a few positions.
+
+The relative error that an objective reports comes from its own sample and cannot see what was never
+drawn. Every so many calls a :class:`Probe` takes some positions of the batch and compares
+
+    probe_bias         mean of (loss - exact loss), nats
+    probe_cos_hidden   cosine of the loss's gradient of their hidden states with the exact one's
+
+It draws for itself from a copy of the objective and its state, so training goes on as without it,
+bit for bit. It costs the loss of a batch with a frozen head, and exact cross-entropy of its
+positions.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from sce_lm.objectives.base import Objective
+from sce_lm.objectives.exact import Exact
+
+
+class Probe:
+    """Called as the objective is, after it, with its arguments.
+
+    Args:
+        every: calls from one look to the next; the first call is looked at.
+        positions: of a look, spread evenly over those that have a label.
+    """
+
+    def __init__(self, every: int, positions: int = 256) -> None:
+        if every < 1 or positions < 1:
+            raise ValueError(f"Probe takes {every} calls and {positions} positions; give 1 or more.")
+        self.every, self.positions = every, positions
+        self.calls = 0
+        self.figures: dict[str, float] = {}
+        """Of the latest look, empty before it."""
+
+    def __call__(
+        self,
+        objective: Objective,
+        hidden_states: torch.Tensor,
+        weight: torch.Tensor,
+        labels: torch.Tensor,
+        *,
+        bias: torch.Tensor | None = None,
+        low_rank: torch.Tensor | None = None,
+        ignore_index: int = -100,
+        num_items_in_batch: Any = None,
+        reduction: str = "mean",
+        **options: Any,
+    ) -> None:
+        is_due = self.calls % self.every == 0
+        self.calls += 1
+        labels = labels.reshape(-1)
+        valid = (labels != ignore_index).nonzero().squeeze(1)
+        if not is_due or objective.state is None or not len(valid):
+            return
+        count = min(len(valid), self.positions)
+        chosen = valid[torch.linspace(0, len(valid) - 1, count, device=valid.device).long()]
+        hidden = hidden_states.detach().reshape(-1, hidden_states.shape[-1])
+        options |= {
+            "bias": None if bias is None else bias.detach(),
+            "low_rank": None if low_rank is None else low_rank.detach(),
+            "reduction": "none",
+            "ignore_index": ignore_index,
+            "generator": torch.Generator().manual_seed(self.calls),
+        }
+        weight, twin = weight.detach(), copy.deepcopy(objective)
+
+        def approximate(leaf: torch.Tensor) -> torch.Tensor:
+            return twin(leaf, weight, labels, **options)[chosen]
+
+        def exact(leaf: torch.Tensor) -> torch.Tensor:
+            return Exact()(leaf, weight, labels[chosen], **options)
+
+        loss, gradient = _with_gradient(approximate, hidden)
+        expected, direction = _with_gradient(exact, hidden[chosen])
+        self.figures = {
+            "probe_bias": float((loss - expected).mean()),
+            "probe_cos_hidden": float(
+                torch.cosine_similarity(gradient[chosen].flatten(), direction.flatten(), dim=0)
+            ),
+        }
+
+
+def _with_gradient(
+    loss: Callable[[torch.Tensor], torch.Tensor], hidden: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    with torch.enable_grad():
+        leaf = hidden.detach().requires_grad_()
+        losses = loss(leaf)
+        (gradient,) = torch.autograd.grad(losses.sum(), leaf)
+    return losses.detach(), gradient.double()
