@@ -15,6 +15,7 @@ in the floor.
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -31,8 +32,8 @@ from sce_lm.training.measure import time_calls
 
 BLOCK_ELEMENTS = 2**24
 """Results of a product that is timed; a larger product is timed on some of its classes."""
-TRIALS = 5
-"""Calls of which the fastest counts."""
+TRIALS = 9
+"""Calls whose median counts, as it does for the methods: a machine that others use slows both."""
 
 
 @dataclass(frozen=True)
@@ -131,8 +132,8 @@ def measure_rates(
     def normal(*shape: int) -> torch.Tensor:
         return torch.randn(shape, dtype=dtype, device=device)
 
-    def best(run: Callable[[], Any]) -> float:
-        return min(time_calls(run, device, TRIALS))
+    def seconds_of(run: Callable[[], Any]) -> float:
+        return statistics.median(time_calls(run, device, TRIALS))
 
     def products(groups: int, rows: int, classes: int) -> float:
         """Forward, dh and, if trainable, dW of groups of rows that meet classes of their own."""
@@ -143,10 +144,10 @@ def measure_rates(
         p, dh, dw = torch.bmm(h, w.mT), torch.empty_like(h), torch.empty_like(w)
         if groups == 1:
             h, w, p, dh, dw = (tensor[0] for tensor in (h, w, p, dh, dw))
-        seconds = best(lambda: torch.matmul(h, w.mT, out=p))
-        seconds += best(lambda: torch.matmul(p, w, out=dh))
+        seconds = seconds_of(lambda: torch.matmul(h, w.mT, out=p))
+        seconds += seconds_of(lambda: torch.matmul(p, w, out=dh))
         if trainable:
-            seconds += best(lambda: torch.matmul(p.mT, h, out=dw))
+            seconds += seconds_of(lambda: torch.matmul(p.mT, h, out=dw))
         return (6 if trainable else 4) * groups * rows * classes * d / seconds
 
     def scan(buckets: int) -> float:
@@ -155,13 +156,13 @@ def measure_rates(
         classes = min(v, max(1, BLOCK_ELEMENTS // buckets))
         centers, w = normal(buckets, d), normal(classes, d)
         scores = centers @ w.T
-        return 2 * scores.numel() * d / best(lambda: torch.mm(centers, w.T, out=scores))
+        return 2 * scores.numel() * d / seconds_of(lambda: torch.mm(centers, w.T, out=scores))
 
     table, ones = normal(v, d), torch.ones(1, v, dtype=dtype, device=device)
     return {
         "shared": products(1, n, work.shared),
         "buckets": products(work.buckets, -(-n // max(1, work.buckets)), work.bucket_candidates),
         "scan": scan(work.buckets),
-        "read W": table.nbytes / best(lambda: ones @ table),
-        "write dW": table.nbytes / best(lambda: table.zero_()),
+        "read W": table.nbytes / seconds_of(lambda: ones @ table),
+        "write dW": table.nbytes / seconds_of(lambda: table.zero_()),
     }

@@ -118,6 +118,7 @@ class Objective(ABC):
 
     def advice(self) -> str | None:
         """One sentence on what should be changed, by the calls so far, or None."""
+        return None
 
     def end_step(self, device: torch.device) -> None:  # noqa: B027 (nothing to share by default)
         """Called once an optimiser step on every process, with labels or without: the place for

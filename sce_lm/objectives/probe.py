@@ -33,7 +33,9 @@ class Probe:
 
     def __init__(self, every: int, positions: int = 256) -> None:
         if every < 1 or positions < 1:
-            raise ValueError(f"Probe takes {every} calls and {positions} positions; give 1 or more.")
+            raise ValueError(
+                f"Probe takes {every} calls and {positions} positions; give 1 or more."
+            )
         self.every, self.positions = every, positions
         self.calls = 0
         self.figures: dict[str, float] = {}

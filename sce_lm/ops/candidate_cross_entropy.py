@@ -432,6 +432,11 @@ class _Problem:
         part = self.by_stratum(table)[stratum]
         return part if len(part) == 1 else part[bucket]
 
+    def dot(self, h: torch.Tensor, table: torch.Tensor, stratum: int, bucket) -> torch.Tensor:
+        """``[n]`` inner products of positions with their rows of a table."""
+        rows = self.of(table, stratum, bucket)
+        return h @ rows[0] if len(rows) == 1 else torch.linalg.vecdot(h, rows)
+
     def cells(self) -> torch.Tensor:
         """``[n_b, K_b]`` row of the tables that each item of a bucket's list belongs to."""
         bucket = torch.arange(len(self.items), device=self.items.device).unsqueeze(1)
@@ -582,14 +587,14 @@ class _Control:
     def __init__(self, p: _Problem, b: _Block, post: LogitTransform, stratum: int) -> None:
         self.stratum = stratum
         self.rest_size = p.of(p.rest_size, stratum, b.bucket)
-        mean = torch.linalg.vecdot(b.h, p.of(p.mean_rows, stratum, b.bucket))
+        mean = p.dot(b.h, p.mean_rows, stratum, b.bucket)
         self.g_mean = post(mean)
         self.slope, self.curvature = post.slope(self.g_mean), post.curvature(self.g_mean)
         self.label_share = b.outside - b.label_weight
         if p.stratum_of is not None:
             self.label_share = self.label_share * (p.stratum_of[b.y] == stratum)
         self.a0 = p.of(p.tail_total, stratum, b.bucket) + self.label_share
-        a1 = torch.linalg.vecdot(b.h, p.of(p.tail_rows, stratum, b.bucket))
+        a1 = p.dot(b.h, p.tail_rows, stratum, b.bucket)
         self.spread = a1 + self.label_share * b.label_raw - mean * self.a0
         self.e0 = torch.zeros_like(mean)
 

@@ -321,8 +321,8 @@ class TrainConfig:
     probe_every: int = field(
         default=0,
         metadata={
-            "help": "Batches from one comparison of the loss and its gradient with the exact ones, on "
-            "256 positions, to the next (objective/probe_... in metrics.jsonl); 0: none."
+            "help": "Batches from one comparison of the loss and its gradient with the exact ones, "
+            "on 256 positions, to the next (objective/probe_... in metrics.jsonl); 0: none."
         },
     )
     trackers: list[str] = field(

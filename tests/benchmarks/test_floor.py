@@ -28,7 +28,7 @@ def test_tail_only():
 def test_default_strata():
     work = work_of(DEFAULT_STRATA, LABELS, COUNTS)
     # The 500 labels are among the 1,024 most frequent classes.
-    assert work == Work(shared=1024 + 1024, buckets=55, bucket_candidates=1216)
+    assert work == Work(shared=1024 + 2048, buckets=55, bucket_candidates=1216)
     amounts = work.amounts(N, V, D, 4, trainable=True)
     assert amounts["buckets"] == 6 * N * 1216 * D
     assert amounts["scan"] == 2 * 55 * V * D
