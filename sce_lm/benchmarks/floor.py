@@ -7,9 +7,9 @@ a frozen head; choosing the candidates of buckets costs a product of their centr
 
 K: candidates that all positions meet, K_b: those of a position's own bucket. Then W, if trainable,
 is read once if its mean is needed and no scan reads it anyway, and dW is written once, into memory
-that the process has already. Rates are taken in the same run: products in the
-same shapes, and passes over memory of the same size. Exponentials, gathering and sampling are not
-in the floor.
+that the process has already. Rates are taken by the process that has just timed the method:
+products in the same shapes, and passes over memory of the same size. Exponentials, gathering and
+sampling are not in the floor.
 """
 
 from __future__ import annotations
@@ -18,16 +18,13 @@ import math
 import statistics
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 
 from sce_lm import objectives
 from sce_lm.benchmarks.peers import PEERS
 from sce_lm.objectives import SCE, Exact
-from sce_lm.training.loss_cost import load_inputs
 from sce_lm.training.measure import time_calls
 
 BLOCK_ELEMENTS = 2**24
@@ -99,29 +96,26 @@ def work_of(
 
 
 def measure_floor(
-    folder: str, specification: dict[str, Any], device: str, threads: int
+    specification: dict[str, Any],
+    labels: torch.Tensor,
+    weight: torch.Tensor,
+    counts: torch.Tensor,
+    *,
+    trainable: bool,
 ) -> dict[str, Any]:
-    """Work, and for each head, trainable and frozen, the floor in seconds with its terms and rates.
+    """Work, and the floor in seconds with its terms and rates; empty where the work is not known.
 
-    Empty where the method's work is not known.
+    Args:
+        specification, labels, counts: as in :func:`work_of`.
+        weight: ``[V, d]``, of which dtype and device are taken.
     """
-    torch.set_num_threads(threads)
-    inputs, _ = load_inputs(Path(folder) / "inputs.safetensors", "cpu")
-    labels, (v, d), dtype = inputs["labels"], inputs["weight"].shape, inputs["weight"].dtype
-    del inputs
-    state = Path(folder) / "state.safetensors"
-    counts = load_file(state)["counts"] if state.exists() else torch.zeros(v, dtype=torch.int64)
     work = work_of(specification, labels, counts)
     if work is None:
         return {}
-    found: dict[str, Any] = {"work": asdict(work)}
-    for head in ("trainable", "frozen"):
-        trainable = head == "trainable"
-        rates = measure_rates(work, len(labels), v, d, dtype, device, trainable=trainable)
-        amounts = work.amounts(len(labels), v, d, dtype.itemsize, trainable=trainable)
-        terms = floor_terms(amounts, rates)
-        found[head] = {"seconds": sum(terms.values()), "terms": terms, "rates": rates}
-    return found
+    sizes = (len(labels), *weight.shape)
+    rates = measure_rates(work, *sizes, weight.dtype, weight.device.type, trainable=trainable)
+    terms = floor_terms(work.amounts(*sizes, weight.itemsize, trainable=trainable), rates)
+    return {"seconds": sum(terms.values()), "terms": terms, "rates": rates, "work": asdict(work)}
 
 
 def measure_rates(

@@ -163,14 +163,13 @@ def _notes(row: Row, positions: int) -> list[str]:
             f"by {positions / row['positions']:g}"
         )
     notes += [
-        f"{part} failed; {row[part]['error']}"
-        for part in (*HEADS, "floor")
-        if "error" in row.get(part, {})
+        f"{part} failed; {row[part]['error']}" for part in HEADS if "error" in row.get(part, {})
     ]
-    floor = row["floor"].get("trainable")
-    if floor is not None and "version" not in row:
-        terms = " + ".join(f"{name} {seconds:.3f}" for name, seconds in floor["terms"].items())
-        notes.append(f"floor {floor['seconds']:.3f} s = {terms}")
+    for head in HEADS:
+        floor = row.get(head, {}).get("floor")
+        if floor and "version" not in row:
+            terms = " + ".join(f"{name} {seconds:.3f}" for name, seconds in floor["terms"].items())
+            notes.append(f"{head}, floor {floor['seconds']:.3f} s = {terms}")
     return notes
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 
 from sce_lm import objectives
 from sce_lm.benchmarks.floor import measure_floor
@@ -30,8 +31,8 @@ from sce_lm.training.measure import in_process
 
 Row = dict[str, Any]
 """The fields of a Method, and "skipped", why; or "trainable" and "frozen", each the fields of
-LossCost with speedup (over stock) and over_floor, "quality" and "floor". What failed holds "error",
-why, instead. "positions" are those that were measured."""
+LossCost with speedup (over stock), over_floor and "floor", and "quality". What failed holds
+"error", why, instead. "positions" are those that were measured."""
 
 
 @dataclass(frozen=True)
@@ -93,9 +94,9 @@ def measure_rows(
                 trainable=head == "trainable",
                 settings=asdict(settings),
                 positions=row["positions"],
+                floor=floors,
             )
         row["quality"] = row.get("trainable", {}).pop("quality", {})
-        row["floor"] = or_error(measure_floor, **call, **where) if floors else {}
     _add_ratios(rows)
     return rows
 
@@ -119,7 +120,7 @@ def _add_ratios(rows: Sequence[Row]) -> None:
                 "speedup": (stock.get(head, {}).get("seconds"), cost.get("seconds")),
                 "over_floor": (
                     cost.get("seconds"),
-                    row.get("floor", {}).get(head, {}).get("seconds"),
+                    cost.get("floor", {}).get("seconds"),
                 ),
             }
             cost |= {name: a / b for name, (a, b) in references.items() if a and b}
@@ -131,8 +132,9 @@ def measure_method(
     trainable: bool,
     settings: dict[str, Any],
     positions: int,
+    floor: bool,
 ) -> dict[str, Any]:
-    """Cost, and quality if the head is trainable, in this process.
+    """Cost, floor if asked for, and quality if the head is trainable, in this process.
 
     Of fewer ``positions`` than there are the seconds are scaled to all of them; peak memory, the
     loss and its quality, which are not proportional to positions, are left out.
@@ -141,7 +143,7 @@ def measure_method(
     torch.set_num_threads(how.threads)
     torch.manual_seed(0)
     inputs, post = load_inputs(Path(folder) / "inputs.safetensors", how.device)
-    share = len(inputs["labels"]) / positions
+    labels, share = inputs["labels"], len(inputs["labels"]) / positions
     inputs |= {name: inputs[name][:positions] for name in ("hidden_states", "labels")}
     warm_up(lambda: _build(specification, post, how.device)[0], inputs)
     loss, objective = _build(specification, post, how.device)
@@ -151,7 +153,15 @@ def measure_method(
     cost = cost_of(loss, inputs, trainable=trainable, repeats=how.repeats, budget=how.budget)
     result: dict[str, Any] = asdict(cost)
     if share > 1:
-        return {name: result[name] * share for name in ("seconds", "forward_seconds")}
+        result = {name: result[name] * share for name in ("seconds", "forward_seconds")}
+    weight = inputs["weight"]
+    if floor:
+        counts = load_file(state)["counts"] if state.exists() else torch.zeros(len(weight))
+        result["floor"] = measure_floor(
+            specification, labels.cpu(), weight, counts, trainable=trainable
+        )
+    if share > 1:
+        return result
     if trainable:
         draws = how.draws if objective is not None and objective.state is not None else 1
         reference = Path(folder) / "reference.safetensors"
