@@ -61,7 +61,7 @@ from sce_lm.ops.exact_cross_entropy import compute_dtype
 from sce_lm.ops.logits import LogitTransform
 from sce_lm.ops.rows import HeadColumns, Needs
 
-BLOCK_ELEMENTS = 2**21
+BLOCK_ELEMENTS = 2**22
 """Logits of a block of positions (8 MiB in fp32), and half the elements of the rows of W that
 its buckets hold."""
 PADDING = 1.1
@@ -369,7 +369,7 @@ class _Problem:
         self.column_weight = torch.cat([self.dense_weight, ones])
 
         row_elements = max(1, self.bucket_size * self.dense_rows.shape[1])
-        self.most_buckets = max(1, 2 * BLOCK_ELEMENTS // row_elements)
+        self.most_buckets = max(1, BLOCK_ELEMENTS // row_elements)
         """Buckets whose rows are held at a time."""
         self.strata = range(candidates.num_strata if with_mean else 0)
         if with_mean:
