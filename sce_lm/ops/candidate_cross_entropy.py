@@ -62,8 +62,8 @@ from sce_lm.ops.logits import LogitTransform
 from sce_lm.ops.rows import HeadColumns, Needs
 
 BLOCK_ELEMENTS = 2**22
-"""Logits of a block of positions (8 MiB in fp32), and half the elements of the rows of W that
-its buckets hold."""
+"""Logits of a block of positions (16 MiB in fp32), and elements of the rows of W that its buckets
+hold."""
 PADDING = 1.1
 """Rows of a group of buckets, padding included, over its positions: at most this."""
 
