@@ -12,11 +12,11 @@ import json
 
 import lightning
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, TensorDataset
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from sce_lm import SCEConfig, apply_sce
-from sce_lm.hf import objective_of
+from sce_lm.objectives import SCE
 from sce_lm.training.embedded.text import embedded_text
 
 
@@ -33,25 +33,28 @@ class LanguageModel(lightning.LightningModule):
             num_hidden_layers=2,
             num_attention_heads=4,
         )
-        self.model = apply_sce(LlamaForCausalLM(config), SCEConfig())
+        self.objective = SCE(SCEConfig())
+        self.model = apply_sce(LlamaForCausalLM(config), self.objective)
 
     def training_step(self, batch, index):
-        loss = self.model(input_ids=batch, labels=batch).loss
+        (ids,) = batch
+        loss = self.model(input_ids=ids, labels=ids).loss
         self.log("loss", loss, prog_bar=True)
         return loss
 
     def validation_step(self, batch, index):
-        loss = self.model(input_ids=batch, labels=batch).loss  # exact: the model is in eval mode
+        (ids,) = batch
+        loss = self.model(input_ids=ids, labels=ids).loss  # exact: the model is in eval mode
         self.log("held_out", loss, prog_bar=True)
 
     def configure_optimizers(self):
         return torch.optim.AdamW(self.parameters(), lr=3e-3)
 
     def on_save_checkpoint(self, checkpoint):
-        checkpoint["sce_state"] = objective_of(self.model).state.state_dict()
+        checkpoint["sce_state"] = self.objective.state.state_dict()
 
     def on_load_checkpoint(self, checkpoint):
-        objective_of(self.model).state.load_state_dict(checkpoint["sce_state"])
+        self.objective.state.load_state_dict(checkpoint["sce_state"])
 
 
 def main() -> None:
@@ -72,7 +75,7 @@ def main() -> None:
             documents = [json.loads(line)["text"] + tokenizer.eos_token for line in lines]
         ids = torch.tensor([i for one in tokenizer(documents)["input_ids"] for i in one])
         rows = ids[: len(ids) // arguments.length * arguments.length].view(-1, arguments.length)
-        return DataLoader(list(rows), batch_size=8, shuffle=shuffle)
+        return DataLoader(TensorDataset(rows), batch_size=8, shuffle=shuffle)
 
     lightning.seed_everything(0)
     trainer = lightning.Trainer(

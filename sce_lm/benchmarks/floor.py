@@ -112,9 +112,9 @@ def measure_floor(
     work = work_of(specification, labels, counts)
     if work is None:
         return {}
-    sizes = (len(labels), *weight.shape)
-    rates = measure_rates(work, *sizes, weight.dtype, weight.device.type, trainable=trainable)
-    terms = floor_terms(work.amounts(*sizes, weight.itemsize, trainable=trainable), rates)
+    n, (v, d) = len(labels), weight.shape
+    rates = measure_rates(work, n, v, d, weight.dtype, weight.device.type, trainable=trainable)
+    terms = floor_terms(work.amounts(n, v, d, weight.itemsize, trainable=trainable), rates)
     return {"seconds": sum(terms.values()), "terms": terms, "rates": rates, "work": asdict(work)}
 
 
