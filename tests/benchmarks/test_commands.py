@@ -254,5 +254,5 @@ def test_a_state_that_has_seen_text_is_taken_over(tmp_path, monkeypatch):
 
     monkeypatch.setattr(rows, "_build", spy)
     settings = {"repeats": 1, "budget": 1.0, "draws": 1, "device": "cpu", "threads": 1}
-    rows.measure_method(str(tmp_path), {"name": "sce"}, True, settings, 32)
+    rows.measure_method(str(tmp_path), {"name": "sce"}, True, settings, 32, floor=False)
     assert seen[-1].state.counts.sum() >= 50 * 32
