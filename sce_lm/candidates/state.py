@@ -231,12 +231,13 @@ class SCEState:
             ValueError: the file is no complete saved state, or counts another vocabulary.
         """
         try:
-            self.load_state_dict(load_file(path))
-        except (SafetensorError, ValueError) as error:
+            saved = load_file(path)
+        except SafetensorError as error:
             raise ValueError(
-                f"{path}: {error}. Restore the file from another checkpoint, or delete it to start "
-                "the state anew."
+                f"{path} is not a complete SCEState file ({error}); delete it to start the state "
+                "anew, or restore it from another checkpoint."
             ) from error
+        self._take_over(saved, path)
 
     def load_state_dict(self, saved: Mapping[str, torch.Tensor]) -> None:
         """Take over what :meth:`state_dict` gave.
@@ -244,15 +245,21 @@ class SCEState:
         Raises:
             ValueError: an entry is missing, or the state counts another vocabulary.
         """
-        missing = {"counts", "step", "averages"} - set(saved)
+        self._take_over({name: tensor.clone() for name, tensor in saved.items()}, "the state")
+
+    def _take_over(self, saved: Mapping[str, torch.Tensor], source: object) -> None:
+        """Keep the tensors of ``saved``; messages name their ``source``."""
+        missing = sorted({"counts", "step", "averages"} - set(saved))
         if missing:
-            raise ValueError(f"not a complete SCEState: {', '.join(sorted(missing))} missing")
-        saved = {name: tensor.clone() for name, tensor in saved.items()}
+            raise ValueError(
+                f"{source} is not a complete SCEState file ({', '.join(missing)} missing); delete "
+                "it to start the state anew, or restore it from another checkpoint."
+            )
         counts, step, averages = saved["counts"], int(saved["step"]), saved["averages"].tolist()
         if self.counts is not None and counts.numel() not in (0, self.counts.numel()):
             raise ValueError(
-                f"the state counts {counts.numel()} classes but this model has "
-                f"{self.counts.numel()}; load the state that was saved with this model"
+                f"{source} counts {counts.numel()} classes but this model has "
+                f"{self.counts.numel()}; load the state that was saved with this model."
             )
         self.counts = counts if counts.numel() else None
         self.step = step

@@ -71,7 +71,7 @@ def test_bad_files_and_other_vocabularies(tmp_path):
     with pytest.raises(ValueError, match="counts 6 classes but this model has 9"):
         other.load(path)
     path.write_bytes(path.read_bytes()[:40])
-    with pytest.raises(ValueError, match="Restore the file"):
+    with pytest.raises(ValueError, match="not a complete SCEState file"):
         SCEState().load(path)
     with pytest.raises(FileNotFoundError):
         SCEState().load(tmp_path / "none")
