@@ -124,7 +124,7 @@ class SCE(SampledObjective):
         sizes = self.config.resolve(
             len(inputs.hidden), vocab_size, prefer, self.state.num_labels, rows
         )
-        if self.state.tail_candidates:
+        if self.config.target_relative_error is not None and self.state.tail_candidates:
             sizes = replace(sizes, tail_candidates=self.state.tail_candidates)
         with torch.no_grad():
             candidates = self._choose(inputs, sizes, counts, seed, counted=counted)

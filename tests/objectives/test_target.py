@@ -63,3 +63,13 @@ def test_saved_state_goes_on_with_its_tail(tmp_path):
     assert again.state.tail_candidates == objective.state.tail_candidates != 0
     losses = [call(one, problem, 99)[0] for one in (objective, again)]
     assert torch.equal(*losses)
+
+
+def test_an_objective_without_a_target_leaves_another_ones_tail(tmp_path):
+    problem = make_problem(32, 5000, 16, dtype=torch.float32)
+    objective, without = make(0.05, tail_candidates=64), make(None, tail_candidates=64)
+    steps(objective, problem, 30)
+    objective.state.save(tmp_path / "state.safetensors")
+    without.state.load(tmp_path / "state.safetensors")
+    call(without, problem, 99)
+    assert objective.tail > without.tail == 64
