@@ -165,6 +165,21 @@ def probe_loss(model: nn.Module, every: int, positions: int = 256) -> Probe:
     return attachment.probe
 
 
+def objective_figures(model: nn.Module) -> dict[str, float]:
+    """What logs show of the objective: running averages of its state and the probe's latest
+    figures. Warns once where they say that something should be changed."""
+    attachment = _attachment_of(model)
+    if attachment is None:
+        return {}
+    state, probe = attachment.objective.state, attachment.probe
+    figures = {} if state is None else state.summary()
+    advice = attachment.objective.advice()
+    if advice is not None and not attachment.advised:
+        attachment.advised = True
+        warnings.warn(advice, stacklevel=2)
+    return figures if probe is None else figures | probe.figures
+
+
 @contextmanager
 def lazy_logits(model: nn.Module) -> Iterator[None]:
     """Inside, ``model(...)`` without labels also returns ``outputs.logits`` as LazyLogits.
@@ -250,6 +265,7 @@ class _Attachment:
         self.evaluation = objectives.get("exact", backend=objective.config.backend)
         self.statistics: Statistics | None = None
         self.probe: Probe | None = None
+        self.advised = False
 
     def detach(self, model: PreTrainedModel) -> None:
         """Take everything off ``model`` again."""

@@ -9,10 +9,9 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from sce_lm.hf.adapter import loss_seconds, objective_of, probe_loss
+from sce_lm.hf.adapter import loss_seconds, objective_figures, objective_of, probe_loss
 from sce_lm.hf.saving import save_objective, state_file
 from sce_lm.objectives import Objective
-from sce_lm.objectives.probe import Probe
 
 
 class SCECallback(TrainerCallback):
@@ -39,8 +38,6 @@ class SCECallback(TrainerCallback):
     def __init__(self, resume_from: str | Path | None = None, probe_every: int = 0) -> None:
         self.resume_from = resume_from
         self.probe_every = probe_every
-        self.probe: Probe | None = None
-        self.advised = False
         self.logged_seconds = 0.0
         self.logged_steps = 0
 
@@ -57,7 +54,7 @@ class SCECallback(TrainerCallback):
             return
         self.logged_seconds, self.logged_steps = loss_seconds(model), state.global_step
         if self.probe_every:
-            self.probe = probe_loss(model, self.probe_every)
+            probe_loss(model, self.probe_every)
         if objective.state is None or state.global_step == 0:
             return
         file = state_file(self._resumed_checkpoint(args, state), args.process_index)
@@ -110,16 +107,9 @@ class SCECallback(TrainerCallback):
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        objective = _objective(model)
-        if objective is None or logs is None or "loss" not in logs:
+        if _objective(model) is None or logs is None or "loss" not in logs:
             return
-        figures = {} if objective.state is None else objective.state.summary()
-        if self.probe is not None:
-            figures |= self.probe.figures
-        advice = objective.advice()
-        if advice is not None and not self.advised:
-            self.advised = True
-            warnings.warn(advice, stacklevel=2)
+        figures = objective_figures(model)
         seconds, steps = loss_seconds(model), state.global_step
         if steps > self.logged_steps:
             figures["loss_seconds"] = (seconds - self.logged_seconds) / (steps - self.logged_steps)

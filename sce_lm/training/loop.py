@@ -33,7 +33,7 @@ from transformers import get_scheduler
 
 from sce_lm import objectives
 from sce_lm.files import write_json
-from sce_lm.hf.adapter import apply_sce, probe_loss, remove_sce
+from sce_lm.hf.adapter import apply_sce, objective_figures, probe_loss, remove_sce
 from sce_lm.training.best import BestModel
 from sce_lm.training.checkpoint import Checkpoints
 from sce_lm.training.config import TrainConfig
@@ -102,8 +102,8 @@ class Run:
         self.task.check_model(model)
         self.num_parameters = model.num_parameters()
         apply_sce(model, self.objective)
-        self.probe = probe_loss(model, config.probe_every) if config.probe_every else None
-        self.advised = False
+        if config.probe_every:
+            probe_loss(model, config.probe_every)
         self.by_rows = [] if config.optimizer == "adamw" else make_row_sparse(model)
         optimizer = build_optimizer(model, config, self.by_rows)
         if self.by_rows and self.objective.state is not None:
@@ -312,14 +312,7 @@ class Run:
                 "use bf16 or no mixed precision; checkpoints written so far are kept."
             )
         speed = values.pop("num_items") / seconds
-        state = self.objective.state
-        of_objective = state.summary() if state else {}
-        if self.probe is not None:
-            of_objective |= self.probe.figures
-        advice = self.objective.advice()
-        if advice is not None and self.is_main and not self.advised:
-            self.advised = True
-            warnings.warn(advice, stacklevel=1)
+        of_objective = objective_figures(self.model) if self.is_main else {}
         self._record(
             {
                 "epoch": self.order.epoch(self.step, self.processes),
