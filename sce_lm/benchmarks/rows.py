@@ -65,9 +65,10 @@ def measure_rows(
         heads: "trainable", whose rows have quality too, "frozen", or both.
         floors: whether to measure each method's least time.
     """
-    where = {"device": settings.device, "threads": settings.threads}
     progress(f"{problem}\nexact reference")
-    in_process(write_reference, folder=str(folder), **where)
+    in_process(
+        write_reference, folder=str(folder), device=settings.device, threads=settings.threads
+    )
     rows = []
     for number, method in enumerate(methods, start=1):
         progress(f"{number}/{len(methods)} {method.label}")
@@ -86,11 +87,11 @@ def measure_rows(
                 progress(f"    skipped: {reason}")
                 continue
             row["version"] = peer.version
-        call = {"folder": str(folder), "specification": method.specification}
         for head in heads:
             row[head] = or_error(
                 measure_method,
-                **call,
+                folder=str(folder),
+                specification=method.specification,
                 trainable=head == "trainable",
                 settings=asdict(settings),
                 positions=row["positions"],
@@ -118,10 +119,7 @@ def _add_ratios(rows: Sequence[Row]) -> None:
             cost = row.get(head, {})
             references = {
                 "speedup": (stock.get(head, {}).get("seconds"), cost.get("seconds")),
-                "over_floor": (
-                    cost.get("seconds"),
-                    cost.get("floor", {}).get("seconds"),
-                ),
+                "over_floor": (cost.get("seconds"), cost.get("floor", {}).get("seconds")),
             }
             cost |= {name: a / b for name, (a, b) in references.items() if a and b}
 
@@ -160,9 +158,7 @@ def measure_method(
         result["floor"] = measure_floor(
             specification, labels.cpu(), weight, counts, trainable=trainable
         )
-    if share > 1:
-        return result
-    if trainable:
+    if trainable and share == 1:
         draws = how.draws if objective is not None and objective.state is not None else 1
         reference = Path(folder) / "reference.safetensors"
         result["quality"] = quality_of(loss, objective, inputs, post, reference, draws)
