@@ -10,7 +10,7 @@ validation loss is exact cross-entropy. Lightning's checkpoints hold the objecti
 import argparse
 import json
 
-import lightning
+import lightning  # pyright: ignore[reportMissingImports]
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
