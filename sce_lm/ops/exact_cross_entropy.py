@@ -308,25 +308,38 @@ def _by_blocks(hidden, columns, labels, post, position_weight, needs: Needs):
             torch.addmm(s, h[:, at], factor.T, beta=float(i > 0), out=s)
         if bias is not None:
             s += bias
-        best, best_class = post.apply_(s).max(dim=1, keepdim=True)
+        best = post.apply_(s).amax(dim=1, keepdim=True)
         label_logit = s.gather(1, y)
-        p = torch.softmax(s, dim=1, out=s)  # row by row, so it may write over its input
-        log_z = best - p.gather(1, best_class).log()
+        correct[rows] = _has_largest(s, y, label_logit == best)
+        e = s.sub_(best).exp_()  # total · softmax; the position's scale divides by total
+        total = e.sum(dim=1, keepdim=True)
+        log_z = best + total.log()
         losses[rows] = (log_z - label_logit).squeeze(1)
-        correct[rows] = (best_class == y).squeeze(1)
 
         share = position_weight if position_weight.dim() == 0 else position_weight[rows, None]
-        scale = share * post.slope(log_z)
-        p.scatter_add_(1, y, torch.full_like(log_z, -1.0))
+        scale = share * post.slope(log_z) / total
+        e.scatter_add_(1, y, -total)
         scaled = h * scale
         for factor, at, grad in factors:
             if grad_hidden is not None:
-                torch.mm(p, factor, out=grad_hidden[rows, at]).mul_(scale)
+                torch.mm(e, factor, out=grad_hidden[rows, at]).mul_(scale)
             if grad is not None:
-                torch.addmm(grad, p.T, scaled[:, at], beta=float(start > 0), out=grad)
+                torch.addmm(grad, e.T, scaled[:, at], beta=float(start > 0), out=grad)
         if grad_bias is not None:
-            grad_bias += p.T @ scale.expand(len(h), 1).squeeze(1)
+            grad_bias += e.T @ scale.expand(len(h), 1).squeeze(1)
     return losses, correct, (grad_hidden, grad_weight, grad_low_rank, grad_bias)
+
+
+def _has_largest(s, y, ties_with_best):
+    """Whether the label's logit is the largest and no class before it has the same, ``[n]`` bool.
+
+    Only positions whose label ties with the best are looked at for classes before it: a search for
+    the largest logit and its place takes four times as long as one for its value.
+    """
+    hits = ties_with_best.squeeze(1)
+    where = hits.nonzero().squeeze(1)
+    hits[where] = s[where].argmax(dim=1) == y[where, 0]
+    return hits
 
 
 class _ExactCrossEntropy(torch.autograd.Function):
