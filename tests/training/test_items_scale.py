@@ -7,6 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from support.data import shared_data
@@ -21,6 +23,8 @@ from sce_lm.training.measure import start_peak
 ROOT = Path(__file__).resolve().parents[2]
 SASREC = {"model_type": "sasrec", "max_position_embeddings": 50}
 UNION = ("amazon-beauty-54k", "amazon-sports-5core", "food", "amazon-book-39k", "yelp-2019-train")
+
+SCHEMA = pa.schema([("user_id", pa.int64()), ("item_id", pa.int64()), ("timestamp", pa.int64())])
 
 pytestmark = pytest.mark.slow
 
@@ -135,3 +139,39 @@ def test_a_catalogue_of_a_million_items_from_log_to_lists(tmp_path):
         text=True,
     ).stdout
     assert len(printed.strip().splitlines()) == 5
+
+
+READ_LOG = """
+import resource, sys
+from sce_lm.training.config import parse_config
+from sce_lm.training.sources import build_task
+task = build_task(parse_config([sys.argv[1]]))
+print(task.describe()["events"], resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
+"""
+
+
+def test_a_log_of_50_million_events_is_read_and_split_in_under_4_gigabytes(tmp_path):
+    """The whole process, libraries included, from the file to rows ready for training."""
+    events, path = 50_000_000, tmp_path / "log.parquet"
+    generator = np.random.default_rng(0)
+    part = 5_000_000
+    with pq.ParquetWriter(path, SCHEMA) as writer:
+        for start in range(0, events, part):
+            columns = (
+                generator.integers(0, 3_000_000, part),
+                (500_000 * generator.random(part) ** 3).astype(np.int64),  # popular ones first
+                np.arange(start, start + part),
+            )
+            writer.write_table(pa.table(dict(zip(SCHEMA.names, columns)), schema=SCHEMA))
+    configured(tmp_path, path, time_column="timestamp")
+    printed = subprocess.run(
+        [sys.executable, "-c", READ_LOG, tmp_path / "config.yaml"],
+        check=True,
+        cwd=ROOT,
+        env=ONE_THREAD,
+        capture_output=True,
+        text=True,
+    ).stdout
+    found, gigabytes = map(float, printed.split())
+    assert found == events
+    assert gigabytes < 4
