@@ -6,10 +6,11 @@ every term of the cost alike, so it decides nothing.
 =========================  =======  ====================  =========  ====
 problem                    buckets  candidates of each    frequent   tail
 =========================  =======  ====================  =========  ====
-V < 65,536                 none                           1,024      2,048
+V < 65,536                 none                           2,048      4,096
 V >= 65,536, N large       64       32·N/64, 1,024-4,096  1,024      2,048
 the same, fewer positions  N/32                           1,024      2,048
-scan over 4,096·N/V        fewer, none below 8            1,024      2,048
+scan over 4,096·N/V        fewer, from 8 buckets on       1,024      2,048
+the same, fewer than 8     none                           2,048      4,096
 =========================  =======  ====================  =========  ====
 
 * Pretrained language models are peaked: most of the mass lies on few, context-dependent tokens,
@@ -22,6 +23,10 @@ scan over 4,096·N/V        fewer, none below 8            1,024      2,048
 * Below 65,536 classes logits of models trained from scratch are flat enough that a larger tail
   gains as much, and the scan, ``num_buckets · V / N`` products a position, is not needed. It is
   bounded for millions of classes too: without buckets no part of a call grows with V.
+* A Llama trained from scratch for 150 steps on the demo's text (V=32,768, d=256, 2,040 positions a
+  step, one seed), frequent + tail: held-out NLL and accuracy. Exact loss 6.398 and .128; 1,024 +
+  2,048: 6.443, .130; 4,096 + 2,048: 6.414, .131; 1,024 + 5,120: 6.409, .129; 2,048 + 4,096: 6.382,
+  .133; 4,096 + 4,096: 6.390, .131; 1,024 + 8,192: 6.387, .130.
 """
 
 from __future__ import annotations
@@ -403,7 +408,9 @@ class SCEConfig(ObjectiveConfig):
             bucket_positions = -(-n // num_buckets) if num_buckets else 0
             if corrected:
                 auto_candidates = max(1024, min(CANDIDATES_PER_POSITION * bucket_positions, 4096))
-        tail = here(_pick(self.tail_candidates, 2048 if corrected else 0))
+        # The same number of candidates again where there are no buckets.
+        auto_frequent, auto_tail = (1024, 2048) if num_buckets else (2048, 4096)
+        tail = here(_pick(self.tail_candidates, auto_tail if corrected else 0))
         control = prefer_control_variate if self.control_variate == "auto" else self.control_variate
         labels_share = self.prior_shares().get("labels", 0.0)
         return SCESizes(
@@ -412,7 +419,7 @@ class SCEConfig(ObjectiveConfig):
             bucket_candidates=(
                 here(_pick(self.bucket_candidates, auto_candidates)) if num_buckets else 0
             ),
-            shared_frequent=0 if published else here(_pick(self.shared_frequent, 1024)),
+            shared_frequent=0 if published else here(_pick(self.shared_frequent, auto_frequent)),
             tail_candidates=tail,
             control_variate=control and tail > 0,
             uniform_floor=(

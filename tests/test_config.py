@@ -116,7 +116,8 @@ def test_every_field_is_documented_and_printed():
 def test_auto_sizes(n, v, buckets, candidates):
     sizes = SCEConfig().resolve(n, v)
     assert (sizes.num_buckets, sizes.bucket_candidates) == (buckets, candidates)
-    assert (sizes.shared_frequent, sizes.tail_candidates) == (1024, 2048)
+    expected = (1024, 2048) if buckets else (2048, 4096)
+    assert (sizes.shared_frequent, sizes.tail_candidates) == expected
 
 
 def test_auto_floor_falls_with_the_labels_seen():
