@@ -150,7 +150,7 @@ def vocab_parallel_scores(
     best = torch.topk(values, min(top_k, shard.vocab_size), dim=1).indices
     return ExactScores(
         label_logit - log_partition,
-        shard.correct(found.best, found.best_class, labels),
+        shard.winner(found.best, found.best_class)[1] == labels,
         classes.gather(1, best),
     )
 
@@ -206,19 +206,19 @@ class VocabShard:
             )
         return largest + total.log(), label_logit
 
-    def correct(
-        self, best: torch.Tensor, best_class: torch.Tensor, labels: torch.Tensor
-    ) -> torch.Tensor:
-        """``[N]`` whether the label has the largest logit of all (the first one, if several tie).
+    def winner(
+        self, best: torch.Tensor, best_class: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """``[N]`` the largest logits of all, and their classes in ``[0, V)`` (the first one, if
+        several tie).
 
         Args:
             best: ``[N]`` this rank's largest logits.
             best_class: ``[N]`` and their rows, counted from its first.
-            labels: ``[N]`` in ``[0, V)``.
         """
         largest = self.reduce(best.clone(), dist.ReduceOp.MAX)
         first = torch.where(best == largest, best_class + self.rows.start, self.vocab_size)
-        return self.reduce(first, dist.ReduceOp.MIN) == labels
+        return largest, self.reduce(first, dist.ReduceOp.MIN)
 
     def reduce(self, x: torch.Tensor, op: Any = dist.ReduceOp.SUM) -> torch.Tensor:
         """All-reduce in place."""
@@ -265,7 +265,7 @@ class VocabParallel(Objective):
         if inputs.want_statistics and isinstance(self.objective, SCE):
             self.shard.reduce(none)
         elif inputs.want_statistics:
-            self.shard.correct(none, inputs.labels, inputs.labels)
+            self.shard.winner(none, inputs.labels)
         return loss.sum() + super().nothing(inputs)
 
     def _sce(self, objective: SCE, own: HeadInputs) -> tuple[torch.Tensor, Statistics]:
@@ -289,12 +289,13 @@ class VocabParallel(Objective):
         make = partial(ExactPasses, labels=own.labels, post=own.post)
         with torch.no_grad():
             found = make(own.hidden, own.columns).scan()
-        loss, _ = self._over_ranks(own, make, found)
-        correct = None
+        loss, log_partition = self._over_ranks(own, make, found)
+        statistics = Statistics(len(labels), products_per_position=float(len(own.weight)))
         if own.want_statistics:
-            correct = self.shard.correct(found.best, found.best_class, labels)
-        products = float(len(own.weight))
-        return loss, Statistics(len(labels), products_per_position=products, correct=correct)
+            best, winner = self.shard.winner(found.best, found.best_class)
+            confidence = (best - log_partition).exp()
+            statistics = replace(statistics, correct=winner == labels, confidence=confidence)
+        return loss, statistics
 
     def _over_ranks(
         self, own: HeadInputs, make: MakePasses | None, found: Sums | Scan

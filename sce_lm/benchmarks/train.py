@@ -21,10 +21,16 @@ from sce_lm.benchmarks import report
 from sce_lm.benchmarks.methods import Method, choose, equal_logits
 
 HEADINGS = {
-    "lm": {"nll": "held-out exact NLL", "accuracy": "accuracy"},
+    "lm": {
+        "nll": "held-out exact NLL",
+        "accuracy": "accuracy",
+        "ece": "ECE",
+        "log_z_bias": "log Zhat - log Z",
+    },
     "items": {"ndcg@10": "NDCG@10", "hr@10": "HR@10", "coverage@10": "coverage@10"},
 }
-"""By task: held-out figures and what the table calls them."""
+"""By task: held-out figures and what the table calls them. ECE is the expected calibration error,
+log Zhat - log Z what the objective's own draws make of held-out positions at the end."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

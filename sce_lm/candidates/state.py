@@ -42,6 +42,7 @@ _AVERAGES = (
     "products_per_position",
     "distinct_cached",
     "candidates_per_position",
+    "relative_error_p95",
 )
 
 T = TypeVar("T")
@@ -182,7 +183,8 @@ class SCEState:
         """Running averages for logs, empty at first.
 
         Coverage; candidates and products per position (the latter with all that choosing them
-        costs); relative error, the standard deviation of Zhat over Zhat with the estimator in use.
+        costs); relative error, the standard deviation of Zhat over Zhat with the estimator in use,
+        its root mean square and its 95 % quantile over positions.
         """
         figures = {k: self.averages[k] for k in _AVERAGES[2:] if k in self.averages}
         variances = [self.averages[k] for k in _AVERAGES[:2] if k in self.averages]

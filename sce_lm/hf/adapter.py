@@ -146,9 +146,17 @@ def loss_seconds(model: nn.Module) -> float:
     return 0.0 if attachment is None else attachment.seconds
 
 
-def probe_loss(model: nn.Module, every: int, positions: int = 256) -> Probe:
-    """Compare the objective with exact cross-entropy every ``every`` training losses, on a few
-    positions of the batch, until the objective is replaced.
+def probe_loss(
+    model: nn.Module, every: int, positions: int = 256, *, training: bool = True
+) -> Probe:
+    """Compare the objective with exact cross-entropy every ``every`` losses, on a few positions of
+    the batch, until the objective is replaced.
+
+    Args:
+        model: patched by :func:`apply_sce`.
+        every: losses from one comparison to the next.
+        positions: of a comparison.
+        training: losses in training mode; False: those in ``eval()``, which stay exact themselves.
 
     Returns:
         The :class:`~sce_lm.objectives.probe.Probe`, whose ``figures`` are those of the latest look.
@@ -161,8 +169,8 @@ def probe_loss(model: nn.Module, every: int, positions: int = 256) -> Probe:
         raise ValueError(
             f"this {type(model).__name__} has no objective to probe; call apply_sce first."
         )
-    attachment.probe = Probe(every, positions)
-    return attachment.probe
+    probe = attachment.probes[training] = Probe(every, positions)
+    return probe
 
 
 def objective_figures(model: nn.Module) -> dict[str, float]:
@@ -171,7 +179,7 @@ def objective_figures(model: nn.Module) -> dict[str, float]:
     attachment = _attachment_of(model)
     if attachment is None:
         return {}
-    state, probe = attachment.objective.state, attachment.probe
+    state, probe = attachment.objective.state, attachment.probes.get(True)
     figures = {} if state is None else state.summary()
     advice = attachment.objective.advice()
     if advice is not None and not attachment.advised:
@@ -264,7 +272,7 @@ class _Attachment:
         self.objective = objective
         self.evaluation = objectives.get("exact", backend=objective.config.backend)
         self.statistics: Statistics | None = None
-        self.probe: Probe | None = None
+        self.probes: dict[bool, Probe] = {}  # of losses in training mode, and in eval()
         self.advised = False
 
     def detach(self, model: PreTrainedModel) -> None:
@@ -442,8 +450,10 @@ class _Attachment:
         objective = self.objective if training else self.evaluation
         if isinstance(inputs[1], DTensor):  # the weight of a tensor-parallel plan's head
             objective = partial(vocab_parallel_loss, config=objective)
-        elif training and self.probe is not None and torch.is_grad_enabled():
-            self.probe(self.objective, *inputs, **options)
+        elif training in self.probes and (torch.is_grad_enabled() or not training):
+            started = time.perf_counter()
+            self.probes[training](self.objective, *inputs, **options)
+            self.seconds -= time.perf_counter() - started
         loss = objective(*inputs, return_stats=not training, **options)
         self.statistics = None
         if isinstance(loss, tuple):

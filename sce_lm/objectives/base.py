@@ -38,6 +38,9 @@ class Statistics:
     None where it is not estimated. Mass that was never drawn is not seen."""
     correct: torch.Tensor | None = None
     """Bool, the shape of ``labels``: the label has the largest logit of all. Exact loss only."""
+    confidence: torch.Tensor | None = None
+    """Largest probability of all classes, the shape of ``labels``, 0 where ignored. Exact loss
+    only."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -252,7 +255,7 @@ class Objective(ABC):
             return loss
         fields = {
             name: None if value is None else scatter_to(labels, valid, value)
-            for name in ("covered", "relative_error", "correct")
+            for name in ("covered", "relative_error", "correct", "confidence")
             for value in (getattr(statistics, name),)
         }
         return loss, Statistics(

@@ -28,4 +28,5 @@ class Exact(Objective):
             num_valid=inputs.labels.numel(),
             products_per_position=float(inputs.weight.shape[0]),
             correct=result.correct,
+            confidence=result.confidence,
         )

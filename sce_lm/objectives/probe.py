@@ -3,7 +3,7 @@
 The relative error that an objective reports comes from its own sample and cannot see what was never
 drawn. Every so many calls a :class:`Probe` takes some positions of the batch and compares
 
-    probe_bias         mean of (loss - exact loss), nats
+    probe_bias         mean of (loss - exact loss), nats; of a softmax log Zhat - log Z
     probe_cos_hidden   cosine of the loss's gradient of their hidden states with the exact one's
 
 It draws for itself from a copy of the objective and its state, so training goes on as without it,
@@ -40,6 +40,8 @@ class Probe:
         self.calls = 0
         self.figures: dict[str, float] = {}
         """Of the latest look, empty before it."""
+        self.errors = torch.empty(0)
+        """``[positions]`` loss - exact loss of the latest look, on the CPU."""
 
     def __call__(
         self,
@@ -81,8 +83,9 @@ class Probe:
 
         loss, gradient = _with_gradient(approximate, hidden)
         expected, direction = _with_gradient(exact, hidden[chosen])
+        self.errors = (loss - expected).cpu()
         self.figures = {
-            "probe_bias": float((loss - expected).mean()),
+            "probe_bias": float(self.errors.mean()),
             "probe_cos_hidden": float(
                 torch.cosine_similarity(gradient[chosen].flatten(), direction.flatten(), dim=0)
             ),
@@ -92,7 +95,8 @@ class Probe:
 def _with_gradient(
     loss: Callable[[torch.Tensor], torch.Tensor], hidden: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    with torch.enable_grad():
+    # The backward pass is made here too, inside the autocast of the caller's forward.
+    with torch.enable_grad(), torch.autocast(hidden.device.type, enabled=False):
         leaf = hidden.detach().requires_grad_()
         losses = loss(leaf)
         (gradient,) = torch.autograd.grad(losses.sum(), leaf)

@@ -193,7 +193,9 @@ class SCE(SampledObjective):
         own = control if candidates.control_variate else plain
         if monitors:
             self.state.average(
-                variance_plain=float(plain.mean()), variance_control=float(control.mean())
+                variance_plain=float(plain.mean()),
+                variance_control=float(control.mean()),
+                relative_error_p95=float(own.quantile(0.95).sqrt()),
             )
             if self.config.target_relative_error is not None:
                 self._set_tail(len(candidates.tail), float(own.mean()), len(inputs.weight))

@@ -52,6 +52,8 @@ class ExactLoss(NamedTuple):
     """Scalar ``sum_t position_weight · loss_t``, or ``[N]`` if no weight was given."""
     correct: torch.Tensor
     """``[N]`` bool: the label has the largest logit (first one, if several tie)."""
+    confidence: torch.Tensor
+    """``[N]``: the largest probability of all classes."""
 
 
 def exact_cross_entropy(
@@ -281,7 +283,8 @@ def _column(labels: torch.Tensor, classes: slice) -> tuple[torch.Tensor, torch.T
 
 
 def _by_blocks(hidden, columns, labels, post, position_weight, needs: Needs):
-    """Losses ``[N]``, hits ``[N]`` and gradients, a block of positions over all classes at a time.
+    """Losses, hits, confidence, ``[N]`` each, and gradients: a block of positions over all classes
+    at a time.
 
     The factors of positions scale h and the products, never the block.
     """
@@ -289,6 +292,7 @@ def _by_blocks(hidden, columns, labels, post, position_weight, needs: Needs):
     count, (vocab_size, width) = len(hidden), weight.shape
     dtype = compute_dtype(hidden, weight)
     losses = hidden.new_empty(count, dtype=dtype)
+    confidence = torch.empty_like(losses)
     correct = torch.empty_like(labels, dtype=torch.bool)
     grad_hidden = torch.empty_like(hidden, dtype=dtype) if needs.hidden else None
     grad_weight, grad_low_rank = (
@@ -315,6 +319,7 @@ def _by_blocks(hidden, columns, labels, post, position_weight, needs: Needs):
         total = e.sum(dim=1, keepdim=True)
         log_z = best + total.log()
         losses[rows] = (log_z - label_logit).squeeze(1)
+        confidence[rows] = total.reciprocal().squeeze(1)
 
         share = position_weight if position_weight.dim() == 0 else position_weight[rows, None]
         scale = share * post.slope(log_z) / total
@@ -327,7 +332,7 @@ def _by_blocks(hidden, columns, labels, post, position_weight, needs: Needs):
                 torch.addmm(grad, e.T, scaled[:, at], beta=float(start > 0), out=grad)
         if grad_bias is not None:
             grad_bias += e.T @ scale.expand(len(h), 1).squeeze(1)
-    return losses, correct, (grad_hidden, grad_weight, grad_low_rank, grad_bias)
+    return losses, correct, confidence, (grad_hidden, grad_weight, grad_low_rank, grad_bias)
 
 
 def _has_largest(s, y, ties_with_best):
@@ -353,7 +358,7 @@ class _ExactCrossEntropy(torch.autograd.Function):
         fits = min(len(hidden), MIN_BLOCK) * len(weight) <= BLOCK_ELEMENTS
         in_place = any(needs.head[:2]) and weight.dtype == dtype and post.soft_cap is None
         if is_scalar and in_place and fits:
-            losses, correct, ctx.gradients = _by_blocks(
+            losses, correct, confidence, ctx.gradients = _by_blocks(
                 hidden, columns, labels, post, position_weight, needs
             )
             log_z = None
@@ -362,6 +367,7 @@ class _ExactCrossEntropy(torch.autograd.Function):
             only_hidden = position_weight is not None and needs == Needs(hidden=True)
             scan = passes.scan(with_grad_hidden=only_hidden)
             log_z, correct = scan.log_partition, scan.best_class == labels
+            confidence = (scan.best - log_z).exp()
             losses = log_z - scan.label_logit
             if scan.grad_hidden is not None and position_weight is not None:
                 pull = post.slope(scan.label_logit)
@@ -371,9 +377,10 @@ class _ExactCrossEntropy(torch.autograd.Function):
                 )
                 grad *= position_weight.expand(len(losses)).unsqueeze(1)
                 ctx.gradients = (grad, None, None, None)
-        ctx.mark_non_differentiable(correct)
+        ctx.mark_non_differentiable(correct, confidence)
         ctx.save_for_backward(hidden, *columns, labels, log_z)
-        return (losses * position_weight).sum() if is_scalar else losses, correct
+        loss = (losses * position_weight).sum() if is_scalar else losses
+        return loss, correct, confidence
 
     @staticmethod
     @once_differentiable

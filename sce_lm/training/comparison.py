@@ -20,7 +20,8 @@ from sce_lm.training import loss_cost
 from sce_lm.training.config import TrainConfig
 from sce_lm.training.loop import Run
 from sce_lm.training.loss_cost import LossCost
-from sce_lm.training.plots import draw_curves
+from sce_lm.training.metrics import read_metrics
+from sce_lm.training.plots import draw_curves, with_seconds
 from sce_lm.training.task import DataOrder, Task, on_device
 
 
@@ -42,6 +43,9 @@ class Comparison:
     """The summary.json of each seed's run, by the method's label."""
     failures: dict[str, str]
     """Why a method has no summaries, by its label."""
+    sooner: dict[str, list[float | None]]
+    """Seconds of training until the held-out figure was as good as the first method's best, over
+    those that the first method took to it; one for each seed, None if it never was."""
     costs: dict[str, LossCost]
     """The loss alone, by label; "stock" is plain cross-entropy."""
     measured: dict[str, Any]
@@ -56,7 +60,8 @@ class Comparison:
         they are means and standard deviations."""
         table = Table(title=title, title_justify="left")
         table.add_column("method")
-        for heading in ("s / step", "s in the loss", "peak MiB of the loss", *figures.values()):
+        headings = ("s / step", "s in the loss", "peak MiB of the loss", *figures.values())
+        for heading in (*headings, f"time to {next(iter(self.summaries))}'s"):
             table.add_column(heading, justify="right")
         for label, cost in self.costs.items():
             cells = [f"{cost.seconds:.3f}", f"{cost.peak_mib:.0f}"]
@@ -65,23 +70,54 @@ class Comparison:
             else:
                 seconds = statistics.mean(s["seconds_per_step"] for s in self.summaries[label])
                 held_out = [_spread(self.held_out(label, name)) for name in figures]
-                table.add_row(label, f"{seconds:.2f}", *cells, *held_out)
+                table.add_row(label, f"{seconds:.2f}", *cells, *held_out, self._time(label))
         for label, held_out in self.baselines.items():
-            table.add_row(label, "", "", "", *(f"{held_out[name]:.4f}" for name in figures))
-        console = Console(width=110)
+            values = [f"{held_out[name]:.4f}" if name in held_out else "" for name in figures]
+            table.add_row(label, "", "", "", *values)
+        console = Console(width=130)
         console.print(table)
         for label, reason in self.failures.items():
             console.print(f"{label}: failed; {reason}", markup=False)
 
+    def _time(self, label: str) -> str:
+        """The mean of what got there."""
+        shares = self.sooner[label]
+        reached = [share for share in shares if share is not None]
+        if not reached:
+            return "never"
+        count = "" if len(reached) == len(shares) else f" ({len(reached)} of {len(shares)})"
+        return f"{statistics.mean(reached):.2f}{count}"
+
     def held_out(self, label: str, figure: str) -> list[float]:
-        """A held-out figure of each seed's run."""
-        return [summary["test"][figure] for summary in self.summaries[label]]
+        """A held-out figure of each seed's run, of its model or its objective; none where there is
+        no such figure."""
+        found = [s["test"] | s.get("objective_error", {}) for s in self.summaries[label]]
+        return [figures[figure] for figures in found if figure in figures]
 
 
 def _spread(values: Sequence[float]) -> str:
     """The mean, and the standard deviation of several."""
+    if not values:
+        return ""
     mean = f"{statistics.mean(values):.4f}"
     return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.4f}"
+
+
+def _sooner(runs: Mapping[str, Sequence[Path]], task: Task) -> dict[str, list[float | None]]:
+    """See :class:`Comparison`."""
+    figure, sign = task.headline[0], 1 if task.higher_is_better else -1
+
+    def evaluations(folder: Path) -> list[tuple[float, float]]:
+        records = with_seconds(read_metrics(folder / "metrics.jsonl"))
+        return [(r["seconds"], sign * r[figure]) for r in records if figure in r]
+
+    found: dict[str, list[float | None]] = {label: [] for label in runs}
+    for seed, first in enumerate(next(iter(runs.values()))):
+        goal, seconds = max((value, -t) for t, value in evaluations(first))
+        for label, folders in runs.items():
+            times = [t for t, value in evaluations(folders[seed]) if value >= goal]
+            found[label].append(times[0] / -seconds if times else None)
+    return found
 
 
 def save_loss_inputs(
@@ -188,6 +224,8 @@ def compare(
 
     curves = folder / "curves.png"
     draw_curves(runs, curves, task.headline[0])
-    comparison = Comparison(summaries, failures, costs, measured, task.baselines(), curves)
+    comparison = Comparison(
+        summaries, failures, _sooner(runs, task), costs, measured, task.baselines(), curves
+    )
     write_json(folder / "comparison.json", dataclasses.asdict(comparison) | {"curves": str(curves)})
     return comparison

@@ -49,7 +49,7 @@ class TrainConfig:
     )
     output_dir: str = field(
         default="runs/default",
-        metadata={"help": "Folder of the run: metrics, curves, checkpoints and the final model."},
+        metadata={"help": "Folder of the run: metrics, report, checkpoints and the final model."},
     )
 
     # The model.

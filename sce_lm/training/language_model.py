@@ -1,6 +1,11 @@
 """The language-model task: next-token prediction on packed text, exact likelihood on held-out text.
 
 A block's first token is context only: nothing predicts it.
+
+Expected calibration error (Guo et al., ICML 2017): tokens fall into equal bins by the model's
+confidence, the largest probability of all classes, and
+
+    ECE = sum_b n_b / n · |accuracy_b - mean confidence_b|
 """
 
 import math
@@ -14,9 +19,13 @@ from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sce_lm.hf.adapter import last_statistics
+from sce_lm.objectives import Statistics
 from sce_lm.training.config import TrainConfig
 from sce_lm.training.task import Task, on_device, sum_over_processes
 from sce_lm.training.text import PackedText, tokenise
+
+CALIBRATION_BINS = 15
+"""Bins of the expected calibration error, as in the paper."""
 
 
 class LanguageModelTask(Task):
@@ -68,25 +77,36 @@ class LanguageModelTask(Task):
     def batch(self, rows: Sequence[int]) -> dict[str, torch.Tensor]:
         return _blocks(self.train, rows)
 
+    def held_out_batch(self) -> dict[str, torch.Tensor]:
+        return _blocks(self.held_out, self._held_out_rows(self.config.per_device_batch_size))
+
+    def _held_out_rows(self, count: int) -> list[int]:
+        """So many blocks, evenly spaced over the held-out text."""
+        last = len(self.held_out) - 1
+        return np.linspace(0, last, min(count, last + 1)).round().astype(int).tolist()
+
     def evaluate(
         self, model: PreTrainedModel, accelerator: Accelerator, *, final: bool
     ) -> dict[str, float]:
-        """Negative log-likelihood a token in nats (nll), perplexity and top-1 accuracy.
+        """Negative log-likelihood a token in nats (nll), perplexity, top-1 accuracy and expected
+        calibration error (ece).
 
         Where `eval_batches` bounds the evaluation, blocks evenly spaced over the held-out text are
         used; a final one takes all.
         """
         size, blocks = self.config.per_device_batch_size, len(self.held_out)
         if self.config.eval_batches and not final:
-            blocks = min(blocks, self.config.eval_batches * size)
-        rows = np.linspace(0, len(self.held_out) - 1, blocks).round().astype(int).tolist()
+            blocks = self.config.eval_batches * size
+        rows = self._held_out_rows(blocks)
         batches = [rows[i : i + size] for i in range(0, len(rows), size)]
         # A mixture of experts adds its balancing loss, which is no part of the likelihood.
         options: dict[str, Any] = {"use_cache": False}
         if getattr(model.config, "output_router_logits", False):
             options["output_router_logits"] = False
 
-        totals = torch.zeros(3, dtype=torch.float64)  # nats, tokens, tokens predicted correctly
+        nats = torch.zeros((), dtype=torch.float64)
+        # By bin of confidence: tokens, tokens predicted correctly, and the sum of confidences.
+        bins = torch.zeros(3, CALIBRATION_BINS, dtype=torch.float64)
         with torch.no_grad():
             for chosen in batches[accelerator.process_index :: accelerator.num_processes]:
                 inputs = on_device(_blocks(self.held_out, chosen), accelerator.device)
@@ -94,12 +114,31 @@ class LanguageModelTask(Task):
                 loss = model(**inputs, **options).loss
                 statistics = last_statistics(model)
                 assert statistics is not None
-                assert statistics.correct is not None
-                correct = statistics.correct.sum()
-                totals += torch.tensor([loss.item() * tokens, tokens, correct.item()])
-        nats, tokens, correct = sum_over_processes(accelerator, totals).tolist()
+                nats += loss.item() * tokens
+                bins += _calibration_bins(statistics)
+        nats = sum_over_processes(accelerator, nats).item()
+        count, correct, confidence = sum_over_processes(accelerator, bins).cpu()
+        tokens = count.sum().item()
         nll = nats / tokens
-        return {"nll": nll, "perplexity": math.exp(min(nll, 700.0)), "accuracy": correct / tokens}
+        return {
+            "nll": nll,
+            "perplexity": math.exp(min(nll, 700.0)),
+            "accuracy": correct.sum().item() / tokens,
+            "ece": (correct - confidence).abs().sum().item() / tokens,
+        }
+
+
+def _calibration_bins(statistics: Statistics) -> torch.Tensor:
+    """``[3, bins]`` tokens, tokens predicted correctly, and the sum of confidences."""
+    assert statistics.correct is not None
+    assert statistics.confidence is not None
+    # Where there is no label confidence is 0.
+    confidence = statistics.confidence.flatten().double().cpu()
+    correct = statistics.correct.flatten().double().cpu()
+    valid = confidence > 0
+    values = torch.stack([valid.double(), correct, confidence])
+    place = (confidence * CALIBRATION_BINS).ceil().long().clamp(1, CALIBRATION_BINS) - 1
+    return torch.zeros(3, CALIBRATION_BINS, dtype=torch.float64).index_add_(1, place, values)
 
 
 def _blocks(packed: PackedText, rows: Sequence[int]) -> dict[str, torch.Tensor]:

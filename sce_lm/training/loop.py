@@ -3,7 +3,8 @@
 A run lives in its folder:
 
     config.json, objective.json     what was asked for; a later start must ask for the same
-    metrics.jsonl, curves.png       records of training and evaluation, each with its step
+    metrics.jsonl                   records of training and evaluation, each with its step
+    report.png                      what they say: curves, errors of the objective, where time went
     checkpoints/                    complete states to go on from
     best/                           with keep_best, the best weights until the run is finished
     data.json                       sizes of the data and how they were split
@@ -33,7 +34,13 @@ from transformers import get_scheduler
 
 from sce_lm import objectives
 from sce_lm.files import write_json
-from sce_lm.hf.adapter import apply_sce, objective_figures, probe_loss, remove_sce
+from sce_lm.hf.adapter import (
+    apply_sce,
+    loss_seconds,
+    objective_figures,
+    probe_loss,
+    remove_sce,
+)
 from sce_lm.training.best import BestModel
 from sce_lm.training.checkpoint import Checkpoints
 from sce_lm.training.config import TrainConfig
@@ -47,7 +54,7 @@ from sce_lm.training.optimizers import (
     clip_grad_norm_,
     make_row_sparse,
 )
-from sce_lm.training.plots import draw_curves
+from sce_lm.training.plots import draw_report
 from sce_lm.training.sources import build_task
 from sce_lm.training.task import DataOrder, on_device, sum_over_processes
 
@@ -62,6 +69,10 @@ REPORTING_FIELDS = (
     "checkpoints_to_keep",
 )
 """Fields that may change when a run is resumed, since no step depends on them."""
+
+
+HELD_OUT_POSITIONS = 1024
+"""Held-out positions on which the objective is compared with exact cross-entropy at the end."""
 
 
 class Run:
@@ -212,7 +223,7 @@ class Run:
             disable=not self.is_main,
         )
         shown: dict[str, str] = {}
-        window_seconds, window_steps = 0.0, 0
+        window_seconds, window_steps, in_loss = 0.0, 0, loss_seconds(self.model)
         while not self._is_over():
             started = time.perf_counter()
             figures = self._optimizer_step()
@@ -223,9 +234,13 @@ class Run:
             window_seconds += time.perf_counter() - started
             window_steps += 1
             if is_logged:
-                seconds = window_seconds / window_steps
+                spent = loss_seconds(self.model)
+                seconds = {
+                    "seconds_per_step": window_seconds / window_steps,
+                    "loss_seconds_per_step": (spent - in_loss) / window_steps,
+                }
                 self._log_training(values, seconds, shown)
-                window_seconds, window_steps = 0.0, 0
+                window_seconds, window_steps, in_loss = 0.0, 0, spent
             if is_last or (config.eval_every and self.step % config.eval_every == 0):
                 held_out = self.evaluate(final=False)
                 self._record(held_out)
@@ -304,20 +319,20 @@ class Run:
         return clip_grad_norm_(self.model.parameters(), limit)
 
     def _log_training(
-        self, values: dict[str, float], seconds: float, shown: dict[str, str]
+        self, values: dict[str, float], seconds: dict[str, float], shown: dict[str, str]
     ) -> None:
         if not math.isfinite(values["loss"]):
             raise FloatingPointError(
                 f"The loss is {values['loss']} at step {self.step}; lower the learning rate, or "
                 "use bf16 or no mixed precision; checkpoints written so far are kept."
             )
-        speed = values.pop("num_items") / seconds
+        speed = values.pop("num_items") / seconds["seconds_per_step"]
         of_objective = objective_figures(self.model) if self.is_main else {}
         self._record(
             {
                 "epoch": self.order.epoch(self.step, self.processes),
                 **values,
-                "seconds_per_step": seconds,
+                **seconds,
                 "tokens_per_second": speed,
                 **{f"objective/{k}": v for k, v in of_objective.items()},
             }
@@ -338,14 +353,36 @@ class Run:
         model.eval()
         return self.task.evaluate(model, self.accelerator, final=final)
 
+    def objective_errors(self) -> tuple[dict[str, float], torch.Tensor]:
+        """What the objective's draws make of a held-out batch, against exact cross-entropy: the
+        mean (``log_z_bias``, nats) and standard deviation of the loss's error at a position, which
+        for a softmax is log Zhat - log Z, the gradient's cosine, and the errors themselves.
+
+        Nothing, for an objective that draws nothing.
+        """
+        model = self.accelerator.unwrap_model(self.model)
+        model.eval()
+        probe = probe_loss(model, every=1, positions=HELD_OUT_POSITIONS, training=False)
+        with torch.no_grad():
+            model(**on_device(self.task.held_out_batch(), self.accelerator.device), use_cache=False)
+        if not probe.figures:
+            return {}, probe.errors
+        return {
+            "log_z_bias": probe.figures["probe_bias"],
+            "log_z_sd": float(probe.errors.std(correction=0)),
+            "cos_hidden": probe.figures["probe_cos_hidden"],
+            "positions": len(probe.errors),
+        }, probe.errors
+
     def _finish(self) -> dict[str, Any]:
-        """Evaluate, save the model, draw the curves and write the summary."""
+        """Evaluate, save the model, draw the report and write the summary."""
         reported = self.step
         if self.config.keep_best:
             self.accelerator.wait_for_everyone()
             self.best.load(self.accelerator.unwrap_model(self.model))
             reported = self.best.step
         test = self.evaluate(final=True) if self.task.separate_test else None
+        error_figures, errors = self.objective_errors()
         summary: dict[str, Any] = {}
         if self.is_main:
             records = read_metrics(self.metrics.path)
@@ -363,22 +400,24 @@ class Run:
                 "vocabulary": len(self.task.tokenizer),
                 "training_rows": self.task.num_rows,
                 "loss": training[-1]["loss"],
-                "seconds_per_step": statistics.median(r["seconds_per_step"] for r in training),
+                **{
+                    name: statistics.median(r[name] for r in training)
+                    for name in ("seconds_per_step", "loss_seconds_per_step")
+                },
                 "tokens_per_second": statistics.median(r["tokens_per_second"] for r in training),
                 "memory_estimate_mib": self.memory.to_mib(),
                 "data": self.task.describe(),
                 "held_out": {k: v for k, v in held_out.items() if k != "step"},
                 "test": test or {k: v for k, v in held_out.items() if k != "step"},
+                "objective_error": error_figures,
             }
             model = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
             remove_sce(model).save_pretrained(self.folder / "model")
             self.task.tokenizer.save_pretrained(self.folder / "model")
             try:
-                label = f"{self.config.task} {self.config.objective}"
-                curves = self.folder / "curves.png"
-                draw_curves({label: [self.folder]}, curves, figure)
+                draw_report(self.folder, figure, errors.tolist())
             except ImportError:
-                tqdm.write("matplotlib is not installed, so no curves are drawn.")
+                tqdm.write("matplotlib is not installed, so no report is drawn.")
             write_json(self.folder / "summary.json", summary)
             self.best.remove()
         self.accelerator.wait_for_everyone()

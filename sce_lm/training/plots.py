@@ -1,5 +1,6 @@
-"""PNG curves of one or several runs, read from their metrics.jsonl."""
+"""PNG plots of one or several runs, read from their metrics.jsonl."""
 
+import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,73 @@ def draw_curves(runs: Mapping[str, Sequence[Path]], path: Path, held_out: str) -
             axes.grid(alpha=0.3)
         if len(runs) > 1:
             axes.legend(fontsize=7)
+
+
+def draw_report(folder: Path, held_out: str, errors: Sequence[float]) -> None:
+    """Draw ``report.png`` of a run: its curves, how far the objective was from exact cross-entropy
+    and where the time went. What the run has no figures of is left out.
+
+    Args:
+        folder: of the run, with its metrics.jsonl.
+        held_out: name of the held-out figure, e.g. "nll" or "ndcg@10".
+        errors: loss - exact loss at held-out positions, at the end.
+
+    Raises ImportError where matplotlib is not installed.
+    """
+    records = read_metrics(folder / "metrics.jsonl")
+    own = "objective/"
+    panels: list[tuple[str, dict[str, str]]] = [
+        ("training loss", {"loss": "loss"}),
+        (f"held-out {held_out}", {held_out: held_out}),
+        ("gradient norm", {"grad_norm": "before clipping"}),
+        (
+            "relative error of the partition function",
+            {f"{own}relative_error": "root mean square", f"{own}relative_error_p95": "95 %"},
+        ),
+        (
+            "against the exact loss, while training",
+            {f"{own}probe_bias": "bias, nats", f"{own}probe_cos_hidden": "gradient's cosine"},
+        ),
+        (
+            "seconds a step",
+            {"seconds_per_step": "whole step", "loss_seconds_per_step": "in the loss"},
+        ),
+    ]
+    lines = [
+        (title, {label: _points(records, name) for name, label in names.items()})
+        for title, names in panels
+    ]
+    lines = [(title, found) for title, found in lines if any(found.values())]
+    count = len(lines) + bool(len(errors))
+    with png(folder / "report.png", 15, 4 * -(-count // 3)) as figure:
+        figure.suptitle(str(folder))
+        places = list(figure.subplots(-(-count // 3), 3, squeeze=False).flat)
+        for axes, (title, found) in zip(places, lines):
+            for label, points in found.items():
+                if points:
+                    axes.plot(*zip(*points), label=label, marker="o" if len(points) < 50 else "")
+            axes.set(title=title, xlabel="step")
+            if title == "seconds a step":
+                axes.set_ylim(bottom=0)
+            axes.grid(alpha=0.3)
+            if len(found) > 1:
+                axes.legend()
+        if len(errors):
+            axes = places[len(lines)]
+            axes.hist(errors, bins=40)
+            axes.axvline(statistics.mean(errors), color="k", linestyle="--", label="mean")
+            axes.set(
+                title="loss - exact loss at held-out positions",
+                xlabel="nats",
+                ylabel="positions",
+            )
+            axes.legend()
+        for axes in places[count:]:
+            axes.remove()
+
+
+def _points(records: Sequence[dict[str, Any]], name: str) -> list[tuple[int, float]]:
+    return [(r["step"], r[name]) for r in records if r.get(name) is not None]
 
 
 def draw_popularity(profiles: Mapping[str, dict[str, list[float]]], path: Path) -> None:

@@ -38,6 +38,10 @@ class Task(ABC):
         `labels` (-100 where there is none)."""
 
     @abstractmethod
+    def held_out_batch(self) -> dict[str, torch.Tensor]:
+        """As `batch`, of `per_device_batch_size` held-out sequences, always the same."""
+
+    @abstractmethod
     def evaluate(
         self, model: PreTrainedModel, accelerator: Accelerator, *, final: bool
     ) -> dict[str, Any]:

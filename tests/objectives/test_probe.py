@@ -65,6 +65,28 @@ def test_training_goes_on_as_without_it():
     assert 0.9 < probe.figures["probe_cos_hidden"] <= 1
 
 
+def test_losses_in_eval_can_be_looked_at_and_stay_exact():
+    model = apply_sce(tiny_model("llama"), SCEConfig(**TAIL_ONLY, tail_candidates=20))
+    batch = tiny_batch(0)
+    with torch.no_grad():
+        exact = model.eval()(**batch).loss
+        probe = probe_loss(model, every=1, positions=10, training=False)
+        assert model(**batch).loss == exact
+    model.train()(**batch)
+    assert probe.calls == 1
+    assert probe.errors.shape == (10,)
+    assert probe.figures["probe_bias"] == pytest.approx(probe.errors.mean().item())
+    assert probe.errors.abs().max() > 1e-4
+
+
+def test_autocast_changes_no_figure():
+    problem = make_problem(40, 500, 16, dtype=torch.float32)
+    objective = objectives.from_config(SCEConfig(**TAIL_ONLY, tail_candidates=100))
+    expected = look(objective, problem)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert look(objective, problem) == expected
+
+
 def test_callback_logs_the_probe_and_advises_once(tmp_path):
     model = apply_sce(
         tiny_model("llama", initializer_range=0.5), SCEConfig(**TAIL_ONLY, tail_candidates=3)

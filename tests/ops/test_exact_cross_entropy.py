@@ -41,6 +41,7 @@ def test_equals_the_reference(n, v, d, with_bias, post, blocks, tiles, is_frozen
             loss = (result.loss * weights).sum() if position_weight is None else result.loss
             torch.testing.assert_close(loss, (expected * weights).sum())
             assert torch.equal(result.correct, s.argmax(1) == problem.labels)
+            torch.testing.assert_close(result.confidence, s.softmax(1).amax(1))
             for _ in range(2):  # a second backward pass gives the same
                 found = torch.autograd.grad(loss, inputs, retain_graph=True)
                 for actual, want in zip(found, wanted):

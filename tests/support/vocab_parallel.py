@@ -212,6 +212,7 @@ def scores() -> None:
         )
         torch.testing.assert_close(loss, -want.log_probability)
         assert torch.equal(stats.correct, want.correct)
+        torch.testing.assert_close(stats.confidence, want.confidence)
         assert stats.correct[:3].tolist() == [True, False, True]
 
 

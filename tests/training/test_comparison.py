@@ -86,10 +86,14 @@ def test_compare_trains_each_and_writes_the_figures(tmp_path, capsys, monkeypatc
     assert nll["published SCE"] != pytest.approx(nll["exact"], rel=1e-4)
     written = json.loads((tmp_path / "out" / "comparison.json").read_text())
     assert written["summaries"]["exact"][0]["test"]["nll"] == nll["exact"]
+    assert result.sooner["exact"] == [1.0, 1.0]
+    assert written["sooner"]["published SCE"] == [None, None]
     assert result.curves.read_bytes().startswith(b"\x89PNG")
     result.print("title", {"nll": "held-out NLL"})
     mean, spread = (first + second) / 2, abs(first - second) / 2**0.5
-    assert f"{mean:.4f} ± {spread:.4f}" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert f"{mean:.4f} ± {spread:.4f}" in printed
+    assert "never" in printed
     train = Run.train
 
     def diverge(run):

@@ -61,7 +61,7 @@ def test_a_recommender_is_trained_evaluated_and_saved(tmp_path):
     figures = {"ndcg@10", "hr@10", "mrr@10", "coverage@10"}
     assert figures < set(summary["test"])
     assert summary["test"]["hr@10"] > 0
-    assert (run.folder / "curves.png").exists()
+    assert (run.folder / "report.png").exists()
 
     # The saved model is a stock one, and recsys gives it the same figures.
     tokenizer = AutoTokenizer.from_pretrained(run.folder / "model")

@@ -1,7 +1,9 @@
 """Evaluation of a language model is the likelihood that a stock computation gives."""
 
 import math
+from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
@@ -57,8 +59,16 @@ def test_figures_equal_those_of_stock_logits(corpus, model_config):
     nll = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten()).item()
     assert figures["nll"] == pytest.approx(nll, rel=1e-5)
     assert figures["perplexity"] == pytest.approx(math.exp(nll), rel=1e-4)
-    accuracy = (logits.argmax(-1) == labels).double().mean().item()
-    assert figures["accuracy"] == pytest.approx(accuracy, abs=2 / labels.numel())
+    confidence, predicted = logits.softmax(-1).max(-1)
+    hits = (predicted == labels).double()
+    assert figures["accuracy"] == pytest.approx(hits.mean().item(), abs=2 / labels.numel())
+    ece, edges = 0.0, np.linspace(0, 1, 16)
+    for low, high in pairwise(edges):
+        inside = (confidence > low) & (confidence <= high)
+        if inside.any():
+            gap = hits[inside].mean() - confidence[inside].mean()
+            ece += inside.double().mean().item() * abs(gap.item())
+    assert figures["ece"] == pytest.approx(ece, abs=4 / labels.numel())
 
 
 def test_an_evaluation_in_the_course_of_training_is_bounded(corpus, monkeypatch):

@@ -44,7 +44,7 @@ def train(fields) -> Run:
     return run
 
 
-def test_a_run_leaves_a_stock_model_metrics_curves_and_a_summary(corpus, tmp_path):
+def test_a_run_leaves_a_stock_model_metrics_report_and_a_summary(corpus, tmp_path):
     fields = lm_fields(
         corpus,
         output_dir=str(tmp_path),
@@ -64,7 +64,13 @@ def test_a_run_leaves_a_stock_model_metrics_curves_and_a_summary(corpus, tmp_pat
     assert summary["objective"]["tail_candidates"] == 32
     assert json.loads((tmp_path / "objective.json").read_text()) == summary["objective"]
     assert summary["test"]["nll"] < math.log(600)
-    assert (tmp_path / "curves.png").stat().st_size > 5000
+    assert (tmp_path / "report.png").stat().st_size > 5000
+    error = summary["objective_error"]
+    assert error["positions"] > 100
+    assert 0 < error["log_z_sd"] < 0.2
+    assert abs(error["log_z_bias"]) < 4 * error["log_z_sd"]
+    assert 0.9 < error["cos_hidden"] < 1
+    assert 0 < summary["loss_seconds_per_step"] < summary["seconds_per_step"]
     assert list(tmp_path.rglob("events.out.tfevents*"))
 
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")

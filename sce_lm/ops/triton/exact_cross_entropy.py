@@ -36,8 +36,8 @@ def exact_cross_entropy(
     """As :func:`sce_lm.ops.exact_cross_entropy.exact_cross_entropy`, for inputs that
     :func:`exact_cross_entropy_supported` accepts."""
     h = hidden.to(weight.dtype)
-    loss, correct, _ = _forward(h, weight, bias, labels, post.scale, post.soft_cap)
-    return ExactLoss(loss if position_weight is None else (loss * position_weight).sum(), correct)
+    loss, *found, _ = _forward(h, weight, bias, labels, post.scale, post.soft_cap)
+    return ExactLoss(loss if position_weight is None else (loss * position_weight).sum(), *found)
 
 
 @torch.library.custom_op("sce_lm::exact_forward", mutates_args=())
@@ -48,8 +48,8 @@ def _forward(
     labels: Tensor,
     scale: float,
     soft_cap: float | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """``[N]`` losses, hits and log Z."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``[N]`` losses, hits, confidence and log Z."""
     post = LogitTransform(scale, soft_cap)
     classes = whole_catalogue(len(hidden), len(weight), hidden.device)
     sums = list_sums(hidden, weight, bias, labels, classes, post, best=True)
@@ -58,15 +58,18 @@ def _forward(
     shift = sums.top.amax(dim=0)
     log_z = (sums.total * (sums.top - shift).exp()).sum(dim=0).log() + shift
     # The splits are ascending ranges of classes: of several largest logits the first one counts.
-    winner = sums.best_item.gather(0, sums.best.argmax(dim=0, keepdim=True)).squeeze(0)
+    best, split = sums.best.max(dim=0, keepdim=True)
+    winner = sums.best_item.gather(0, split).squeeze(0)
+    confidence = (best.squeeze(0) - log_z).exp()
     loss = log_z - post(row_dot(hidden, weight, labels, bias))
-    return loss, winner == labels, log_z
+    return loss, winner == labels, confidence, log_z
 
 
 @_forward.register_fake
 def _(hidden, weight, bias, labels, scale, soft_cap):
     loss = hidden.new_empty(len(hidden), dtype=torch.float32)
-    return loss, torch.empty_like(labels, dtype=torch.bool), torch.empty_like(loss)
+    correct = torch.empty_like(labels, dtype=torch.bool)
+    return loss, correct, torch.empty_like(loss), torch.empty_like(loss)
 
 
 @torch.library.custom_op("sce_lm::exact_backward", mutates_args=())
@@ -117,7 +120,7 @@ def _(grad_loss, log_partition, hidden, weight, bias, labels, scale, soft_cap, *
 
 def _save(ctx, inputs, output):
     ctx.options = inputs[4:]
-    ctx.save_for_backward(output[2], *inputs[:4])
+    ctx.save_for_backward(output[3], *inputs[:4])
     ctx.mark_non_differentiable(*output[1:])
 
 

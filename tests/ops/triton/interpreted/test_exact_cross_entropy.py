@@ -33,6 +33,7 @@ def check(n, v, d, *, dtype=torch.float32, bias=False, post=LogitTransform(), pi
     assert relative_error(result.loss, (expected * weights).sum()) < limit
     s = post(raw_logits(double.hidden, double.weight, double.bias))
     assert torch.equal(result.correct, s.argmax(dim=1) == problem.labels)
+    assert relative_error(result.confidence, s.softmax(dim=1).amax(dim=1)) < limit
     wanted = torch.autograd.grad((expected * weights).sum(), double.parameters)
     for actual, want in zip(found, wanted):
         assert actual.dtype == dtype
