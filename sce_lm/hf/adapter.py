@@ -137,7 +137,8 @@ def last_statistics(model: nn.Module) -> Statistics | None:
 
 
 def loss_seconds(model: nn.Module) -> float:
-    """Seconds that this process has spent in the losses of ``model`` so far.
+    """Seconds that this process has spent in the training losses of ``model`` so far, without
+    probes.
 
     With it go the gradients of hidden states and weight, which are taken with the loss. On a GPU
     it is the time until the work is queued.
@@ -243,6 +244,7 @@ class _Attachment:
     def __init__(self, model: PreTrainedModel, objective: Objective) -> None:
         self.use(objective)
         self.seconds = 0.0
+        self.probe_seconds = 0.0
         self.always_lazy = False
         self.training = model.training
         self.weights_loaded = False
@@ -440,7 +442,7 @@ class _Attachment:
                 **options,
             )
 
-        with self.timed():
+        with self.timed(self.training):
             return call_inside(logits.head, compute, logits.hidden_states)
 
     def compute_loss(self, training: bool, *inputs: Any, **options: Any) -> torch.Tensor:
@@ -453,7 +455,7 @@ class _Attachment:
         elif training in self.probes and (torch.is_grad_enabled() or not training):
             started = time.perf_counter()
             self.probes[training](self.objective, *inputs, **options)
-            self.seconds -= time.perf_counter() - started
+            self.probe_seconds += time.perf_counter() - started
         loss = objective(*inputs, return_stats=not training, **options)
         self.statistics = None
         if isinstance(loss, tuple):
@@ -462,15 +464,17 @@ class _Attachment:
             loss.register_hook(self.note_gradient_in_eval)
         return loss
 
-    def compute_loss_in_graph(self, *args: Any, **options: Any) -> torch.Tensor:
-        with self.timed():
-            return self.compute_loss(*args, **options)
+    def compute_loss_in_graph(self, training: bool, *args: Any, **options: Any) -> torch.Tensor:
+        with self.timed(training):
+            return self.compute_loss(training, *args, **options)
 
     @contextmanager
-    def timed(self) -> Iterator[None]:
-        started = time.perf_counter()
+    def timed(self, training: bool) -> Iterator[None]:
+        started, probed = time.perf_counter(), self.probe_seconds
         yield
-        self.seconds += time.perf_counter() - started
+        if training:
+            probed = self.probe_seconds - probed
+            self.seconds += time.perf_counter() - started - probed
 
     def note_new_state(self) -> None:
         state = self.objective.state

@@ -6,6 +6,8 @@ drawn. Every so many calls a :class:`Probe` takes some positions of the batch an
     probe_bias         mean of (loss - exact loss), nats; of a softmax log Zhat - log Z
     probe_cos_hidden   cosine of the loss's gradient of their hidden states with the exact one's
 
+A position that the objective leaves out, as published SCE may, has loss 0.
+
 It draws for itself from a copy of the objective and its state, so training goes on as without it,
 bit for bit. It costs the loss of a batch with a frozen head, and exact cross-entropy of its
 positions.

@@ -21,7 +21,9 @@ from sce_lm.hf import (
     LazyLogits,
     apply_sce,
     last_statistics,
+    loss_seconds,
     objective_of,
+    probe_loss,
     remove_sce,
 )
 from sce_lm.hf.adapter import lazy_logits
@@ -154,6 +156,17 @@ def test_covering_sce_equals_stock(name):
     loss.backward()
     assert objective_of(patched).state.step == 1
     assert_same_gradients(patched, stock)
+
+
+def test_loss_seconds_are_those_of_training():
+    model, batch = apply_sce(tiny_model("llama"), SCEConfig()), tiny_batch(0)
+    model.eval()(**batch)
+    assert loss_seconds(model) == 0
+    probe_loss(model, every=1, positions=4)
+    model.train()(**batch)
+    spent = loss_seconds(model)
+    model.eval()(**batch)
+    assert loss_seconds(model) == spent > 0
 
 
 def test_corrected_sce_trains_and_eval_is_exact():
