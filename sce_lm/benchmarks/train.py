@@ -4,8 +4,8 @@ For each configuration of scripts/train.py: a table of seconds a step, seconds a
 loss alone, and held-out figures that are exact whatever was trained; with several seeds, means and
 standard deviations. Objectives that sample take equally many logits a position (--logits);
 "configured" is the configuration's own. Runs that are finished are not trained again, and one that
-was stopped goes on from its checkpoint. Each configuration's folder has curves.png (against steps
-and seconds) and comparison.json.
+was stopped goes on from its checkpoint. Each configuration's folder has curves.png (against
+steps, seconds and operations) and comparison.json.
 """
 
 from __future__ import annotations

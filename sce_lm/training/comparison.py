@@ -20,8 +20,7 @@ from sce_lm.training import loss_cost
 from sce_lm.training.config import TrainConfig
 from sce_lm.training.loop import Run
 from sce_lm.training.loss_cost import LossCost
-from sce_lm.training.metrics import read_metrics
-from sce_lm.training.plots import draw_curves, with_seconds
+from sce_lm.training.plots import draw_curves, with_costs
 from sce_lm.training.task import DataOrder, Task, on_device
 
 
@@ -108,8 +107,7 @@ def _sooner(runs: Mapping[str, Sequence[Path]], task: Task) -> dict[str, list[fl
     figure, sign = task.headline[0], 1 if task.higher_is_better else -1
 
     def evaluations(folder: Path) -> list[tuple[float, float]]:
-        records = with_seconds(read_metrics(folder / "metrics.jsonl"))
-        return [(r["seconds"], sign * r[figure]) for r in records if figure in r]
+        return [(r["seconds"], sign * r[figure]) for r in with_costs(folder) if figure in r]
 
     found: dict[str, list[float | None]] = {label: [] for label in runs}
     for seed, first in enumerate(next(iter(runs.values()))):

@@ -1,5 +1,6 @@
 """PNG plots of one or several runs, read from their metrics.jsonl."""
 
+import json
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,18 +15,23 @@ LINES = 10
 
 def draw_curves(runs: Mapping[str, Sequence[Path]], path: Path, held_out: str) -> None:
     """Draw training loss and a held-out figure against the step, and the latter against the seconds
-    of training; one line a run, one colour a label.
+    of training and the operations of the loss; one line a run, one colour a label.
 
     Args:
-        runs: label and run folders, for instance one a seed.
+        runs: label and folders of finished runs, for instance one a seed.
         path: PNG file to write.
         held_out: name of the held-out figure, e.g. "nll" or "ndcg@10".
 
     Raises ImportError where matplotlib is not installed.
     """
-    with png(path, 15, 4) as figure:
-        panels = (("loss", "step", ""), (held_out, "step", "o"), (held_out, "seconds", "o"))
-        for axes, (name, x, marker) in zip(figure.subplots(1, 3), panels):
+    with png(path, 20, 4) as figure:
+        panels = (
+            ("loss", "step", ""),
+            (held_out, "step", "o"),
+            (held_out, "seconds", "o"),
+            (held_out, "inner products in the loss", "o"),
+        )
+        for axes, (name, x, marker) in zip(figure.subplots(1, 4), panels):
             for number, (label, folders) in enumerate(runs.items()):
                 style = {
                     "color": f"C{number % LINES}",
@@ -34,7 +40,7 @@ def draw_curves(runs: Mapping[str, Sequence[Path]], path: Path, held_out: str) -
                     "markersize": 3,
                 }
                 for index, folder in enumerate(folders):
-                    records = with_seconds(read_metrics(Path(folder) / "metrics.jsonl"))
+                    records = with_costs(Path(folder))
                     points = [(r[x], r[name]) for r in records if name in r]
                     axes.plot(
                         [p[0] for p in points],
@@ -143,12 +149,17 @@ def draw_popularity(profiles: Mapping[str, dict[str, list[float]]], path: Path) 
         axes.legend()
 
 
-def with_seconds(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The records, each with the seconds of training (evaluation left out) up to its step."""
-    seconds, step, timed = 0.0, 0, []
-    for record in records:
+def with_costs(folder: Path) -> list[dict[str, Any]]:
+    """The records of a finished run, each with what training, evaluation left out, had taken up to
+    its step: ``seconds``, and the ``inner products in the loss`` (of the hidden width, in its
+    forward passes; an objective that draws nothing takes one with every class)."""
+    vocabulary = json.loads((folder / "summary.json").read_text())["vocabulary"]
+    seconds, products, step, found = 0.0, 0.0, 0, []
+    for record in read_metrics(folder / "metrics.jsonl"):
         if "seconds_per_step" in record:
-            seconds += record["seconds_per_step"] * (record["step"] - step)
-            step = record["step"]
-        timed.append(record | {"seconds": seconds})
-    return timed
+            spent = record["seconds_per_step"] * (record["step"] - step)
+            seconds, step = seconds + spent, record["step"]
+            positions = record["tokens_per_second"] * spent
+            products += positions * record.get("objective/products_per_position", vocabulary)
+        found.append(record | {"seconds": seconds, "inner products in the loss": products})
+    return found
