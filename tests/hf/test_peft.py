@@ -308,7 +308,14 @@ def test_bf16_lora_head_is_within_stocks_own_error(name):
     assert all(p.grad.isfinite().all() for _, p in trained(patched))
 
 
-@pytest.mark.parametrize("config", [SCEConfig(), SCEConfig.published(), objectives.get("exact")])
+@pytest.mark.parametrize(
+    "config",
+    [
+        SCEConfig(shared_frequent=512, tail_candidates=1024),
+        SCEConfig.published(),
+        objectives.get("exact"),
+    ],
+)
 def test_no_merged_head_is_allocated(config, monkeypatch):
     """Counted on a head that outweighs everything else in the model."""
     monkeypatch.setattr(exact_cross_entropy, "TILE_CLASSES", 256)
