@@ -73,7 +73,7 @@ class Comparison:
         for label, held_out in self.baselines.items():
             values = [f"{held_out[name]:.4f}" if name in held_out else "" for name in figures]
             table.add_row(label, "", "", "", *values)
-        console = Console(width=150)
+        console = Console(width=170)
         console.print(table)
         for label, reason in self.failures.items():
             console.print(f"{label}: failed; {reason}", markup=False)
