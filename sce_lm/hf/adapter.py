@@ -244,7 +244,6 @@ class _Attachment:
     def __init__(self, model: PreTrainedModel, objective: Objective) -> None:
         self.use(objective)
         self.seconds = 0.0
-        self.probe_seconds = 0.0
         self.always_lazy = False
         self.training = model.training
         self.weights_loaded = False
@@ -455,7 +454,8 @@ class _Attachment:
         elif training in self.probes and (torch.is_grad_enabled() or not training):
             started = time.perf_counter()
             self.probes[training](self.objective, *inputs, **options)
-            self.probe_seconds += time.perf_counter() - started
+            if training:  # the time of the loss includes it
+                self.seconds -= time.perf_counter() - started
         loss = objective(*inputs, return_stats=not training, **options)
         self.statistics = None
         if isinstance(loss, tuple):
@@ -470,11 +470,10 @@ class _Attachment:
 
     @contextmanager
     def timed(self, training: bool) -> Iterator[None]:
-        started, probed = time.perf_counter(), self.probe_seconds
+        started = time.perf_counter()
         yield
         if training:
-            probed = self.probe_seconds - probed
-            self.seconds += time.perf_counter() - started - probed
+            self.seconds += time.perf_counter() - started
 
     def note_new_state(self) -> None:
         state = self.objective.state

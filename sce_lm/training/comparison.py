@@ -20,7 +20,8 @@ from sce_lm.training import loss_cost
 from sce_lm.training.config import TrainConfig
 from sce_lm.training.loop import Run
 from sce_lm.training.loss_cost import LossCost
-from sce_lm.training.plots import draw_curves, with_costs
+from sce_lm.training.metrics import with_costs
+from sce_lm.training.plots import draw_curves
 from sce_lm.training.task import DataOrder, Task, on_device
 
 
@@ -102,18 +103,21 @@ def _spread(values: Sequence[float]) -> str:
     return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.4f}"
 
 
-def _sooner(runs: Mapping[str, Sequence[Path]], task: Task) -> dict[str, list[float | None]]:
+Records = list[dict[str, Any]]
+
+
+def _sooner(runs: Mapping[str, Sequence[Records]], task: Task) -> dict[str, list[float | None]]:
     """See :class:`Comparison`."""
     figure, sign = task.headline[0], 1 if task.higher_is_better else -1
 
-    def evaluations(folder: Path) -> list[tuple[float, float]]:
-        return [(r["seconds"], sign * r[figure]) for r in with_costs(folder) if figure in r]
+    def evaluations(records: Records) -> list[tuple[float, float]]:
+        return [(r["seconds"], sign * r[figure]) for r in records if figure in r]
 
     found: dict[str, list[float | None]] = {label: [] for label in runs}
     for seed, first in enumerate(next(iter(runs.values()))):
         goal, seconds = max((value, -t) for t, value in evaluations(first))
-        for label, folders in runs.items():
-            times = [t for t, value in evaluations(folders[seed]) if value >= goal]
+        for label, of_seeds in runs.items():
+            times = [t for t, value in evaluations(of_seeds[seed]) if value >= goal]
             found[label].append(times[0] / -seconds if times else None)
     return found
 
@@ -221,9 +225,9 @@ def compare(
     inputs.unlink()
 
     curves = folder / "curves.png"
-    draw_curves(runs, curves, task.headline[0])
-    comparison = Comparison(
-        summaries, failures, _sooner(runs, task), costs, measured, task.baselines(), curves
-    )
+    records = {label: [with_costs(f) for f in folders] for label, folders in runs.items()}
+    draw_curves(records, curves, task.headline[0])
+    sooner = _sooner(records, task)
+    comparison = Comparison(summaries, failures, sooner, costs, measured, task.baselines(), curves)
     write_json(folder / "comparison.json", dataclasses.asdict(comparison) | {"curves": str(curves)})
     return comparison

@@ -69,15 +69,17 @@ class ItemsTask(Task):
             )
 
     def batch(self, rows: Sequence[int]) -> dict[str, torch.Tensor]:
-        return self.train.packed(rows) if self.config.packing else self.train.padded(rows)
+        return self._inputs(self.train, rows)
+
+    def _inputs(self, histories: TrainingHistories, rows: Sequence[int]) -> dict[str, torch.Tensor]:
+        return histories.packed(rows) if self.config.packing else histories.padded(rows)
 
     def held_out_batch(self) -> dict[str, torch.Tensor]:
         """Validation items behind their histories."""
         frame = self.split.validation.head(self.config.per_device_batch_size)
         items = frame.select(items=pl.col("history").list.concat(pl.concat_list("target")))
         rows = TrainingHistories(training_rows(items, self.config.sequence_length))
-        everyone = range(len(rows))
-        return rows.packed(everyone) if self.config.packing else rows.padded(everyone)
+        return self._inputs(rows, range(len(rows)))
 
     def evaluate(
         self, model: PreTrainedModel, accelerator: Accelerator, *, final: bool

@@ -104,9 +104,9 @@ class LanguageModelTask(Task):
         if getattr(model.config, "output_router_logits", False):
             options["output_router_logits"] = False
 
-        nats = torch.zeros((), dtype=torch.float64)
-        # By bin of confidence: tokens, tokens predicted correctly, and the sum of confidences.
-        bins = torch.zeros(3, CALIBRATION_BINS, dtype=torch.float64)
+        totals = torch.zeros(2, dtype=torch.float64)  # nats, tokens
+        # By bin of confidence: tokens predicted correctly, and the sum of confidences.
+        bins = torch.zeros(2, CALIBRATION_BINS, dtype=torch.float64)
         with torch.no_grad():
             for chosen in batches[accelerator.process_index :: accelerator.num_processes]:
                 inputs = on_device(_blocks(self.held_out, chosen), accelerator.device)
@@ -114,11 +114,10 @@ class LanguageModelTask(Task):
                 loss = model(**inputs, **options).loss
                 statistics = last_statistics(model)
                 assert statistics is not None
-                nats += loss.item() * tokens
+                totals += torch.tensor([loss.item() * tokens, tokens], dtype=torch.float64)
                 bins += _calibration_bins(statistics)
-        nats = sum_over_processes(accelerator, nats).item()
-        count, correct, confidence = sum_over_processes(accelerator, bins).cpu()
-        tokens = count.sum().item()
+        nats, tokens = sum_over_processes(accelerator, totals).tolist()
+        correct, confidence = sum_over_processes(accelerator, bins)
         nll = nats / tokens
         return {
             "nll": nll,
@@ -129,16 +128,14 @@ class LanguageModelTask(Task):
 
 
 def _calibration_bins(statistics: Statistics) -> torch.Tensor:
-    """``[3, bins]`` tokens, tokens predicted correctly, and the sum of confidences."""
+    """``[2, bins]`` tokens predicted correctly, and the sum of confidences."""
     assert statistics.correct is not None
     assert statistics.confidence is not None
-    # Where there is no label confidence is 0.
-    confidence = statistics.confidence.flatten().double().cpu()
-    correct = statistics.correct.flatten().double().cpu()
-    valid = confidence > 0
-    values = torch.stack([valid.double(), correct, confidence])
-    place = (confidence * CALIBRATION_BINS).ceil().long().clamp(1, CALIBRATION_BINS) - 1
-    return torch.zeros(3, CALIBRATION_BINS, dtype=torch.float64).index_add_(1, place, values)
+    # Where there is no label both are 0.
+    values = torch.stack([statistics.correct.flatten(), statistics.confidence.flatten()])
+    values = values.cpu().double()
+    place = (values[1] * CALIBRATION_BINS).ceil().long().clamp(1, CALIBRATION_BINS) - 1
+    return torch.zeros(2, CALIBRATION_BINS, dtype=torch.float64).index_add_(1, place, values)
 
 
 def _blocks(packed: PackedText, rows: Sequence[int]) -> dict[str, torch.Tensor]:

@@ -40,3 +40,19 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     lines = path.read_text(encoding="utf-8").split("\n")
     # Text after the last line break is a line that a killed process did not finish.
     return [json.loads(line) for line in lines[:-1]]
+
+
+def with_costs(folder: Path) -> list[dict[str, Any]]:
+    """The records of a finished run, each with what training, evaluation left out, had taken up to
+    its step: ``seconds``, and the ``inner products in the loss`` (of the hidden width, in its
+    forward passes; an objective that draws nothing takes one with every class)."""
+    vocabulary = json.loads((folder / "summary.json").read_text())["vocabulary"]
+    seconds, products, step, found = 0.0, 0.0, 0, []
+    for record in read_metrics(folder / "metrics.jsonl"):
+        if "seconds_per_step" in record:
+            spent = record["seconds_per_step"] * (record["step"] - step)
+            seconds, step = seconds + spent, record["step"]
+            positions = record["tokens_per_second"] * spent
+            products += positions * record.get("objective/products_per_position", vocabulary)
+        found.append(record | {"seconds": seconds, "inner products in the loss": products})
+    return found

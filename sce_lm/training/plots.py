@@ -1,6 +1,5 @@
-"""PNG plots of one or several runs, read from their metrics.jsonl."""
+"""PNG plots of one or several runs, from the records of their metrics.jsonl."""
 
-import json
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,12 +12,14 @@ LINES = 10
 """Colours of matplotlib's default cycle; further labels get another line style."""
 
 
-def draw_curves(runs: Mapping[str, Sequence[Path]], path: Path, held_out: str) -> None:
+def draw_curves(
+    runs: Mapping[str, Sequence[Sequence[dict[str, Any]]]], path: Path, held_out: str
+) -> None:
     """Draw training loss and a held-out figure against the step, and the latter against the seconds
     of training and the operations of the loss; one line a run, one colour a label.
 
     Args:
-        runs: label and folders of finished runs, for instance one a seed.
+        runs: label and records of runs, as from ``metrics.with_costs``, for instance one a seed.
         path: PNG file to write.
         held_out: name of the held-out figure, e.g. "nll" or "ndcg@10".
 
@@ -32,15 +33,14 @@ def draw_curves(runs: Mapping[str, Sequence[Path]], path: Path, held_out: str) -
             (held_out, "inner products in the loss", "o"),
         )
         for axes, (name, x, marker) in zip(figure.subplots(1, 4), panels):
-            for number, (label, folders) in enumerate(runs.items()):
+            for number, (label, found) in enumerate(runs.items()):
                 style = {
                     "color": f"C{number % LINES}",
                     "linestyle": ("-", "--", ":", "-.")[number // LINES % 4],
                     "marker": marker,
                     "markersize": 3,
                 }
-                for index, folder in enumerate(folders):
-                    records = with_costs(Path(folder))
+                for index, records in enumerate(found):
                     points = [(r[x], r[name]) for r in records if name in r]
                     axes.plot(
                         [p[0] for p in points],
@@ -147,19 +147,3 @@ def draw_popularity(profiles: Mapping[str, dict[str, list[float]]], path: Path) 
         )
         axes.grid(alpha=0.3)
         axes.legend()
-
-
-def with_costs(folder: Path) -> list[dict[str, Any]]:
-    """The records of a finished run, each with what training, evaluation left out, had taken up to
-    its step: ``seconds``, and the ``inner products in the loss`` (of the hidden width, in its
-    forward passes; an objective that draws nothing takes one with every class)."""
-    vocabulary = json.loads((folder / "summary.json").read_text())["vocabulary"]
-    seconds, products, step, found = 0.0, 0.0, 0, []
-    for record in read_metrics(folder / "metrics.jsonl"):
-        if "seconds_per_step" in record:
-            spent = record["seconds_per_step"] * (record["step"] - step)
-            seconds, step = seconds + spent, record["step"]
-            positions = record["tokens_per_second"] * spent
-            products += positions * record.get("objective/products_per_position", vocabulary)
-        found.append(record | {"seconds": seconds, "inner products in the loss": products})
-    return found

@@ -46,6 +46,18 @@ def configured(folder, log, **fields):
     return parse_config([str(path)])
 
 
+def printed_by(*arguments):
+    """What Python prints, run with these arguments in the repository."""
+    return subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        check=True,
+        cwd=ROOT,
+        env=ONE_THREAD,
+        capture_output=True,
+        text=True,
+    ).stdout
+
+
 @pytest.mark.data
 def test_a_union_of_219_000_items_in_under_3_gigabytes(tmp_path):
     """Training with corrected SCE and evaluation, beyond the data and the optimiser's state."""
@@ -88,13 +100,7 @@ def test_lists_for_ten_thousand_histories_are_those_of_stock_logits(tmp_path):
 
     command = ["scripts/recommend.py", tmp_path / "model", "--input", tmp_path / "in.parquet"]
     command += ["--output", tmp_path / "lists.parquet", "--k", "10"]
-    subprocess.run(
-        [sys.executable, *map(str, command)],
-        check=True,
-        cwd=ROOT,
-        env=ONE_THREAD,
-        capture_output=True,
-    )
+    printed_by(*command)
     lists = pl.read_parquet(tmp_path / "lists.parquet")
     assert lists["user"].n_unique() == 10_000
     assert len(lists) == 100_000
@@ -130,14 +136,7 @@ def test_a_catalogue_of_a_million_items_from_log_to_lists(tmp_path):
     assert summary["vocabulary"] == 1_000_002
     assert summary["test"]["items"] == 1_000_000
     command = ["scripts/recommend.py", config.output_dir, "--history", "3", "999999", "--k", "5"]
-    printed = subprocess.run(
-        [sys.executable, *command],
-        check=True,
-        cwd=ROOT,
-        env=ONE_THREAD,
-        capture_output=True,
-        text=True,
-    ).stdout
+    printed = printed_by(*command)
     assert len(printed.strip().splitlines()) == 5
 
 
@@ -164,14 +163,7 @@ def test_a_log_of_50_million_events_is_read_and_split_in_under_4_gigabytes(tmp_p
             )
             writer.write_table(pa.table(dict(zip(SCHEMA.names, columns)), schema=SCHEMA))
     configured(tmp_path, path, time_column="timestamp")
-    printed = subprocess.run(
-        [sys.executable, "-c", READ_LOG, tmp_path / "config.yaml"],
-        check=True,
-        cwd=ROOT,
-        env=ONE_THREAD,
-        capture_output=True,
-        text=True,
-    ).stdout
+    printed = printed_by("-c", READ_LOG, tmp_path / "config.yaml")
     found, gigabytes = map(float, printed.split())
     assert found == events
     assert gigabytes < 4

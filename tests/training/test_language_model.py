@@ -71,6 +71,18 @@ def test_figures_equal_those_of_stock_logits(corpus, model_config):
     assert figures["ece"] == pytest.approx(ece, abs=4 / labels.numel())
 
 
+def test_a_diverged_model_has_figures_that_say_so(corpus):
+    config = TrainConfig(**lm_fields(corpus))
+    tokenizer = AutoTokenizer.from_pretrained(config.tokenizer)
+    task = LanguageModelTask(*read_documents(config), tokenizer, config)
+    model = apply_sce(build_model(config, tokenizer), get("exact")).eval()
+    with torch.no_grad():
+        model.get_output_embeddings().weight.fill_(torch.nan)
+    figures = task.evaluate(model, Accelerator(), final=True)
+    assert math.isnan(figures["nll"])
+    assert math.isnan(figures["ece"])
+
+
 def test_an_evaluation_in_the_course_of_training_is_bounded(corpus, monkeypatch):
     config = TrainConfig(**lm_fields(corpus, eval_batches=2))
     tokenizer = AutoTokenizer.from_pretrained(config.tokenizer)
