@@ -180,6 +180,11 @@ class SCEConfig(ObjectiveConfig):
     reduce: Literal["max", "mean"] = "max"
     """A position's loss over its buckets; assignment "topk" only."""
 
+    published_first: int = 0
+    """The first so many calls (batches) train by the published form, :meth:`published` as it comes,
+    and the others by this one: hard negatives teach ranking, and the corrected form then makes a
+    likelihood of it."""
+
     sparse_grad: bool = False
     """Return a row-sparse gradient of the weight: candidate and label rows. With the control
     variate the gradient through the catalogue's mean is then left out, an approximation."""
@@ -194,6 +199,7 @@ class SCEConfig(ObjectiveConfig):
         check_choice(self, "control_variate", True, False, "auto")
         for name in ("num_buckets", "shared_frequent", "tail_candidates"):
             check_count(self, name, low=0, auto=True)
+        check_count(self, "published_first", low=0)
         for name in ("bucket_candidates", "bucket_positions"):
             check_count(self, name, auto=True)
         check_count(self, "tail_strata")
@@ -247,12 +253,13 @@ class SCEConfig(ObjectiveConfig):
                 "shared_frequent": self.shared_frequent not in (0, "auto"),
                 "num_buckets": self.num_buckets == 0,
                 "bucket_sampling": self.bucket_sampling != "top",
+                "published_first": self.published_first > 0,
             }
             reason = (
                 'assignment="topk" puts a position into several buckets or none, as published: '
                 'it takes correction="none", centers "mix" or "random", shared_labels=False, '
-                'shared_frequent=0, bucket_sampling="top" and at least one bucket '
-                "(SCEConfig.published() sets them)"
+                'shared_frequent=0, bucket_sampling="top", published_first=0 and at least one '
+                "bucket (SCEConfig.published() sets them)"
             )
         else:
             asked = {
@@ -365,6 +372,12 @@ class SCEConfig(ObjectiveConfig):
             "bucket_candidates": bucket_candidates,
         }
         return cls(**{**fields, **options})
+
+    def after(self, calls: int) -> SCEConfig:
+        """The configuration of a call before which so many have counted: ``published_first``."""
+        if calls >= self.published_first:
+            return self
+        return SCEConfig.published(sparse_grad=self.sparse_grad, backend=self.backend)
 
     def resolve(
         self,

@@ -99,8 +99,9 @@ class SCE(SampledObjective):
 
     def compute(self, inputs: HeadInputs) -> tuple[torch.Tensor, Statistics]:
         seed = draw_seed(inputs.generator)
-        if self.config.assignment == "topk":
-            return self._published(inputs, seed)
+        config = self.config.after(self.state.calls_before(seed))
+        if config.assignment == "topk":
+            return self._published(inputs, seed, config)
         return self._corrected(inputs, seed)
 
     # -- corrected ---------------------------------------------------------------------------
@@ -318,10 +319,12 @@ class SCE(SampledObjective):
 
     # -- published ---------------------------------------------------------------------------
 
-    def _published(self, inputs: HeadInputs, seed: int) -> tuple[torch.Tensor, Statistics]:
+    def _published(
+        self, inputs: HeadInputs, seed: int, config: SCEConfig
+    ) -> tuple[torch.Tensor, Statistics]:
         num_positions, vocab_size = len(inputs.labels), len(inputs.weight)
         counted = self.state.begin_call(inputs.labels, vocab_size, seed)[2]
-        sizes = self.config.resolve(num_positions, vocab_size)
+        sizes = config.resolve(num_positions, vocab_size)
         device = inputs.labels.device
         with torch.no_grad():
             hidden = inputs.hidden.to(compute_dtype(inputs.hidden))
@@ -329,7 +332,7 @@ class SCE(SampledObjective):
                 hidden,
                 sizes.num_buckets,
                 stream(seed, "centers", device),
-                mix=self.config.centers == "mix",
+                mix=config.centers == "mix",
             )
             scores = centers @ hidden.T
             position = torch.topk(scores, sizes.bucket_positions, sorted=False).indices.reshape(-1)
@@ -346,7 +349,7 @@ class SCE(SampledObjective):
             visits = torch.zeros_like(inputs.labels)
             visits.index_add_(0, position, torch.ones_like(position))
             covered = visits > 0
-            if self.config.reduce == "max":
+            if config.reduce == "max":
                 # The losses of all (bucket, position) pairs first; only the largest of each
                 # position is then computed again with its gradient.
                 pair_loss = self._pairs(inputs, position, bucket, items, share=None)
@@ -374,9 +377,7 @@ class SCE(SampledObjective):
         coverage = num_covered / num_positions
         pairs = sizes.num_buckets * sizes.bucket_positions
         met = sizes.bucket_candidates * pairs / num_positions
-        chosen = sizes.num_buckets * (
-            1 + (self.config.centers == "mix") + vocab_size / num_positions
-        )
+        chosen = sizes.num_buckets * (1 + (config.centers == "mix") + vocab_size / num_positions)
         products = chosen + met
         if counted:
             self.state.average(

@@ -9,8 +9,9 @@ keeps for its backward pass is counted on a part of a batch and scaled up. The l
 
 with N positions, V classes and width d. Candidates are worked on in blocks of a fixed budget; the
 rows that published SCE gathers for its buckets are held together with their gradient; BIR and XIR
-weigh the labels of the batch for every position, 12·N·min(N, V). The estimates are within a factor
-of two of what was measured, which is what a decision needs.
+weigh the labels of the batch for every position, 12·N·min(N, V); negatives of each position's own
+take 64 bytes each. The estimates are within a factor of two of what was measured, which is what a
+decision needs; kernel sampling's alone is far too low.
 """
 
 import dataclasses
@@ -28,8 +29,10 @@ from sce_lm.objectives import Objective
 from sce_lm.ops.exact_cross_entropy import BLOCK_ELEMENTS
 from sce_lm.training.task import on_device
 
-WORK = 32 * 2**20
+WORK = 16 * 2**20
 """What the losses over candidates hold besides rows of the head: blocks of logits and scores."""
+OWN_WORK = 64
+"""The same for each negative of each position, where every position has its own."""
 PROBED_SHARE = 8
 """The backbone is tried on one part in so many of a batch's rows."""
 MIB = 2**20
@@ -130,7 +133,9 @@ def loss_bytes(objective: Objective, positions: int, vocab_size: int, width: int
     gradient = 4 * vocab_size * width
     if getattr(objective.config, "sparse_grad", False):
         gradient = 4 * (candidates + positions) * width
-    work = WORK
+    own = getattr(objective.config, "shared", True) is False
+    negatives = getattr(objective.config, "num_negatives", 0)
+    work = OWN_WORK * positions * negatives if own else WORK
     if objective.name in ("bir", "xir"):
         work += 12 * positions * min(positions, vocab_size)
     return work + rows + gradient + 4 * positions * width
@@ -145,12 +150,16 @@ def _candidates(objective: Objective, positions: int, vocab_size: int) -> int:
     """Rows of the head that are gathered in a call, about."""
     config = objective.config
     if isinstance(config, SCEConfig):
-        sizes = config.resolve(positions, vocab_size)
-        labels = min(positions, vocab_size) if config.shared_labels else 0
-        buckets = sizes.num_buckets * sizes.bucket_candidates
-        return labels + sizes.shared_frequent + sizes.tail_candidates + buckets
+        return max(_listed(form, positions, vocab_size) for form in (config, config.after(0)))
     negatives = getattr(config, "num_negatives", positions)
     return positions + (negatives if isinstance(negatives, int) else positions)
+
+
+def _listed(config: SCEConfig, positions: int, vocab_size: int) -> int:
+    sizes = config.resolve(positions, vocab_size)
+    labels = min(positions, vocab_size) if config.shared_labels else 0
+    buckets = sizes.num_buckets * sizes.bucket_candidates
+    return labels + sizes.shared_frequent + sizes.tail_candidates + buckets
 
 
 def _kept_bytes(model: PreTrainedModel, batch: dict[str, torch.Tensor]) -> int:

@@ -258,6 +258,7 @@ def refusals() -> None:
         vocab_parallel_loss(*own[:2], own.labels + V, **options)
     for config in (
         SCEConfig.published(),
+        SCEConfig(published_first=1),
         SCEConfig(prior={"labels": 1.0, "gradient": 0.5}),
         SCEConfig(bucket_sampling="priority", num_buckets=2),
         objectives.get("rece"),
