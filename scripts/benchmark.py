@@ -2,6 +2,7 @@
 
     python scripts/benchmark.py loss --tokens 2048 --vocab 151936 --dim 896
     python scripts/benchmark.py estimators --real runs/lm_embedded --plot estimators.png
+    python scripts/benchmark.py step --model DIR --tokens 2048
     python scripts/benchmark.py train examples/configs/lm_embedded.yaml --steps 150 --seeds 0 1
     python scripts/benchmark.py scale --plot scale.png
     python scripts/benchmark.py ranks --ranks 1 2 4 8 --bandwidth 100

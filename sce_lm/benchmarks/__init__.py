@@ -4,4 +4,4 @@ Such a module has ``add_arguments(parser)`` and ``run(arguments)``; its docstrin
 subcommand's help. Naming it in ``SUBCOMMANDS`` is all that it takes.
 """
 
-SUBCOMMANDS = ("loss", "estimators", "train", "scale", "ranks", "kernels")
+SUBCOMMANDS = ("loss", "estimators", "step", "train", "scale", "ranks", "kernels")

@@ -52,9 +52,7 @@ def real_problem(
         ValueError: there are fewer labels than ``positions``.
     """
     is_run = (source / "model").is_dir()
-    path = source / "model" if is_run else source
-    options: dict[str, Any] = {"gguf_file": gguf} if gguf else {}
-    model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **options)
+    model, tokenizer = load_model(source / "model" if is_run else source, dtype, gguf)
     if initial:
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(model.config, dtype=getattr(torch, dtype))
@@ -62,9 +60,7 @@ def real_problem(
         task = build_task(TrainConfig(**json.loads((source / "config.json").read_text())))
         batch_of, num_rows = task.batch, task.num_rows
     else:
-        limit = getattr(model.config.get_text_config(), "max_position_embeddings", ROW_LENGTH)
-        tokenizer = AutoTokenizer.from_pretrained(path, **options)
-        rows = _text_rows(_read_text(text), tokenizer, min(limit, ROW_LENGTH))
+        rows = text_rows(model, tokenizer, text)
         batch_of, num_rows = (lambda i: {"input_ids": rows[i], "labels": rows[i]}), len(rows)
     batch, past = _take(batch_of, num_rows, positions)
     apply_sce(model.to(device), objectives.get("exact"))
@@ -73,6 +69,13 @@ def real_problem(
     gc.collect()  # nothing of it stays beside what is measured
     torch.cuda.empty_cache()
     return Problem.of(folder, source.name + " at initialisation" * initial, past)
+
+
+def load_model(path: Path, dtype: str, gguf: str | None = None) -> tuple[Any, Any]:
+    """Model and tokenizer of a folder, or of a GGUF file in it."""
+    options: dict[str, Any] = {"gguf_file": gguf} if gguf else {}
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **options)
+    return model, AutoTokenizer.from_pretrained(path, **options)
 
 
 def _take(
@@ -104,10 +107,17 @@ def _read_text(path: Path | None) -> str:
         return "\n\n".join(json.loads(line)["text"] for line in lines)
 
 
-def _text_rows(text: str, tokenizer: Any, length: int) -> torch.Tensor:
-    """Blocks of a text, int64 ``[rows, length]``, each behind the token that starts a text."""
-    ids = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+def text_rows(model: Any, tokenizer: Any, path: Path | None) -> torch.Tensor:
+    """Blocks of a text, int64 ``[rows, length]``, each behind the token that starts a text.
+
+    Args:
+        path: of the text; None: the embedded text's held-out part.
+    """
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", ROW_LENGTH)
+    ids = torch.tensor(
+        tokenizer(_read_text(path), add_special_tokens=False, verbose=False).input_ids
+    )
     start = ids.new_tensor([] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id])
-    own = length - len(start)
+    own = min(limit, ROW_LENGTH) - len(start)
     blocks = ids[: len(ids) // own * own].view(-1, own).long()
     return torch.cat([start.long().expand(len(blocks), -1), blocks], dim=1)

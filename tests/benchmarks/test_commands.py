@@ -83,6 +83,30 @@ def test_estimators(tmp_path):
     assert (tmp_path / "found.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_step(tmp_path):
+    write_text(tmp_path)
+    tiny_model("llama", vocab_size=600).save_pretrained(tmp_path / "model")
+    AutoTokenizer.from_pretrained(tmp_path / "tokenizer").save_pretrained(tmp_path / "model")
+    (tmp_path / "plain.txt").write_text(documentation()[0])
+    options = ("--text", tmp_path / "plain.txt", "--tokens", 64, "--threads", 1, "--repeats", 2)
+    for more in (("--methods", "stock,corrected"), ("--methods", "corrected", "--lora", 4)):
+        result = benchmark(
+            *("step", "--model", tmp_path / "model", *options, *more),
+            *("--json", tmp_path / "step.json", "--plot", tmp_path / "step.png"),
+        )
+        rows = {r["name"]: r for r in json.loads((tmp_path / "step.json").read_text())["rows"]}
+        corrected = rows["corrected"]
+        assert corrected["vocab_size"] == 600
+        assert 0 < corrected["loss_seconds"] < corrected["seconds"]
+        assert ("LoRA of rank 4" in result.stdout) == ("stock" not in rows)
+        if "stock" in rows:
+            assert rows["stock"]["positions"] == corrected["positions"]
+            assert rows["stock"]["loss_seconds"] == 0
+            speedup = rows["stock"]["seconds"] / corrected["seconds"]
+            assert corrected["speedup"] == pytest.approx(speedup)
+    assert (tmp_path / "step.png").read_bytes().startswith(b"\x89PNG")
+
+
 @pytest.mark.slow
 def test_train(tmp_path):
     write_text(tmp_path)
