@@ -180,10 +180,11 @@ class SCEConfig(ObjectiveConfig):
     reduce: Literal["max", "mean"] = "max"
     """A position's loss over its buckets; assignment "topk" only."""
 
-    published_first: int = 0
-    """The first so many calls (batches) train by the published form, :meth:`published` as it comes,
-    and the others by this one: hard negatives teach ranking, and the corrected form then makes a
-    likelihood of it."""
+    labels_first: int = 0
+    """In the first so many calls (batches) the batch's labels alone are candidates, uncorrected: an
+    in-batch softmax. For models from scratch, whose exact gradient spends the beginning on pushing
+    down thousands of classes that hardly occur. It teaches ranking and is no likelihood, which the
+    calls after it make of it. 0 for a pretrained model."""
 
     sparse_grad: bool = False
     """Return a row-sparse gradient of the weight: candidate and label rows. With the control
@@ -199,7 +200,7 @@ class SCEConfig(ObjectiveConfig):
         check_choice(self, "control_variate", True, False, "auto")
         for name in ("num_buckets", "shared_frequent", "tail_candidates"):
             check_count(self, name, low=0, auto=True)
-        check_count(self, "published_first", low=0)
+        check_count(self, "labels_first", low=0)
         for name in ("bucket_candidates", "bucket_positions"):
             check_count(self, name, auto=True)
         check_count(self, "tail_strata")
@@ -253,12 +254,12 @@ class SCEConfig(ObjectiveConfig):
                 "shared_frequent": self.shared_frequent not in (0, "auto"),
                 "num_buckets": self.num_buckets == 0,
                 "bucket_sampling": self.bucket_sampling != "top",
-                "published_first": self.published_first > 0,
+                "labels_first": self.labels_first > 0,
             }
             reason = (
                 'assignment="topk" puts a position into several buckets or none, as published: '
                 'it takes correction="none", centers "mix" or "random", shared_labels=False, '
-                'shared_frequent=0, bucket_sampling="top", published_first=0 and at least one '
+                'shared_frequent=0, bucket_sampling="top", labels_first=0 and at least one '
                 "bucket (SCEConfig.published() sets them)"
             )
         else:
@@ -276,6 +277,11 @@ class SCEConfig(ObjectiveConfig):
         wrong = [name for name, is_wrong in asked.items() if is_wrong]
         if wrong:
             raise ValueError(f"SCEConfig: {', '.join(wrong)} cannot be set like this; {reason}.")
+        if self.labels_first and not self.shared_labels:
+            raise ValueError(
+                f"SCEConfig: labels_first={self.labels_first} begins with the batch's labels as "
+                "candidates, and shared_labels=False leaves them out; change one of the two."
+            )
         if self.correction == "none":
             if self.tail_candidates not in (0, "auto"):
                 raise ValueError(
@@ -373,12 +379,6 @@ class SCEConfig(ObjectiveConfig):
         }
         return cls(**{**fields, **options})
 
-    def after(self, calls: int) -> SCEConfig:
-        """The configuration of a call before which so many have counted: ``published_first``."""
-        if calls >= self.published_first:
-            return self
-        return SCEConfig.published(sparse_grad=self.sparse_grad, backend=self.backend)
-
     def resolve(
         self,
         num_positions: int,
@@ -464,6 +464,17 @@ class SCESizes:
     """Whether the tail uses the control variate."""
     uniform_floor: float
     """Share of the tail's proposal that is spread evenly."""
+
+    def labels_alone(self) -> SCESizes:
+        """Without any candidates but the batch's labels."""
+        return dataclasses.replace(
+            self,
+            num_buckets=0,
+            bucket_candidates=0,
+            shared_frequent=0,
+            tail_candidates=0,
+            control_variate=False,
+        )
 
     def __str__(self) -> str:
         return _table(self)

@@ -306,7 +306,7 @@ class VocabParallel(Objective):
 
 def _not_by_rank(config: SCEConfig) -> str | None:
     """What a rank cannot choose by itself, or from its own labels alone."""
-    if config.assignment == "topk" or config.published_first:
+    if config.assignment == "topk":
         return "published SCE"
     if config.bucket_sampling != "top":
         return f"bucket_sampling={config.bucket_sampling!r}"

@@ -11,6 +11,7 @@ pytestmark = pytest.mark.distributed
 
 CHECKS = (
     "limits",
+    "labels_first",
     "num_items",
     "collectives",
     "scores",

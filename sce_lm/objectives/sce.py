@@ -99,9 +99,8 @@ class SCE(SampledObjective):
 
     def compute(self, inputs: HeadInputs) -> tuple[torch.Tensor, Statistics]:
         seed = draw_seed(inputs.generator)
-        config = self.config.after(self.state.calls_before(seed))
-        if config.assignment == "topk":
-            return self._published(inputs, seed, config)
+        if self.config.assignment == "topk":
+            return self._published(inputs, seed)
         return self._corrected(inputs, seed)
 
     # -- corrected ---------------------------------------------------------------------------
@@ -125,7 +124,9 @@ class SCE(SampledObjective):
         sizes = self.config.resolve(
             len(inputs.hidden), vocab_size, prefer, self.state.num_labels, rows
         )
-        if self.config.target_relative_error is not None and self.state.tail_candidates:
+        if self.state.calls_before(seed) < self.config.labels_first:
+            sizes = sizes.labels_alone()
+        elif self.config.target_relative_error is not None and self.state.tail_candidates:
             sizes = replace(sizes, tail_candidates=self.state.tail_candidates)
         with torch.no_grad():
             candidates = self._choose(inputs, sizes, counts, seed, counted=counted)
@@ -319,12 +320,10 @@ class SCE(SampledObjective):
 
     # -- published ---------------------------------------------------------------------------
 
-    def _published(
-        self, inputs: HeadInputs, seed: int, config: SCEConfig
-    ) -> tuple[torch.Tensor, Statistics]:
+    def _published(self, inputs: HeadInputs, seed: int) -> tuple[torch.Tensor, Statistics]:
         num_positions, vocab_size = len(inputs.labels), len(inputs.weight)
         counted = self.state.begin_call(inputs.labels, vocab_size, seed)[2]
-        sizes = config.resolve(num_positions, vocab_size)
+        sizes = self.config.resolve(num_positions, vocab_size)
         device = inputs.labels.device
         with torch.no_grad():
             hidden = inputs.hidden.to(compute_dtype(inputs.hidden))
@@ -332,7 +331,7 @@ class SCE(SampledObjective):
                 hidden,
                 sizes.num_buckets,
                 stream(seed, "centers", device),
-                mix=config.centers == "mix",
+                mix=self.config.centers == "mix",
             )
             scores = centers @ hidden.T
             position = torch.topk(scores, sizes.bucket_positions, sorted=False).indices.reshape(-1)
@@ -349,7 +348,7 @@ class SCE(SampledObjective):
             visits = torch.zeros_like(inputs.labels)
             visits.index_add_(0, position, torch.ones_like(position))
             covered = visits > 0
-            if config.reduce == "max":
+            if self.config.reduce == "max":
                 # The losses of all (bucket, position) pairs first; only the largest of each
                 # position is then computed again with its gradient.
                 pair_loss = self._pairs(inputs, position, bucket, items, share=None)
@@ -377,7 +376,9 @@ class SCE(SampledObjective):
         coverage = num_covered / num_positions
         pairs = sizes.num_buckets * sizes.bucket_positions
         met = sizes.bucket_candidates * pairs / num_positions
-        chosen = sizes.num_buckets * (1 + (config.centers == "mix") + vocab_size / num_positions)
+        chosen = sizes.num_buckets * (
+            1 + (self.config.centers == "mix") + vocab_size / num_positions
+        )
         products = chosen + met
         if counted:
             self.state.average(

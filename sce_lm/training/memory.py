@@ -150,16 +150,12 @@ def _candidates(objective: Objective, positions: int, vocab_size: int) -> int:
     """Rows of the head that are gathered in a call, about."""
     config = objective.config
     if isinstance(config, SCEConfig):
-        return max(_listed(form, positions, vocab_size) for form in (config, config.after(0)))
+        sizes = config.resolve(positions, vocab_size)
+        labels = min(positions, vocab_size) if config.shared_labels else 0
+        buckets = sizes.num_buckets * sizes.bucket_candidates
+        return labels + sizes.shared_frequent + sizes.tail_candidates + buckets
     negatives = getattr(config, "num_negatives", positions)
     return positions + (negatives if isinstance(negatives, int) else positions)
-
-
-def _listed(config: SCEConfig, positions: int, vocab_size: int) -> int:
-    sizes = config.resolve(positions, vocab_size)
-    labels = min(positions, vocab_size) if config.shared_labels else 0
-    buckets = sizes.num_buckets * sizes.bucket_candidates
-    return labels + sizes.shared_frequent + sizes.tail_candidates + buckets
 
 
 def _kept_bytes(model: PreTrainedModel, batch: dict[str, torch.Tensor]) -> int:

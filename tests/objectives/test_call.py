@@ -16,7 +16,7 @@ OBJECTIVES = {
         "sce", num_buckets=3, bucket_candidates=10, shared_frequent=8, tail_candidates=20
     ),
     "published": lambda: objectives.get("sce", published=True, bucket_candidates=10),
-    "published first": lambda: objectives.get("sce", tail_candidates=20, published_first=3),
+    "labels first": lambda: objectives.get("sce", tail_candidates=20, labels_first=3),
     "unigram": lambda: objectives.get("sampled_softmax", num_negatives=20, proposal="unigram"),
     "own negatives": lambda: objectives.get("sampled_softmax", num_negatives=20, shared=False),
     "in_batch": lambda: objectives.get("in_batch", frequency="streaming"),
@@ -120,15 +120,12 @@ def test_low_rank_columns_are_columns_of_the_weight(name, is_frozen):
     torch.testing.assert_close(list(found), wanted)
 
 
-@pytest.mark.parametrize(
-    "name", sorted(OBJECTIVES.keys() - {"kernel", "kernel, shared", "published first"})
-)
+@pytest.mark.parametrize("name", sorted(OBJECTIVES.keys() - {"kernel", "kernel, shared"}))
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_low_rank_head_is_never_formed(name, reduction, monkeypatch):
     """A frozen weight and a trained low-rank operand: nothing as large as the weight is made.
 
-    The kernel without a projection is a method on all rows at once, and the buckets of "published
-    first" as it comes are longer than this catalogue.
+    The kernel without a projection is a method on all rows at once.
     """
     monkeypatch.setattr(exact_cross_entropy, "TILE_CLASSES", 256)
     monkeypatch.setattr(kernel, "TILE_ELEMENTS", 100 * 100)

@@ -53,23 +53,3 @@ def test_sizes_are_the_papers():
     sizes = objectives.get("sce", published=True, alpha=2.0, beta=4.0).config.resolve(2500, 10**6)
     assert (sizes.num_buckets, sizes.bucket_positions) == (50, 200)
     assert sizes.bucket_candidates == 256
-
-
-def test_published_first_is_published_and_then_corrected():
-    problem = make_problem(37, 90, 7)
-    sizes = {"tail_candidates": 20, "shared_frequent": 5}
-    both = objectives.get("sce", published_first=2, **sizes)
-    first, then = objectives.get("sce", published=True), objectives.get("sce", **sizes)
-
-    def gradients_by(objective, call):
-        generator = torch.Generator().manual_seed(call)
-        loss = objective(*problem[:3], bias=problem.bias, generator=generator)
-        return gradients(loss, problem)
-
-    for call in range(2):
-        torch.testing.assert_close(gradients_by(both, call), gradients_by(first, call))
-    then.state.load_state_dict(first.state.state_dict())
-    with torch.no_grad():  # does not count, and is the corrected form already
-        both(*problem[:3])
-    for call in range(2, 4):
-        torch.testing.assert_close(gradients_by(both, call), gradients_by(then, call))

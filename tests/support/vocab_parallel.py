@@ -114,6 +114,24 @@ def limits() -> None:
                 assert_covering_candidates_are_exact(name, with_bias, post, dtype)
 
 
+def labels_first() -> None:
+    """The first call is a softmax over all ranks' labels; a rank may have none of them."""
+    problem = make_problem(N, V, D)
+    for labels in (problem.labels, problem.labels % (V // dist.get_world_size() // 2)):
+        seen, target = torch.unique(labels, return_inverse=True)
+        logits = problem.hidden @ problem.weight[seen].T + problem.bias[seen]
+        expected = torch.nn.functional.cross_entropy(logits, target)
+        own, config = shard(problem), SCEConfig(labels_first=1)
+        loss = vocab_parallel_loss(
+            *own[:2], labels, vocab_size=V, bias=own.bias, config=config, state=SCEState()
+        )
+        assert relative_error(loss, expected) < 1e-10
+        wanted = torch.autograd.grad(expected, problem.parameters)
+        rows = own_rows(V)
+        for actual, want in zip(gradients(loss, own), [wanted[0], *(g[rows] for g in wanted[1:])]):
+            assert relative_error(actual, want) < 1e-10 if want.any() else not actual.any()
+
+
 def num_items() -> None:
     problem = make_problem(N, V, D)
     total = exact_reference(*problem[:3], bias=problem.bias).sum()
@@ -258,7 +276,6 @@ def refusals() -> None:
         vocab_parallel_loss(*own[:2], own.labels + V, **options)
     for config in (
         SCEConfig.published(),
-        SCEConfig(published_first=1),
         SCEConfig(prior={"labels": 1.0, "gradient": 0.5}),
         SCEConfig(bucket_sampling="priority", num_buckets=2),
         objectives.get("rece"),
