@@ -182,9 +182,9 @@ class SCEConfig(ObjectiveConfig):
 
     labels_first: int = 0
     """In the first so many calls (batches) the batch's labels alone are candidates, uncorrected: an
-    in-batch softmax. For models from scratch, whose exact gradient spends the beginning on pushing
-    down thousands of classes that hardly occur. It teaches ranking and is no likelihood, which the
-    calls after it make of it. 0 for a pretrained model."""
+    in-batch softmax. Models from scratch learn to rank sooner by it, and the calls after it make a
+    likelihood of what it taught; a quarter of the training was a good start. 0 for a pretrained
+    model."""
 
     sparse_grad: bool = False
     """Return a row-sparse gradient of the weight: candidate and label rows. With the control

@@ -16,7 +16,8 @@ def draw_curves(
     runs: Mapping[str, Sequence[Sequence[dict[str, Any]]]], path: Path, held_out: str
 ) -> None:
     """Draw training loss and a held-out figure against the step, and the latter against the seconds
-    of training and the operations of the loss; one line a run, one colour a label.
+    of training and the operations of the loss; of language models also accuracy against NLL, where
+    up and left is better. One line a run, one colour a label.
 
     Args:
         runs: label and records of runs, as from ``metrics.with_costs``, for instance one a seed.
@@ -25,14 +26,16 @@ def draw_curves(
 
     Raises ImportError where matplotlib is not installed.
     """
-    with png(path, 20, 4) as figure:
-        panels = (
-            ("loss", "step", ""),
-            (held_out, "step", "o"),
-            (held_out, "seconds", "o"),
-            (held_out, "inner products in the loss", "o"),
-        )
-        for axes, (name, x, marker) in zip(figure.subplots(1, 4), panels):
+    panels = [
+        ("loss", "step", ""),
+        (held_out, "step", "o"),
+        (held_out, "seconds", "o"),
+        (held_out, "inner products in the loss", "o"),
+    ]
+    if held_out == "nll":
+        panels.append(("accuracy", "nll", "o"))
+    with png(path, 5 * len(panels), 4) as figure:
+        for axes, (name, x, marker) in zip(figure.subplots(1, len(panels)), panels):
             for number, (label, found) in enumerate(runs.items()):
                 style = {
                     "color": f"C{number % LINES}",
@@ -41,7 +44,7 @@ def draw_curves(
                     "markersize": 3,
                 }
                 for index, records in enumerate(found):
-                    points = [(r[x], r[name]) for r in records if name in r]
+                    points = [(r[x], r[name]) for r in records if name in r and x in r]
                     axes.plot(
                         [p[0] for p in points],
                         [p[1] for p in points],
