@@ -122,6 +122,14 @@ def _sooner(runs: Mapping[str, Sequence[Records]], task: Task) -> dict[str, list
     return found
 
 
+def _settled(objective: objectives.Objective) -> dict[str, Any]:
+    """Name and options of what an objective is after its first calls, which may be cheaper."""
+    specification = objective.to_dict()
+    if "labels_first" in specification:
+        specification["labels_first"] = 0
+    return specification
+
+
 def save_loss_inputs(
     model: PreTrainedModel, batch: dict[str, torch.Tensor], path: Path
 ) -> dict[str, Any]:
@@ -219,9 +227,7 @@ def compare(
     batch = task.batch(next(order.step_batches(0, 0, 1)))
     measured = save_loss_inputs(trained, batch, inputs)
     costs = {loss_cost.STOCK: loss_cost.measure(inputs, {"name": loss_cost.STOCK})}
-    costs |= {
-        label: loss_cost.measure(inputs, objective.to_dict()) for label, objective in asked.items()
-    }
+    costs |= {label: loss_cost.measure(inputs, _settled(o)) for label, o in asked.items()}
     inputs.unlink()
 
     curves = folder / "curves.png"

@@ -75,14 +75,19 @@ def test_compare_trains_each_and_writes_the_figures(tmp_path, capsys, monkeypatc
         "exact": Method("exact"),
         "published SCE": Method("sce", {"published": True}),
         "corrected SCE": Method("sce", {"tail_candidates": 4096}),
+        "labels first": Method("sce", {"tail_candidates": 4096, "labels_first": 3}),
     }
     result = compare(config, methods, tmp_path / "out", seeds=(0, 1))
     assert set(result.costs) == {"stock", *methods}
     assert result.costs["stock"].loss == pytest.approx(result.costs["exact"].loss, rel=1e-5)
+    # The form that most of a training has, here with all classes, not that of its first calls.
+    exact_loss = result.costs["exact"].loss
+    assert result.costs["labels first"].loss == pytest.approx(exact_loss, rel=1e-5)
     nll = {label: result.held_out(label, "nll")[0] for label in methods}
     first, second = result.held_out("exact", "nll")
     assert first != second
     assert nll["corrected SCE"] == pytest.approx(nll["exact"], rel=1e-4)  # its tail covers V
+    assert nll["labels first"] != pytest.approx(nll["exact"], rel=1e-4)
     assert nll["published SCE"] != pytest.approx(nll["exact"], rel=1e-4)
     written = json.loads((tmp_path / "out" / "comparison.json").read_text())
     assert written["summaries"]["exact"][0]["test"]["nll"] == nll["exact"]
