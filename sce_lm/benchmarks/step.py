@@ -78,18 +78,18 @@ def run(arguments: argparse.Namespace) -> None:
     for row in rows:
         if row["name"] in seconds and STOCK in seconds:
             row["speedup"] = seconds[STOCK] / row["seconds"]
+    sizes = next((row for row in rows if "positions" in row), None)
+    if sizes is None:
+        raise ValueError(f"nothing could be measured; {rows[0]['label']}: {rows[0]['error']}")
     described = report.machine(arguments.device, arguments.threads)
     report.write_json(arguments.json, {"command": "step", "machine": described, "rows": rows})
-    sizes = next((row for row in rows if "positions" in row), None)
-    what = "nothing could be measured"
-    if sizes is not None:
-        trained = f"LoRA of rank {arguments.lora}" if arguments.lora else "all parameters trained"
-        what = (
-            f"{arguments.model.name}: {sizes['positions']:,} positions a step, vocabulary "
-            f"{sizes['vocab_size']:,}, {sizes['parameters'] / 1e6:.0f}M parameters, "
-            f"{arguments.dtype}, {trained}"
-        )
-    report.print_heading(described, what)
+    trained = f"LoRA of rank {arguments.lora}" if arguments.lora else "all parameters trained"
+    report.print_heading(
+        described,
+        f"{arguments.model.name}: {sizes['positions']:,} positions a step, vocabulary "
+        f"{sizes['vocab_size']:,}, {sizes['parameters'] / 1e6:.0f}M parameters, "
+        f"{arguments.dtype}, {trained}",
+    )
     _print(rows)
     report.draw(arguments.plot, [_panel(rows)])
 
@@ -139,16 +139,13 @@ def measure_step(
         optimizer.zero_grad()
 
     step()  # makes AdamW's moments and sets up libraries
-    held = held_bytes(device)
+    held, in_loss = held_bytes(device), loss_seconds(trained)
     read_peak = start_peak(device)
-    seconds = time_calls(step, device, 1)
+    seconds = time_calls(step, device, repeats, budget=budget)
     peak = read_peak()
-    in_loss = loss_seconds(trained)
-    if repeats > 1:
-        seconds += time_calls(step, device, repeats - 1, budget=budget)
     return {
         "seconds": statistics.median(seconds),
-        "loss_seconds": (loss_seconds(trained) - in_loss) / max(1, len(seconds) - 1),
+        "loss_seconds": (loss_seconds(trained) - in_loss) / len(seconds),
         "held_mib": held / MIB,
         "peak_mib": peak / MIB,
         "positions": count * (blocks.shape[1] - 1),

@@ -105,6 +105,8 @@ def test_step(tmp_path):
             speedup = rows["stock"]["seconds"] / corrected["seconds"]
             assert corrected["speedup"] == pytest.approx(speedup)
     assert (tmp_path / "step.png").read_bytes().startswith(b"\x89PNG")
+    nowhere = ("step", "--model", tmp_path / "nowhere", "--methods", "corrected")
+    assert "nothing could be measured; corrected SCE: " in benchmark(*nowhere, fails=True).stderr
 
 
 @pytest.mark.slow

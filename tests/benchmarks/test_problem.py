@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sce_lm.benchmarks import real
 from sce_lm.benchmarks.problem import random_problem, zipf_labels
-from sce_lm.benchmarks.real import real_problem
+from sce_lm.benchmarks.real import real_problem, text_rows
 from sce_lm.training.config import TrainConfig
 from sce_lm.training.loss_cost import load_inputs, stock
 
@@ -72,7 +72,7 @@ def test_problem_of_a_model_is_its_loss_on_the_text(text, tmp_path):
 
     model = AutoModelForCausalLM.from_pretrained(text / "model").eval()
     tokenizer = AutoTokenizer.from_pretrained(text / "model")
-    rows = real._text_rows(plain.read_text(), tokenizer, 128)
+    rows = text_rows(model, tokenizer, plain)
     rows = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))[:2]]
     labels = rows.clone()
     labels[1, 1 + 150 - 127 :] = -100
