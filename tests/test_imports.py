@@ -29,7 +29,7 @@ MAY_IMPORT = {
 
 ONLY_IN = {
     "transformers": {"hf", "recsys", "training", "benchmarks"},
-    "peft": {"hf", "training", "benchmarks"},
+    "peft": {"hf", "training"},
     "trl": {"hf", "benchmarks"},
     "datasets": {"recsys", "training"},
     "polars": {"recsys", "training"},

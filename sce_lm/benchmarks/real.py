@@ -52,7 +52,8 @@ def real_problem(
         ValueError: there are fewer labels than ``positions``.
     """
     is_run = (source / "model").is_dir()
-    model, tokenizer = load_model(source / "model" if is_run else source, dtype, gguf)
+    path = source / "model" if is_run else source
+    model = load_model(path, dtype, gguf)
     if initial:
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(model.config, dtype=getattr(torch, dtype))
@@ -60,7 +61,7 @@ def real_problem(
         task = build_task(TrainConfig(**json.loads((source / "config.json").read_text())))
         batch_of, num_rows = task.batch, task.num_rows
     else:
-        rows = text_rows(model, tokenizer, text)
+        rows = text_rows(model, load_tokenizer(path, gguf), text)
         batch_of, num_rows = (lambda i: {"input_ids": rows[i], "labels": rows[i]}), len(rows)
     batch, past = _take(batch_of, num_rows, positions)
     apply_sce(model.to(device), objectives.get("exact"))
@@ -71,11 +72,18 @@ def real_problem(
     return Problem.of(folder, source.name + " at initialisation" * initial, past)
 
 
-def load_model(path: Path, dtype: str, gguf: str | None = None) -> tuple[Any, Any]:
-    """Model and tokenizer of a folder, or of a GGUF file in it."""
-    options: dict[str, Any] = {"gguf_file": gguf} if gguf else {}
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **options)
-    return model, AutoTokenizer.from_pretrained(path, **options)
+def load_model(path: Path, dtype: str, gguf: str | None) -> Any:
+    """The model of a folder, or of a GGUF file in it."""
+    return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **_file(gguf))
+
+
+def load_tokenizer(path: Path, gguf: str | None) -> Any:
+    """The tokenizer beside :func:`load_model`'s model."""
+    return AutoTokenizer.from_pretrained(path, **_file(gguf))
+
+
+def _file(gguf: str | None) -> dict[str, Any]:
+    return {"gguf_file": gguf} if gguf else {}
 
 
 def _take(

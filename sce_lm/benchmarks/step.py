@@ -109,28 +109,31 @@ def measure_step(
 ) -> dict[str, float]:
     """Seconds and memory of a training step, in this process."""
     # transformers and its friends take some seconds.
-    from sce_lm.benchmarks.real import load_model, text_rows
+    from sce_lm.benchmarks.real import load_model, load_tokenizer, text_rows
     from sce_lm.hf.adapter import apply_sce, loss_seconds
+    from sce_lm.training.models import add_lora
 
     torch.set_num_threads(threads)
     torch.manual_seed(0)
-    trained, tokenizer = load_model(Path(model), dtype, gguf)
+    trained, tokenizer = load_model(Path(model), dtype, gguf), load_tokenizer(Path(model), gguf)
     blocks = text_rows(trained, tokenizer, None if text is None else Path(text))
     count = max(1, tokens // blocks.shape[1])
+    if len(blocks) < count:
+        raise ValueError(
+            f"the text has {blocks.numel():,} tokens and {tokens:,} a step were asked for; give "
+            "more text by --text, or fewer --tokens."
+        )
     parameters = trained.num_parameters()
     vocab_size = len(trained.get_output_embeddings().weight)
     if lora:
-        from peft import LoraConfig, TaskType, get_peft_model
-
-        adapters = LoraConfig(r=lora, target_modules="all-linear", task_type=TaskType.CAUSAL_LM)
-        trained = get_peft_model(trained, adapters)
+        trained = add_lora(trained, lora)
     if specification["name"] not in PEERS:
         apply_sce(trained, objectives.get(**specification))
     trained.to(device).train()
     optimizer = torch.optim.AdamW(
         [p for p in trained.parameters() if p.requires_grad], lr=LEARNING_RATE
     )
-    batches = cycle(blocks.split(count)[: max(1, len(blocks) // count)])
+    batches = cycle(blocks.split(count)[: len(blocks) // count])
 
     def step() -> None:
         rows = next(batches).to(device)
@@ -155,20 +158,12 @@ def measure_step(
 
 
 def _print(rows: Sequence[dict[str, Any]]) -> None:
-    stock = next(
-        (row["seconds"] for row in rows if row["name"] == STOCK and "seconds" in row), None
-    )
-    table = []
-    for row in rows:
-        if "seconds" in row and stock is not None:
-            row["speedup"] = stock / row["seconds"]
-        forms = {"seconds": ".2f", "speedup": ".2f", "loss_seconds": ".2f"}
-        cells = report.figures(row, forms | {"held_mib": ",.0f", "peak_mib": ",.0f"})
-        table.append([row["label"], *cells, row.get("error", "")])
+    forms = {"seconds": ".2f", "speedup": ".2f", "loss_seconds": ".2f"}
+    forms |= {"held_mib": ",.0f", "peak_mib": ",.0f"}
     report.print_table(
         "A training step (x stock: times faster than stock)",
         ["method", "s / step", "x stock", "in the loss", "held MiB", "peak MiB", "failed"],
-        table,
+        [[row["label"], *report.figures(row, forms), row.get("error", "")] for row in rows],
     )
 
 

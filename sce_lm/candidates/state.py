@@ -53,7 +53,6 @@ class _Call:
     labels: torch.Tensor
     prefer_control_variate: bool
     counted: bool
-    before: int
     read: dict[str, object] = field(default_factory=dict)
 
 
@@ -93,10 +92,6 @@ class SCEState:
         plain, control = (self.averages.get(name) for name in _AVERAGES[:2])
         return plain is None or control is None or control <= plain
 
-    def calls_before(self, seed: int) -> int:
-        """Calls that had counted before the one with this seed, which may be a replay."""
-        return self._recent[seed].before if seed in self._recent else self.step
-
     def begin_call(
         self, labels: torch.Tensor, vocab_size: int, seed: int
     ) -> tuple[torch.Tensor, bool, bool]:
@@ -118,14 +113,13 @@ class SCEState:
             return *self._replay(seed), False
         prefer = self.prefer_control_variate
         counted = torch.is_grad_enabled() and not _inside_backward()
-        before = self.step
         if counted:
             self.step += 1
             self.num_labels += len(labels)
             current = _add(self.counts, labels, 1)
         else:
             current = _add(self.counts.clone(), labels, 1)
-        self._recent[seed] = _Call(labels.clone(), prefer, counted, before)
+        self._recent[seed] = _Call(labels.clone(), prefer, counted)
         if len(self._recent) > REMEMBERED_CALLS:
             self._recent.popitem(last=False)
         return current, prefer, counted

@@ -124,7 +124,8 @@ class SCE(SampledObjective):
         sizes = self.config.resolve(
             len(inputs.hidden), vocab_size, prefer, self.state.num_labels, rows
         )
-        if self.state.calls_before(seed) < self.config.labels_first:
+        before = self.state.once(seed, "calls before", lambda: self.state.step - counted)
+        if before < self.config.labels_first:
             sizes = sizes.labels_alone()
         elif self.config.target_relative_error is not None and self.state.tail_candidates:
             sizes = replace(sizes, tail_candidates=self.state.tail_candidates)

@@ -58,6 +58,14 @@ def build_model(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> PreT
     return model
 
 
+def add_lora(model: PreTrainedModel, rank: int) -> Any:
+    """The model, frozen, with LoRA adapters of that rank on all linear layers."""
+    from peft import LoraConfig, TaskType, get_peft_model  # takes seconds, and is seldom needed
+
+    adapters = LoraConfig(r=rank, target_modules="all-linear", task_type=TaskType.CAUSAL_LM)
+    return get_peft_model(model, adapters)
+
+
 def _config(config: TrainConfig, tokenizer: PreTrainedTokenizerBase):
     """The configuration of a model from scratch, its special tokens taken from the tokenizer."""
     options = dict(config.model_config)

@@ -44,7 +44,7 @@ def draw_curves(
                     "markersize": 3,
                 }
                 for index, records in enumerate(found):
-                    points = [(r[x], r[name]) for r in records if name in r and x in r]
+                    points = [(r[x], r[name]) for r in records if name in r]
                     axes.plot(
                         [p[0] for p in points],
                         [p[1] for p in points],

@@ -38,7 +38,7 @@ def test_first_the_labels_and_then_the_configured_form(bucket_sampling):
         assert abs(float(found[0] - wanted)) > 0.1
 
 
-def test_calls_without_gradients_and_replays_do_not_count():
+def test_calls_without_gradients_do_not_count():
     problem = make_problem(37, 90, 7)
     objective = objectives.get("sce", labels_first=1, **SIZES)
     with torch.no_grad():
