@@ -88,7 +88,8 @@ def vocab_parallel_loss(
 
     The other arguments and the result are those of :meth:`sce_lm.objectives.Objective.__call__`.
     The loss is the same on every rank, and so is the gradient of ``hidden_states``, which is whole;
-    that of ``weight`` is this rank's rows'. Statistics count this rank's products.
+    that of ``weight`` is this rank's rows'. Statistics count this rank's products
+    and name its own candidates.
 
     Raises:
         ValueError: ``weight`` is not this rank's rows, there are more ranks than rows, a DTensor is
@@ -280,9 +281,13 @@ class VocabParallel(Objective):
         loss, log_partition = self._over_ranks(own, make, found)
         statistics = objective.observe(own, chosen, log_partition)
         if own.want_statistics:  # the variances of independent samples add up
+            assert statistics.candidates is not None
+            ids = statistics.candidates + self.shard.rows.start
             error = statistics.relative_error
             variance = torch.zeros_like(log_partition) if error is None else error.square()
-            statistics = replace(statistics, relative_error=self.shard.reduce(variance).sqrt())
+            statistics = replace(
+                statistics, relative_error=self.shard.reduce(variance).sqrt(), candidates=ids
+            )
         return loss, statistics
 
     def _exact(self, own: HeadInputs, labels: torch.Tensor) -> tuple[torch.Tensor, Statistics]:

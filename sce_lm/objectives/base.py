@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import weakref
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -41,6 +41,9 @@ class Statistics:
     confidence: torch.Tensor | None = None
     """Largest probability of all classes, the shape of ``labels``, 0 where ignored. Exact loss
     only."""
+    candidates: torch.Tensor | None = None
+    """Ids of the classes that some position was compared with, ascending; its label, where that is
+    no candidate, aside. Only where statistics were asked for; None: all classes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -258,9 +261,7 @@ class Objective(ABC):
             for name in ("covered", "relative_error", "correct", "confidence")
             for value in (getattr(statistics, name),)
         }
-        return loss, Statistics(
-            num_valid, statistics.coverage, statistics.products_per_position, **fields
-        )
+        return loss, replace(statistics, **fields)
 
 
 @torch.compiler.assume_constant_result

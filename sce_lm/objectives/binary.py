@@ -92,7 +92,9 @@ class BCE(SampledObjective):
             positive_weight=config.positive_weight(vocab_size),
             **inputs.options,
         )
-        return loss, self.statistics(num_positions, float(config.num_negatives), counted=counted)
+        return loss, self.statistics(
+            inputs, float(config.num_negatives), counted=counted, ids=[ids]
+        )
 
 
 class GBCE(BCE):

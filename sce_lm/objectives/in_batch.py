@@ -88,7 +88,7 @@ class InBatch(SampledObjective):
             log_weights -= torch.log(q * max(num_positions - 1, 1))
         candidates = Candidates(ids[:0], ids, log_weights, sparse_grad=self.config.sparse_grad)
         loss = candidate_cross_entropy(*inputs.head, candidates, **inputs.options).loss
-        return loss, self.statistics(num_positions, float(len(ids)), counted=counted)
+        return loss, self.statistics(inputs, float(len(ids)), counted=counted, ids=[ids])
 
 
 def streaming_frequency(

@@ -156,7 +156,7 @@ class Kernel(SampledObjective):
                 operations += len(rows) * width * rows.shape[1] / num_positions
             products = m + operations / width
         return loss, self.statistics(
-            num_positions, products, counted=counted, candidates=float(ids.shape[-1])
+            inputs, products, counted=counted, ids=[ids], candidates=float(ids.shape[-1])
         )
 
     def proposal(self, inputs: HeadInputs, seed: int, counted: bool) -> Categorical:

@@ -44,6 +44,9 @@ class Probe:
         """Of the latest look, empty before it."""
         self.errors = torch.empty(0)
         """``[positions]`` loss - exact loss of the latest look, on the CPU."""
+        self.by_frequency: dict[str, list[float]] = {}
+        """Which classes its positions were compared with, by :func:`shares_by_frequency`; empty if
+        with all of them."""
 
     def __call__(
         self,
@@ -78,7 +81,14 @@ class Probe:
         weight, twin = weight.detach(), copy.deepcopy(objective)
 
         def approximate(leaf: torch.Tensor) -> torch.Tensor:
-            return twin(leaf, weight, labels, **options)[chosen]
+            losses, statistics = twin(leaf, weight, labels, return_stats=True, **options)
+            if statistics.candidates is not None:
+                assert twin.state is not None
+                assert twin.state.counts is not None
+                self.by_frequency = shares_by_frequency(
+                    twin.state.counts, candidates=statistics.candidates, labels=labels[valid]
+                )
+            return losses[chosen]
 
         def exact(leaf: torch.Tensor) -> torch.Tensor:
             return Exact()(leaf, weight, labels[chosen], **options)
@@ -103,3 +113,25 @@ def _with_gradient(
         losses = loss(leaf)
         (gradient,) = torch.autograd.grad(losses.sum(), leaf)
     return losses.detach(), gradient.double()
+
+
+def shares_by_frequency(counts: torch.Tensor, **chosen: torch.Tensor) -> dict[str, list[float]]:
+    """Which classes a call looks at: the share of each octave of classes that it chose.
+
+    Args:
+        counts: ``[V]`` how often each class has been a label.
+        chosen: ids of classes, by name, for instance those of the candidates and the labels.
+
+    Returns:
+        ``"classes"``, the last rank 1, 2, 4, ... V of each octave, most frequent class first; and
+        by name the share of the octave's classes that are among the ids.
+    """
+    order = counts.argsort(descending=True, stable=True)
+    stops = [2**n for n in range((len(counts) - 1).bit_length())] + [len(counts)]
+    found: dict[str, list[float]] = {"classes": [float(stop) for stop in stops]}
+    for name, ids in chosen.items():
+        is_chosen = torch.zeros(len(counts), dtype=torch.float64, device=counts.device)
+        is_chosen[ids] = 1.0
+        parts = is_chosen[order].tensor_split(stops[:-1])
+        found[name] = [float(part.mean()) for part in parts]
+    return found

@@ -87,7 +87,7 @@ class RECE(SampledObjective):
         met = min(1.0, (1 + 2 * chunks.reach) / count) * vocab_size
         products = self.config.rounds * (met + buckets * (1 + vocab_size / num_positions))
         return loss, self.statistics(
-            num_positions, products, counted=counted, candidates=self.config.rounds * met
+            inputs, products, counted=counted, ids=None, candidates=self.config.rounds * met
         )
 
     @torch.no_grad()

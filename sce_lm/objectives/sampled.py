@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from sce_lm.candidates.state import SCEState
-from sce_lm.objectives.base import Objective, Statistics
+from sce_lm.objectives.base import HeadInputs, Objective, Statistics
 
 
 class SampledObjective(Objective):
@@ -19,10 +20,11 @@ class SampledObjective(Objective):
 
     def statistics(
         self,
-        num_positions: int,
+        inputs: HeadInputs,
         products: float,
         *,
         counted: bool,
+        ids: Sequence[torch.Tensor] | None,
         candidates: float | None = None,
         relative_error: torch.Tensor | None = None,
         **averages: float,
@@ -30,6 +32,7 @@ class SampledObjective(Objective):
         """A call's :class:`Statistics`; the state's running averages follow if it counted.
 
         Args:
+            ids: of the candidates, in any shapes and number; None: all classes.
             candidates: of a position; None: ``products``, where choosing them takes none.
         """
         if counted:
@@ -39,8 +42,12 @@ class SampledObjective(Objective):
                 products_per_position=products,
                 **averages,
             )
+        met = None
+        if inputs.want_statistics and ids is not None:
+            met = torch.unique(torch.cat([part.reshape(-1) for part in ids]))
         return Statistics(
-            num_valid=num_positions,
+            num_valid=len(inputs.labels),
             products_per_position=products,
             relative_error=relative_error,
+            candidates=met,
         )

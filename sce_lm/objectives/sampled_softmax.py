@@ -105,7 +105,7 @@ class SampledSoftmax(SampledObjective):
             )
             candidates = PositionCandidates(ids, c, sparse_grad=config.sparse_grad)
             loss = position_cross_entropy(*inputs.head, candidates, **inputs.options).loss
-        return loss, self.statistics(num_positions, float(ids.shape[-1]), counted=counted)
+        return loss, self.statistics(inputs, float(ids.shape[-1]), counted=counted, ids=[ids])
 
     def _proposal(self, counts: torch.Tensor) -> Proposal:
         if self.config.proposal == "uniform":

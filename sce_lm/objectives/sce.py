@@ -148,12 +148,15 @@ class SCE(SampledObjective):
         products = self._products(candidates, num_positions, len(inputs.weight))
         products += TailProposal(self.config, self.state, inputs, sizes).products()
         relative_error = self._relative_error(inputs, candidates, log_partition, counted)
-        own = 0 if candidates.bucket_items is None else candidates.bucket_items.shape[1]
+        lists = [candidates.shared, candidates.tail]
+        if candidates.bucket_items is not None:
+            lists.append(candidates.bucket_items)
         return self.statistics(
-            num_positions,
+            inputs,
             products,
             counted=counted,
-            candidates=float(len(candidates.shared) + len(candidates.tail) + own),
+            ids=lists,
+            candidates=float(sum(ids.shape[-1] for ids in lists)),
             relative_error=relative_error,
         )
 
@@ -390,6 +393,7 @@ class SCE(SampledObjective):
             coverage=coverage,
             products_per_position=products,
             covered=covered,
+            candidates=torch.unique(items) if inputs.want_statistics else None,
         )
 
     def _pairs(self, inputs: HeadInputs, position, bucket, items, share) -> torch.Tensor:

@@ -150,14 +150,18 @@ class BIR(SampledObjective):
             factor = n / (max(num_positions - 1, 1) * _frequency(seen, ids))
         else:
             factor = n / _popularity(seen, ids, self.config.popularity)
-        loss, _ = self._loss(
+        loss, drawn = self._loss(
             inputs,
             _Pool(ids, factor.log()),
             _size(self.config.num_negatives, num_positions),
             stream(seed, "batch", ids.device),
         )
         return loss, self.statistics(
-            num_positions, 2.0 * len(ids), counted=counted, candidates=float(len(ids))
+            inputs,
+            2.0 * len(ids),
+            counted=counted,
+            ids=[ids[drawn > 0]],
+            candidates=float(len(ids)),
         )
 
     def _loss(
@@ -208,9 +212,10 @@ class XIR(BIR):
             record_draws(state, drawn_from, drawn, vocab_size, config.decay)
         distinct = float((cache.counts > 0).sum())
         return loss, self.statistics(
-            num_positions,
+            inputs,
             2.0 * len(drawn_from),
             counted=counted,
+            ids=[drawn_from[drawn > 0]],
             candidates=float(len(drawn_from)),
             distinct_cached=distinct,
         )

@@ -41,6 +41,7 @@ from sce_lm.hf.adapter import (
     probe_loss,
     remove_sce,
 )
+from sce_lm.objectives.probe import Probe
 from sce_lm.training.best import BestModel
 from sce_lm.training.checkpoint import Checkpoints
 from sce_lm.training.config import TrainConfig
@@ -353,26 +354,14 @@ class Run:
         model.eval()
         return self.task.evaluate(model, self.accelerator, final=final)
 
-    def objective_errors(self) -> tuple[dict[str, float], torch.Tensor]:
-        """What the objective's draws make of a held-out batch, against exact cross-entropy: the
-        mean (``log_z_bias``, nats) and standard deviation of the loss's error at a position, which
-        for a softmax is log Zhat - log Z, the gradient's cosine, and the errors themselves.
-
-        Nothing, for an objective that draws nothing.
-        """
+    def probe_held_out(self) -> Probe:
+        """What the objective's draws make of a held-out batch, against exact cross-entropy."""
         model = self.accelerator.unwrap_model(self.model)
         model.eval()
         probe = probe_loss(model, every=1, positions=HELD_OUT_POSITIONS, training=False)
         with torch.no_grad():
             model(**on_device(self.task.held_out_batch(), self.accelerator.device), use_cache=False)
-        if not probe.figures:
-            return {}, probe.errors
-        return {
-            "log_z_bias": probe.figures["probe_bias"],
-            "log_z_sd": float(probe.errors.std(correction=0)),
-            "cos_hidden": probe.figures["probe_cos_hidden"],
-            "positions": len(probe.errors),
-        }, probe.errors
+        return probe
 
     def _finish(self) -> dict[str, Any]:
         """Evaluate, save the model, draw the report and write the summary."""
@@ -382,7 +371,7 @@ class Run:
             self.best.load(self.accelerator.unwrap_model(self.model))
             reported = self.best.step
         test = self.evaluate(final=True) if self.task.separate_test else None
-        error_figures, errors = self.objective_errors()
+        probe = self.probe_held_out()
         summary: dict[str, Any] = {}
         if self.is_main:
             records = read_metrics(self.metrics.path)
@@ -409,16 +398,31 @@ class Run:
                 "data": self.task.describe(),
                 "held_out": {k: v for k, v in held_out.items() if k != "step"},
                 "test": test or {k: v for k, v in held_out.items() if k != "step"},
-                "objective_error": error_figures,
+                "objective_error": _error_figures(probe),
+                "classes_by_frequency": probe.by_frequency,
             }
             model = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
             remove_sce(model).save_pretrained(self.folder / "model")
             self.task.tokenizer.save_pretrained(self.folder / "model")
             try:
-                draw_report(self.folder, figure, errors.tolist())
+                draw_report(self.folder, figure, probe.errors.tolist(), probe.by_frequency)
             except ImportError:
                 tqdm.write("matplotlib is not installed, so no report is drawn.")
             write_json(self.folder / "summary.json", summary)
             self.best.remove()
         self.accelerator.wait_for_everyone()
         return summary
+
+
+def _error_figures(probe: Probe) -> dict[str, float]:
+    """Mean (``log_z_bias``, nats) and standard deviation of the loss's error at a position, which
+    for a softmax is log Zhat - log Z, and the gradient's cosine; nothing for an objective that
+    draws nothing."""
+    if not probe.figures:
+        return {}
+    return {
+        "log_z_bias": probe.figures["probe_bias"],
+        "log_z_sd": float(probe.errors.std(correction=0)),
+        "cos_hidden": probe.figures["probe_cos_hidden"],
+        "positions": len(probe.errors),
+    }

@@ -58,14 +58,20 @@ def draw_curves(
             axes.legend(fontsize=7)
 
 
-def draw_report(folder: Path, held_out: str, errors: Sequence[float]) -> None:
-    """Draw ``report.png`` of a run: its curves, how far the objective was from exact cross-entropy
-    and where the time went. What the run has no figures of is left out.
+def draw_report(
+    folder: Path,
+    held_out: str,
+    errors: Sequence[float],
+    frequencies: Mapping[str, Sequence[float]],
+) -> None:
+    """Draw ``report.png`` of a run: its curves, how far the objective was from exact cross-entropy,
+    which classes it looked at and where the time went. What the run has no figures of is left out.
 
     Args:
         folder: of the run, with its metrics.jsonl.
         held_out: name of the held-out figure, e.g. "nll" or "ndcg@10".
         errors: loss - exact loss at held-out positions, at the end.
+        frequencies: of ``shares_by_frequency``, for those positions; empty: all classes.
 
     Raises ImportError where matplotlib is not installed.
     """
@@ -93,7 +99,7 @@ def draw_report(folder: Path, held_out: str, errors: Sequence[float]) -> None:
         for title, names in panels
     ]
     lines = [(title, found) for title, found in lines if any(found.values())]
-    count = len(lines) + bool(len(errors))
+    count = len(lines) + bool(len(errors)) + bool(frequencies)
     with png(folder / "report.png", 15, 4 * -(-count // 3)) as figure:
         figure.suptitle(str(folder))
         places = list(figure.subplots(-(-count // 3), 3, squeeze=False).flat)
@@ -116,6 +122,19 @@ def draw_report(folder: Path, held_out: str, errors: Sequence[float]) -> None:
                 xlabel="nats",
                 ylabel="positions",
             )
+            axes.legend()
+        if frequencies:
+            axes = places[count - 1]
+            for name in frequencies.keys() - {"classes"}:
+                axes.plot(frequencies["classes"], frequencies[name], marker="o", label=name)
+            axes.set(
+                title="classes that one call looks at",
+                xlabel="rank of the class, most frequent first",
+                ylabel="share of the classes of an octave",
+                xscale="log",
+                ylim=(-0.02, 1.02),
+            )
+            axes.grid(alpha=0.3)
             axes.legend()
         for axes in places[count:]:
             axes.remove()

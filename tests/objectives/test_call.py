@@ -1,5 +1,7 @@
 """What every objective promises about its call: reductions, ignored labels, errors, dtypes."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from support.allocations import Sizes
@@ -73,6 +75,22 @@ def test_reductions_agree(name):
     for items in (77, torch.tensor(77)):
         loss = seeded(OBJECTIVES[name](), folded, num_items_in_batch=items)
         torch.testing.assert_close(loss, total / 77)
+
+
+@each_objective
+def test_candidates_are_the_classes_that_a_loss_depends_on(name):
+    """And nothing but them and the labels; without a control variate, whose mean is all rows'."""
+    problem, objective = make_problem(40, 120, 6), OBJECTIVES[name]()
+    if hasattr(objective.config, "control_variate"):
+        objective.config = replace(objective.config, control_variate=False)
+    loss, stats = seeded(objective, problem, return_stats=True)
+    touched = gradients(loss, problem)[1].abs().sum(dim=1) > 0
+    assert (stats.candidates is None) == (name in ("exact", "rece"))
+    candidates = torch.arange(120) if stats.candidates is None else stats.candidates
+    others = touched.index_fill(0, candidates, False).nonzero().squeeze(1)
+    assert torch.isin(others, problem.labels).all()
+    if name != "published":  # where a bucket may be no position's best
+        assert touched[candidates].all()
 
 
 @each_objective

@@ -11,7 +11,7 @@ from transformers import Trainer, TrainingArguments
 
 from sce_lm import SCEConfig, apply_sce, objectives
 from sce_lm.hf import SCECallback, objective_of, probe_loss
-from sce_lm.objectives.probe import Probe
+from sce_lm.objectives.probe import Probe, shares_by_frequency
 
 TAIL_ONLY = {"num_buckets": 0, "shared_labels": False, "shared_frequent": 0}
 
@@ -34,6 +34,31 @@ def test_figures_are_those_of_loss_and_gradient():
     found = look(whole, problem)  # every class is a candidate
     assert found["probe_bias"] == pytest.approx(0, abs=1e-9)
     assert found["probe_cos_hidden"] == pytest.approx(1, abs=1e-9)
+
+
+def test_shares_are_those_of_octaves_by_frequency():
+    counts = torch.tensor([0, 9, 4, 4, 1])  # ranked 1, 2, 3, 4, 0
+    candidates, labels = torch.tensor([1, 3, 0]), torch.tensor([4])
+    found = shares_by_frequency(counts, candidates=candidates, labels=labels)
+    assert found == {
+        "classes": [1, 2, 4, 5],
+        "candidates": [1, 0, 0.5, 1],
+        "labels": [0, 0, 0.5, 0],
+    }
+
+
+def test_probe_tells_which_classes_were_candidates():
+    problem = make_problem(40, 500, 16)
+    probe = Probe(1)
+    shared = {"shared_frequent": 8, "num_buckets": 0, "tail_candidates": 0, "correction": "none"}
+    probe(objectives.get("sce", **shared), problem.hidden, problem.weight, problem.labels)
+    shares = probe.by_frequency
+    assert shares["classes"] == [1, 2, 4, 8, 16, 32, 64, 128, 256, 500]
+    assert shares["candidates"][:4] == [1, 1, 1, 1]
+    assert shares["candidates"] == shares["labels"]
+    probe = Probe(1)
+    probe(objectives.get("rece"), problem.hidden, problem.weight, problem.labels)
+    assert not probe.by_frequency
 
 
 def test_probe_of_few_positions_is_near_that_of_all():

@@ -70,6 +70,10 @@ def test_a_run_leaves_a_stock_model_metrics_report_and_a_summary(corpus, tmp_pat
     assert 0 < error["log_z_sd"] < 0.2
     assert abs(error["log_z_bias"]) < 4 * error["log_z_sd"]
     assert 0.9 < error["cos_hidden"] < 1
+    shares = summary["classes_by_frequency"]
+    assert shares["classes"][-1] == 600
+    assert shares["candidates"][0] == 1
+    assert shares["candidates"][-1] < 0.5
     assert 0 < summary["loss_seconds_per_step"] < summary["seconds_per_step"]
     assert list(tmp_path.rglob("events.out.tfevents*"))
 
