@@ -32,7 +32,7 @@ from sce_lm.files import replacing
 REMEMBERED_CALLS = 64
 """Calls that can be replayed: a backward pass comes at most this many calls after its forward."""
 AVERAGE_DECAY = 0.9
-"""Weight of the past in the running averages."""
+"""Weight of the past in the running averages, once there is enough of it."""
 _MEMORY = "memory."
 """Prefix of the memory's tensors in a saved file."""
 _AVERAGES = (
@@ -69,6 +69,8 @@ class SCEState:
         """Calls that counted."""
         self.averages: dict[str, float] = {}
         """Running averages over those calls."""
+        self.averaged: dict[str, int] = {}
+        """How many values each of them has taken in."""
         self.memory: dict[str, torch.Tensor] = {}
         """What a method learns besides, by name, for instance how often each class was drawn."""
         self.row_sum = RowSum()
@@ -174,10 +176,13 @@ class SCEState:
         return self._classes
 
     def average(self, **values: float) -> None:
-        """Fold one call's figures into the running averages."""
+        """Fold one call's figures into the running averages. The n-th value of a name weighs 1/n,
+        as in a mean, until that is less than what it weighs from then on."""
         for name, value in values.items():
-            past = self.averages.get(name, value)
-            self.averages[name] = AVERAGE_DECAY * past + (1.0 - AVERAGE_DECAY) * value
+            count = self.averaged.get(name, 0) + 1
+            past, share = self.averages.get(name, 0.0), max(1.0 / count, 1.0 - AVERAGE_DECAY)
+            self.averages[name] = past + share * (value - past)
+            self.averaged[name] = count
 
     def summary(self) -> dict[str, float]:
         """Running averages for logs, empty at first.
@@ -206,6 +211,7 @@ class SCEState:
             "step": torch.tensor(self.step),
             "tail_candidates": torch.tensor(self.tail_candidates),
             "averages": torch.tensor(averages, dtype=torch.float64),
+            "averaged": torch.tensor([self.averaged.get(name, 0) for name in _AVERAGES]),
             **{_MEMORY + name: t.cpu().contiguous() for name, t in self.memory.items()},
             **self._lists(),
         }
@@ -251,7 +257,7 @@ class SCEState:
 
     def _take_over(self, saved: Mapping[str, torch.Tensor], source: object) -> None:
         """Keep the tensors of ``saved``; messages name their ``source``."""
-        missing = sorted({"counts", "step", "averages"} - set(saved))
+        missing = sorted({"counts", "step", "averages", "averaged"} - set(saved))
         if missing:
             raise ValueError(
                 f"{source} is not a complete SCEState file ({', '.join(missing)} missing); delete "
@@ -267,6 +273,7 @@ class SCEState:
         self.step = step
         self.tail_candidates = int(saved.get("tail_candidates", 0))
         self.averages = {k: v for k, v in zip(_AVERAGES, averages) if v == v}
+        self.averaged = dict(zip(_AVERAGES, saved["averaged"].tolist()))
         self.memory = {
             name.removeprefix(_MEMORY): t for name, t in saved.items() if name.startswith(_MEMORY)
         }

@@ -25,6 +25,17 @@ def test_counts_and_averages():
     assert not state.prefer_control_variate
 
 
+def test_averages_begin_as_means_and_then_forget():
+    """Decay .9: the first ten values weigh the same, so an untrained model's first one is not all
+    there is."""
+    state = SCEState()
+    for n in range(10):
+        state.average(coverage=float(n))
+        assert state.averages["coverage"] == pytest.approx(n / 2)
+    state.average(coverage=24.5)
+    assert state.averages["coverage"] == pytest.approx(0.9 * 4.5 + 0.1 * 24.5)
+
+
 def test_no_grad_does_not_count():
     state = used_state()
     with torch.no_grad():
@@ -54,6 +65,10 @@ def test_saved_and_loaded(tmp_path):
     again.load(path)
     assert again.counts.tolist() == state.counts.tolist()
     assert (again.step, again.averages) == (state.step, state.averages)
+    for each in (state, again):
+        each.average(coverage=0.0)
+    assert again.averages == state.averages
+    assert again.averages["coverage"] == 0.5
     SCEState().save(path)
     again.load(path)
     assert again.is_new
