@@ -91,7 +91,7 @@ class Comparison:
     def held_out(self, label: str, figure: str) -> list[float]:
         """A held-out figure of each seed's run, of its model or its objective; none where there is
         no such figure."""
-        found = [s["test"] | s.get("objective_error", {}) for s in self.summaries[label]]
+        found = [s["test"] | s["objective_error"] for s in self.summaries[label]]
         return [figures[figure] for figures in found if figure in figures]
 
 

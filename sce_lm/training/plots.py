@@ -125,7 +125,7 @@ def draw_report(
             axes.legend()
         if frequencies:
             axes = places[count - 1]
-            for name in frequencies.keys() - {"classes"}:
+            for name in ("candidates", "labels"):
                 axes.plot(frequencies["classes"], frequencies[name], marker="o", label=name)
             axes.set(
                 title="classes that one call looks at",
