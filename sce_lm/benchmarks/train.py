@@ -17,6 +17,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from sce_lm.benchmarks import report
 from sce_lm.benchmarks.methods import Method, choose, equal_logits
 
@@ -53,6 +55,7 @@ def run(arguments: argparse.Namespace) -> None:
     from sce_lm.training.config import parse_config
     from sce_lm.training.sources import build_task
 
+    torch.set_num_threads(arguments.threads)
     described = report.machine(arguments.device, arguments.threads)
     results, panels = [], []
     for path in arguments.configs:

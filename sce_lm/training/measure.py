@@ -4,7 +4,7 @@ Memory is a peak over what the process held before: on the CPU the resident set 
 system counts it, on a GPU the allocator's figure. A process of its own for each measurement keeps
 one method's caches, compiled code and freed memory away from the next.
 
-    echo '{"path": "inputs.safetensors"}' | python -m sce_lm.training.measure MODULE:FUNCTION
+    echo '{"path": "inputs.safetensors"}' | python -m sce_lm.training.measure MODULE:NAME THREADS
 
 runs a function on JSON arguments; the last line printed is its JSON result (:func:`in_process`).
 """
@@ -26,7 +26,7 @@ import torch
 
 
 def in_process(function: Callable[..., Any], **arguments: Any) -> Any:
-    """``function(**arguments)`` in a new interpreter.
+    """``function(**arguments)`` in a new interpreter, with as many threads of torch as this one.
 
     Args:
         function: at the top level of an importable module.
@@ -37,7 +37,7 @@ def in_process(function: Callable[..., Any], **arguments: Any) -> Any:
     """
     target = f"{function.__module__}:{function.__qualname__}"
     result = subprocess.run(
-        [sys.executable, "-m", "sce_lm.training.measure", target],
+        [sys.executable, "-m", "sce_lm.training.measure", target, str(torch.get_num_threads())],
         input=json.dumps(arguments),
         capture_output=True,
         text=True,
@@ -116,6 +116,7 @@ def _synchronise(device: str) -> None:
 
 def main() -> None:
     module, name = sys.argv[1].split(":")
+    torch.set_num_threads(int(sys.argv[2]))
     with contextlib.redirect_stdout(sys.stderr):
         result = getattr(importlib.import_module(module), name)(**json.load(sys.stdin))
     print(json.dumps(result))

@@ -55,6 +55,20 @@ def test_calls_are_counted_and_bounded():
     assert len(time_calls(lambda: None, "cpu", 9, budget=0.0)) == 1
 
 
+def test_a_process_has_as_many_threads_as_its_caller():
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            assert in_process(count_threads) == count
+    finally:
+        torch.set_num_threads(threads)
+
+
+def count_threads():
+    return torch.get_num_threads()
+
+
 def test_a_process_returns_its_result_or_says_what_happened():
     assert in_process(statistics.mean, data=[1, 2]) == 1.5
     with pytest.raises(RuntimeError, match="JSONDecodeError"):
