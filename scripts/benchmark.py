@@ -44,6 +44,7 @@ def main() -> None:
     command.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of the CPU")
     module.add_arguments(command)
     arguments = command.parse_args(chosen.options)
+    torch.set_num_threads(arguments.threads)  # every measurement's process has as many
     arguments.device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # temporary files go then too
     try:

@@ -95,7 +95,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Measure, print, and write what was asked for."""
-    described = report.machine(arguments.device, arguments.threads)
+    described = report.machine(arguments.device)
 
     def chosen(vocab_size: int) -> list[Method]:
         known = estimators(arguments.logits, vocab_size)

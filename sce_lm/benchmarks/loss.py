@@ -91,9 +91,7 @@ def measure(
         scale: factor on its logits.
         rows: further arguments of :func:`measure_rows`.
     """
-    settings = Settings(
-        arguments.repeats, arguments.budget, arguments.draws, arguments.device, arguments.threads
-    )
+    settings = Settings(arguments.repeats, arguments.budget, arguments.draws, arguments.device)
     with tempfile.TemporaryDirectory(prefix="sce_lm-benchmark-") as name:
         folder = Path(name)
         if arguments.real is None:
@@ -122,7 +120,7 @@ def run(arguments: argparse.Namespace) -> None:
     """Measure, print, and write what was asked for."""
     chosen = choose(methods(arguments.candidates), arguments.methods)
     problem, rows = measure(arguments, chosen, heads=HEADS, floors=True)
-    described = report.machine(arguments.device, arguments.threads)
+    described = report.machine(arguments.device)
     report.write_json(
         arguments.json,
         {"command": "loss", "machine": described, "problem": asdict(problem), "rows": rows},

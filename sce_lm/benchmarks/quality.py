@@ -40,10 +40,9 @@ norm_hidden, norm_weight, without those that a method does not tell; and of the 
 largest probability) and classes (exp of the mean entropy)."""
 
 
-def write_reference(folder: str, device: str, threads: int) -> None:
+def write_reference(folder: str, device: str) -> None:
     """Exact losses ``[N]``, gradients of their mean, and the softmax's largest probabilities and
     entropies ``[N]``, as fp32, to reference.safetensors."""
-    torch.set_num_threads(threads)
     inputs, post = load_inputs(Path(folder) / "inputs.safetensors", device)
     labels = inputs.pop("labels")
     leaves = {name: tensor.float().requires_grad_() for name, tensor in inputs.items()}

@@ -56,7 +56,7 @@ def run(arguments: argparse.Namespace) -> None:
         for n in arguments.token_counts
         for ranks in arguments.ranks
     ]
-    described = report.machine(arguments.device, arguments.threads)
+    described = report.machine(arguments.device)
     network = {"latency": arguments.latency, "bandwidth": arguments.bandwidth}
     report.write_json(
         arguments.json,
@@ -108,7 +108,6 @@ def _point(
         specification=METHODS[method],
         repeats=arguments.repeats,
         device=arguments.device,
-        threads=arguments.threads,
     )
     if "error" not in point:
         point |= {"network_seconds": network, "seconds": point["own_seconds"] + network}
@@ -134,10 +133,8 @@ def measure_rank(
     specification: dict[str, Any],
     repeats: int,
     device: str,
-    threads: int,
 ) -> dict[str, float]:
     """Seconds and bytes of the first rank's part of a training step, in this process."""
-    torch.set_num_threads(threads)
     torch.manual_seed(0)
     rows, own_labels = -(-vocab_size // ranks), -(-positions // ranks)
     drawn = torch.randn(rows, width, device=device).mul_(LOGIT_SPREAD / width**0.5)

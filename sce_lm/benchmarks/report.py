@@ -26,7 +26,7 @@ def progress(message: str) -> None:
     Console(stderr=True, highlight=False, markup=False, soft_wrap=True).print(message)
 
 
-def machine(device: str, threads: int) -> dict[str, Any]:
+def machine(device: str) -> dict[str, Any]:
     """What the figures were measured on."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
@@ -34,7 +34,7 @@ def machine(device: str, threads: int) -> dict[str, Any]:
     return {
         "cpu": models[0] if models else platform.machine(),
         "cores": os.cpu_count(),
-        "threads": threads,
+        "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if device == "cuda" else None,
         "torch": torch.__version__,
         "python": platform.python_version(),

@@ -46,7 +46,6 @@ class Settings:
     draws: int
     """Choices of candidates over which quality is averaged."""
     device: str
-    threads: int
 
 
 def measure_rows(
@@ -66,9 +65,7 @@ def measure_rows(
         floors: whether to measure each method's least time.
     """
     progress(f"{problem}\nexact reference")
-    in_process(
-        write_reference, folder=str(folder), device=settings.device, threads=settings.threads
-    )
+    in_process(write_reference, folder=str(folder), device=settings.device)
     rows = []
     for number, method in enumerate(methods, start=1):
         progress(f"{number}/{len(methods)} {method.label}")
@@ -138,7 +135,6 @@ def measure_method(
     loss and its quality, which are not proportional to positions, are left out.
     """
     how = Settings(**settings)
-    torch.set_num_threads(how.threads)
     torch.manual_seed(0)
     inputs, post = load_inputs(Path(folder) / "inputs.safetensors", how.device)
     labels, share = inputs["labels"], len(inputs["labels"]) / positions

@@ -63,7 +63,7 @@ def run(arguments: argparse.Namespace) -> None:
         for specification in (tail, {"name": "exact"})
         for point in _line(grid, sizes, specification, arguments)
     ]
-    described = report.machine(arguments.device, arguments.threads)
+    described = report.machine(arguments.device)
     result = {"command": "scale", "machine": described, "width": arguments.dim, "points": points}
     report.write_json(arguments.json, result)
     report.print_heading(
@@ -102,7 +102,6 @@ def _line(
                 repeats=arguments.repeats,
                 budget=arguments.budget,
                 device=arguments.device,
-                threads=arguments.threads,
             )
             seconds_a_logit = point.get("seconds", 0.0) / (n * v)
         yield point
@@ -116,10 +115,8 @@ def measure_point(
     repeats: int,
     budget: float,
     device: str,
-    threads: int,
 ) -> dict[str, float]:
     """Seconds and memory of a training step, in this process."""
-    torch.set_num_threads(threads)
     torch.manual_seed(0)
     drawn = torch.randn(vocab_size, width, device=device).mul_(LOGIT_SPREAD / width**0.5)
     weight = torch.nn.Parameter(drawn)

@@ -71,7 +71,6 @@ def run(arguments: argparse.Namespace) -> None:
             repeats=arguments.repeats,
             budget=arguments.budget,
             device=arguments.device,
-            threads=arguments.threads,
         )
         rows.append({"name": method.name, "label": method.label} | found)
     seconds = {row["name"]: row["seconds"] for row in rows if "seconds" in row}
@@ -81,7 +80,7 @@ def run(arguments: argparse.Namespace) -> None:
     sizes = next((row for row in rows if "positions" in row), None)
     if sizes is None:
         raise ValueError(f"nothing could be measured; {rows[0]['label']}: {rows[0]['error']}")
-    described = report.machine(arguments.device, arguments.threads)
+    described = report.machine(arguments.device)
     report.write_json(arguments.json, {"command": "step", "machine": described, "rows": rows})
     trained = f"LoRA of rank {arguments.lora}" if arguments.lora else "all parameters trained"
     report.print_heading(
@@ -105,7 +104,6 @@ def measure_step(
     repeats: int,
     budget: float,
     device: str,
-    threads: int,
 ) -> dict[str, float]:
     """Seconds and memory of a training step, in this process."""
     # transformers and its friends take some seconds.
@@ -113,7 +111,6 @@ def measure_step(
     from sce_lm.hf.adapter import apply_sce, loss_seconds
     from sce_lm.training.models import add_lora
 
-    torch.set_num_threads(threads)
     torch.manual_seed(0)
     trained, tokenizer = load_model(Path(model), dtype, gguf), load_tokenizer(Path(model), gguf)
     blocks = text_rows(trained, tokenizer, None if text is None else Path(text))

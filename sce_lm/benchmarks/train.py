@@ -17,8 +17,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from sce_lm.benchmarks import report
 from sce_lm.benchmarks.methods import Method, choose, equal_logits
 
@@ -55,8 +53,7 @@ def run(arguments: argparse.Namespace) -> None:
     from sce_lm.training.config import parse_config
     from sce_lm.training.sources import build_task
 
-    torch.set_num_threads(arguments.threads)
-    described = report.machine(arguments.device, arguments.threads)
+    described = report.machine(arguments.device)
     results, panels = [], []
     for path in arguments.configs:
         config = dataclasses.replace(parse_config([str(path)]), **_fields(arguments))

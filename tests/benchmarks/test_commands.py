@@ -202,7 +202,7 @@ def test_what_is_missing_or_fails_is_a_row(tmp_path, monkeypatch):
         Method("absent", "absent", {"name": "absent"}),
         Method("broken", "broken", {"name": "sce", "tails": 3}),
     ]
-    settings = Settings(repeats=1, budget=1.0, draws=1, device="cpu", threads=1)
+    settings = Settings(repeats=1, budget=1.0, draws=1, device="cpu")
     absent, broken = measure_rows(
         problem, tmp_path, asked, settings, heads=("trainable",), floors=False
     )
@@ -231,7 +231,7 @@ def test_stock_that_does_not_fit_is_measured_on_part_of_the_positions(tmp_path, 
         lambda peer, logits, device: "no" if logits > fits else unavailable(peer, logits, device),
     )
     asked = [Method(name, name, {"name": name}) for name in ("stock", "compile", "exact")]
-    settings = Settings(repeats=1, budget=1.0, draws=1, device="cpu", threads=1)
+    settings = Settings(repeats=1, budget=1.0, draws=1, device="cpu")
     stock, other, exact = measure_rows(
         problem, tmp_path, asked, settings, heads=("trainable",), floors=False
     )
@@ -269,7 +269,7 @@ def test_errors_are_one_line(tmp_path):
 def test_a_state_that_has_seen_text_is_taken_over(tmp_path, monkeypatch):
     """Objectives start with the counts of the problem's past, as in the course of training."""
     random_problem(tmp_path, 32, 200, 8, "float32")
-    rows.write_reference(str(tmp_path), "cpu", 1)
+    rows.write_reference(str(tmp_path), "cpu")
     seen = []
     build = rows._build
 
@@ -279,6 +279,6 @@ def test_a_state_that_has_seen_text_is_taken_over(tmp_path, monkeypatch):
         return loss, objective
 
     monkeypatch.setattr(rows, "_build", spy)
-    settings = {"repeats": 1, "budget": 1.0, "draws": 1, "device": "cpu", "threads": 1}
+    settings = {"repeats": 1, "budget": 1.0, "draws": 1, "device": "cpu"}
     rows.measure_method(str(tmp_path), {"name": "sce"}, True, settings, 32, floor=False)
     assert seen[-1].state.counts.sum() >= 50 * 32

@@ -20,7 +20,7 @@ def problem(tmp_path, monkeypatch):
     inputs = {name: tensor.detach() for name, tensor in inputs.items()}
     monkeypatch.setattr("sce_lm.benchmarks.quality.BLOCK_ELEMENTS", 7 * 90)
     save_inputs(tmp_path / "inputs.safetensors", inputs, POST)
-    write_reference(str(tmp_path), "cpu", torch.get_num_threads())
+    write_reference(str(tmp_path), "cpu")
     return inputs, tmp_path / "reference.safetensors"
 
 
