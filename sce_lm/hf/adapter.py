@@ -157,7 +157,8 @@ def probe_loss(
         model: patched by :func:`apply_sce`.
         every: losses from one comparison to the next.
         positions: of a comparison.
-        training: losses in training mode; False: those in ``eval()``, which stay exact themselves.
+        training: losses in training mode; False: those in ``eval()``, which stay exact themselves
+            and where a comparison also tells which classes it was at.
 
     Returns:
         The :class:`~sce_lm.objectives.probe.Probe`, whose ``figures`` are those of the latest look.
@@ -170,7 +171,7 @@ def probe_loss(
         raise ValueError(
             f"this {type(model).__name__} has no objective to probe; call apply_sce first."
         )
-    probe = attachment.probes[training] = Probe(every, positions)
+    probe = attachment.probes[training] = Probe(every, positions, tell_classes=not training)
     return probe
 
 

@@ -31,22 +31,23 @@ class Probe:
     Args:
         every: calls from one look to the next; the first call is looked at.
         positions: of a look, spread evenly over those that have a label.
+        tell_classes: also say which classes a look was at; costs statistics of the whole batch.
     """
 
-    def __init__(self, every: int, positions: int = 256) -> None:
+    def __init__(self, every: int, positions: int = 256, *, tell_classes: bool = False) -> None:
         if every < 1 or positions < 1:
             raise ValueError(
                 f"Probe takes {every} calls and {positions} positions; give 1 or more."
             )
-        self.every, self.positions = every, positions
+        self.every, self.positions, self.tell_classes = every, positions, tell_classes
         self.calls = 0
         self.figures: dict[str, float] = {}
         """Of the latest look, empty before it."""
         self.errors = torch.empty(0)
         """``[positions]`` loss - exact loss of the latest look, on the CPU."""
         self.by_frequency: dict[str, list[float]] = {}
-        """Which classes its positions were compared with, by :func:`shares_by_frequency`; empty if
-        with all of them."""
+        """Which classes its batch was compared with, by :func:`shares_by_frequency`; empty if with
+        all of them, or not asked for."""
 
     def __call__(
         self,
@@ -81,6 +82,8 @@ class Probe:
         weight, twin = weight.detach(), copy.deepcopy(objective)
 
         def approximate(leaf: torch.Tensor) -> torch.Tensor:
+            if not self.tell_classes:
+                return twin(leaf, weight, labels, **options)[chosen]
             losses, statistics = twin(leaf, weight, labels, return_stats=True, **options)
             if statistics.candidates is not None:
                 assert twin.state is not None

@@ -49,14 +49,14 @@ def test_shares_are_those_of_octaves_by_frequency():
 
 def test_probe_tells_which_classes_were_candidates():
     problem = make_problem(40, 500, 16)
-    probe = Probe(1)
+    probe = Probe(1, tell_classes=True)
     shared = {"shared_frequent": 8, "num_buckets": 0, "tail_candidates": 0, "correction": "none"}
     probe(objectives.get("sce", **shared), problem.hidden, problem.weight, problem.labels)
     shares = probe.by_frequency
     assert shares["classes"] == [1, 2, 4, 8, 16, 32, 64, 128, 256, 500]
     assert shares["candidates"][:4] == [1, 1, 1, 1]
     assert shares["candidates"] == shares["labels"]
-    probe = Probe(1)
+    probe = Probe(1, tell_classes=True)
     probe(objectives.get("rece"), problem.hidden, problem.weight, problem.labels)
     assert not probe.by_frequency
 
