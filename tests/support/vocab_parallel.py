@@ -359,8 +359,10 @@ def row_sparse() -> None:
 
 
 def statistics() -> None:
-    """The relative error that is reported is the standard deviation of Zhat over Z."""
+    """The relative error that is reported is the standard deviation of Zhat over Z, and the
+    candidates are ids of the whole head, each rank's among its own rows."""
     problem = peaked_problem()
+    rows = own_rows(len(problem.weight))
     objective = SCE(SCEConfig(tail_candidates=60, control_variate=False, **STRATA["all"]))
     own = shard(problem, len(problem.weight))
     exact = exact_loss(problem)
@@ -378,6 +380,7 @@ def statistics() -> None:
             )
         errors.append(stats.relative_error)
         logs.append(loss - exact)
+        assert torch.isin(stats.candidates, torch.arange(rows.start, rows.stop)).all()
     spread = torch.stack(logs).exp().std(dim=0)
     reported = torch.stack(errors).square().mean(dim=0).sqrt()
     torch.testing.assert_close(reported, spread, rtol=0.15, atol=0)
