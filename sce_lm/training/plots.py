@@ -1,12 +1,19 @@
 """PNG plots of one or several runs, from the records of their metrics.jsonl."""
 
+from __future__ import annotations
+
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from itertools import zip_longest
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sce_lm.figures import png
 from sce_lm.training.metrics import read_metrics
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 LINES = 10
 """Colours of matplotlib's default cycle; further labels get another line style."""
@@ -77,71 +84,81 @@ def draw_report(
     """
     records = read_metrics(folder / "metrics.jsonl")
     own = "objective/"
-    panels: list[tuple[str, dict[str, str]]] = [
-        ("training loss", {"loss": "loss"}),
-        (f"held-out {held_out}", {held_out: held_out}),
-        ("gradient norm", {"grad_norm": "before clipping"}),
+    curves: list[tuple[str, dict[str, str], dict[str, Any]]] = [
+        ("training loss", {"loss": "loss"}, {}),
+        (f"held-out {held_out}", {held_out: held_out}, {}),
+        ("gradient norm", {"grad_norm": "before clipping"}, {}),
         (
             "relative error of the partition function",
             {f"{own}relative_error": "root mean square", f"{own}relative_error_p95": "95 %"},
+            {},
         ),
         (
             "against the exact loss, while training",
             {f"{own}probe_bias": "bias, nats", f"{own}probe_cos_hidden": "gradient's cosine"},
+            {},
         ),
         (
             "seconds a step",
             {"seconds_per_step": "whole step", "loss_seconds_per_step": "in the loss"},
+            {"bottom": 0},
         ),
     ]
-    lines = [
-        (title, {label: _points(records, name) for name, label in names.items()})
-        for title, names in panels
-    ]
-    lines = [(title, found) for title, found in lines if any(found.values())]
-    count = len(lines) + bool(len(errors)) + bool(frequencies)
-    with png(folder / "report.png", 15, 4 * -(-count // 3)) as figure:
+    panels: list[Callable[[Axes], None]] = []
+    for title, names, limits in curves:
+        lines = {label: _points(records, name) for name, label in names.items()}
+        if any(lines.values()):
+            panels.append(partial(_draw_lines, title=title, lines=lines, limits=limits))
+    if len(errors):
+        panels.append(partial(_draw_errors, errors=errors))
+    if frequencies:
+        panels.append(partial(_draw_frequencies, frequencies=frequencies))
+    rows = -(-len(panels) // 3)
+    with png(folder / "report.png", 15, 4 * rows) as figure:
         figure.suptitle(str(folder))
-        places = list(figure.subplots(-(-count // 3), 3, squeeze=False).flat)
-        for axes, (title, found) in zip(places, lines):
-            for label, points in found.items():
-                if points:
-                    axes.plot(*zip(*points), label=label, marker="o" if len(points) < 50 else "")
-            axes.set(title=title, xlabel="step")
-            if title == "seconds a step":
-                axes.set_ylim(bottom=0)
-            axes.grid(alpha=0.3)
-            if len(found) > 1:
-                axes.legend()
-        if len(errors):
-            axes = places[len(lines)]
-            axes.hist(errors, bins=40)
-            axes.axvline(statistics.mean(errors), color="k", linestyle="--", label="mean")
-            axes.set(
-                title="loss - exact loss at held-out positions",
-                xlabel="nats",
-                ylabel="positions",
-            )
-            axes.legend()
-        if frequencies:
-            axes = places[count - 1]
-            for name in ("candidates", "labels"):
-                axes.plot(frequencies["classes"], frequencies[name], marker="o", label=name)
-            axes.set(
-                title="classes that one call looks at",
-                xlabel="rank of the class, most frequent first",
-                ylabel="share of the classes of an octave",
-                xscale="log",
-                ylim=(-0.02, 1.02),
-            )
-            axes.grid(alpha=0.3)
-            axes.legend()
-        for axes in places[count:]:
-            axes.remove()
+        for axes, draw in zip_longest(figure.subplots(rows, 3, squeeze=False).flat, panels):
+            if draw is None:
+                axes.remove()
+            else:
+                draw(axes)
 
 
 def _points(records: Sequence[dict[str, Any]], name: str) -> list[tuple[int, float]]:
     return [(r["step"], r[name]) for r in records if r.get(name) is not None]
+
+
+def _draw_lines(
+    axes: Axes, title: str, lines: Mapping[str, list[tuple[int, float]]], limits: dict[str, Any]
+) -> None:
+    for label, points in lines.items():
+        if points:
+            axes.plot(*zip(*points), label=label, marker="o" if len(points) < 50 else "")
+    axes.set(title=title, xlabel="step")
+    axes.set_ylim(**limits)
+    axes.grid(alpha=0.3)
+    if len(lines) > 1:
+        axes.legend()
+
+
+def _draw_errors(axes: Axes, errors: Sequence[float]) -> None:
+    axes.hist(errors, bins=40)
+    axes.axvline(statistics.mean(errors), color="k", linestyle="--", label="mean")
+    axes.set(title="loss - exact loss at held-out positions", xlabel="nats", ylabel="positions")
+    axes.legend()
+
+
+def _draw_frequencies(axes: Axes, frequencies: Mapping[str, Sequence[float]]) -> None:
+    for name in ("candidates", "labels"):
+        axes.plot(frequencies["classes"], frequencies[name], marker="o", label=name)
+    axes.set(
+        title="classes that one call looks at",
+        xlabel="rank of the class, most frequent first",
+        ylabel="share of the classes of an octave",
+        xscale="log",
+        ylim=(-0.02, 1.02),
+    )
+    axes.grid(alpha=0.3)
+    axes.legend()
 
 
 def draw_popularity(profiles: Mapping[str, dict[str, list[float]]], path: Path) -> None:
