@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from datasets import Dataset
+from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sce_lm.hf.adapter import last_statistics
@@ -99,6 +100,7 @@ class LanguageModelTask(Task):
             blocks = self.config.eval_batches * size
         rows = self._held_out_rows(blocks)
         batches = [rows[i : i + size] for i in range(0, len(rows), size)]
+        own = batches[accelerator.process_index :: accelerator.num_processes]
         # A mixture of experts adds its balancing loss, which is no part of the likelihood.
         options: dict[str, Any] = {"use_cache": False}
         if getattr(model.config, "output_router_logits", False):
@@ -108,7 +110,9 @@ class LanguageModelTask(Task):
         # By bin of confidence: tokens predicted correctly, and the sum of confidences.
         bins = torch.zeros(2, CALIBRATION_BINS, dtype=torch.float64)
         with torch.no_grad():
-            for chosen in batches[accelerator.process_index :: accelerator.num_processes]:
+            for chosen in tqdm(
+                own, "held-out", leave=False, unit="batch", disable=not accelerator.is_main_process
+            ):
                 inputs = on_device(_blocks(self.held_out, chosen), accelerator.device)
                 tokens = inputs["labels"][:, 1:].numel()
                 loss = model(**inputs, **options).loss

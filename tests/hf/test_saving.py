@@ -107,7 +107,11 @@ def test_pushed_files_are_those_of_a_stock_model(tmp_path, monkeypatch):
         shutil.copytree(folder, copy)
         pushed.append(copy)
 
+    def no_card(*args, **kwargs):
+        raise hub.EntryNotFoundError("a new repository has no model card")
+
     monkeypatch.setattr(hub, "hf_api", Hub)
+    monkeypatch.setattr(hub.ModelCard, "load", no_card)
     monkeypatch.setattr(hub.PushToHubMixin, "_upload_modified_files", upload)
     model = trained()
     for patched in (model, tiny_model("llama")):
