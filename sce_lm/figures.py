@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from sce_lm.files import replacing
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes as Axes
     from matplotlib.figure import Figure
 
 

@@ -13,7 +13,7 @@ from sce_lm.figures import png
 from sce_lm.training.metrics import read_metrics
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
+    from sce_lm.figures import Axes
 
 LINES = 10
 """Colours of matplotlib's default cycle; further labels get another line style."""
