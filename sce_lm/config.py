@@ -164,6 +164,13 @@ class SCEConfig(ObjectiveConfig):
     """Take the tail's part that is known in closed form out of the sample (Jensen control
     variate). "auto" chooses by a running average of the variance with and without it."""
 
+    row_control_variate: bool = False
+    """Give every row of the head the gradient that the batch's k-means centres expect of it, and
+    let the tail's draws correct it: what this adds has mean 0. Without it Adam moves rows that are
+    seldom drawn less far than exact gradients do (:mod:`sce_lm.objectives.row_control`). It reads W
+    once a call and makes a second gradient of its size; the centres are those of the buckets,
+    or 16."""
+
     tail_strata: int = 1
     """Parts of the rest by label count, octaves of it at most, each with a control variate of its
     own: the logits of rare and of frequent classes have other means. Several read W once a call."""
@@ -198,6 +205,7 @@ class SCEConfig(ObjectiveConfig):
         check_choice(self, "bucket_sampling", "top", "priority")
         check_choice(self, "reduce", "max", "mean")
         check_choice(self, "control_variate", True, False, "auto")
+        check_choice(self, "row_control_variate", True, False)
         for name in ("num_buckets", "shared_frequent", "tail_candidates"):
             check_count(self, name, low=0, auto=True)
         check_count(self, "labels_first", low=0)
@@ -329,6 +337,14 @@ class SCEConfig(ObjectiveConfig):
             raise ValueError(
                 f"SCEConfig: target_relative_error={self.target_relative_error} sets the size of a "
                 "sampled tail; give one, or leave target_relative_error out."
+            )
+        if self.row_control_variate and not (
+            has_tail and self.bucket_sampling == "top" and not self.sparse_grad
+        ):
+            raise ValueError(
+                "SCEConfig: row_control_variate=True corrects a dense gradient by the draws of a "
+                'tail; it goes with correction="priority", bucket_sampling="top" and '
+                "sparse_grad=False, or leave it out."
             )
         if self.num_buckets == 0 and self.bucket_candidates != "auto":
             raise ValueError(

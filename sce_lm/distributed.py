@@ -317,6 +317,8 @@ def _not_by_rank(config: SCEConfig) -> str | None:
         return f"bucket_sampling={config.bucket_sampling!r}"
     if config.target_relative_error is not None:
         return "target_relative_error"
+    if config.row_control_variate:
+        return "row_control_variate"
     others = sorted(set(config.prior_shares()) - {"labels", "uniform"})
     return f"prior {others[0]!r}" if others else None
 

@@ -55,6 +55,8 @@ def estimators(logits: int, vocab_size: int) -> list[Method]:
         "tail, kernel": tail | {"prior": "kernel"},
         "tail, gradient": by_gradient,
         "tail, mixture": flat | {"prior": {"labels": 1, "gradient": 3}},
+        "tail, row control": tail | {"row_control_variate": True},
+        "tail, gradient, row control": by_gradient | {"row_control_variate": True},
         "tail, 4 strata": flat | {"tail_strata": 4},
         "tail, gradient, 4 strata": by_gradient | {"tail_strata": 4},
         "16 bucket samples": own,

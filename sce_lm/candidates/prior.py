@@ -8,11 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from sce_lm.ops.logits import LogitTransform
-from sce_lm.ops.rows import HeadColumns
-
-TILE_ELEMENTS = 2**23
-"""Scores held at a time (32 MiB in fp32)."""
+from sce_lm.candidates.center_softmax import CenterSoftmax
 
 
 def label_prior(counts: torch.Tensor, power: float) -> torch.Tensor:
@@ -38,46 +34,17 @@ def log_label_prior(counts: torch.Tensor, power: float, uniform_floor: float) ->
     return log_with_floor(label_prior(counts, power), uniform_floor)
 
 
-def gradient_prior(
-    centers: torch.Tensor,
-    sizes: torch.Tensor,
-    columns: HeadColumns,
-    post: LogitTransform,
-    *,
-    control_variate: bool,
-) -> torch.Tensor:
+def gradient_prior(at_centers: CenterSoftmax) -> torch.Tensor:
     """How long the gradient of each row of W is, as the batch's k-means centres see it.
 
         q_j  ~  | sum_k n_k (p_kj - e_k) c_k |
-        p_kj = softmax_j(g(c_k·w_j + b_j)),     e_k = exp g(mean_j (c_k·w_j + b_j)) / Z_k
 
     A tail whose inclusion probabilities are in proportion to the norms of what it stands for has
-    the smallest variance; row j's gradient through Zhat is ``sum_t p_tj h_t``, of which the control
-    variate knows ``e_t`` (without it e = 0). It costs a scan, ``n_b·V`` inner products.
-
-    Args:
-        centers: ``[n_b, d]`` c, fp32 or fp64.
-        sizes: ``[n_b]`` n, positions of each.
-        columns: of the head.
-        post: g.
-        control_variate: whether the tail has one.
+    the smallest variance. n_k is the number of centre k's positions.
     """
-    extended = columns.extend(centers, centers.dtype)
-    vocab_size, width = columns.weight.shape
-    tile = max(1, TILE_ELEMENTS // max(len(centers), width))
-    scores = torch.cat(
-        [
-            extended @ columns.rows(slice(start, start + tile), centers.dtype).T
-            for start in range(0, vocab_size, tile)
-        ],
-        dim=1,
-    )
-    log_z = torch.logsumexp(post(scores), dim=1)
-    mean = scores.mean(dim=1)
-    share = post.apply_(scores).sub_(log_z.unsqueeze(1)).exp_().double()
-    if control_variate:
-        share -= (post(mean) - log_z).exp().unsqueeze(1)
-    share *= sizes.unsqueeze(1)
-    square = ((centers.double() @ centers.double().T @ share) * share).sum(dim=0)
+    centers = at_centers.centers.double()
+    sizes = torch.bincount(at_centers.center_of, minlength=len(centers))
+    share = at_centers.share * sizes.unsqueeze(1).double()
+    square = ((centers @ centers.T @ share) * share).sum(dim=0)
     norm = square.clamp_min_(0.0).sqrt_()
     return norm / norm.sum().clamp_min(torch.finfo(torch.float64).tiny)

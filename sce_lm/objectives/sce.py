@@ -43,10 +43,12 @@ from sce_lm.candidates.buckets import (
     random_centers,
 )
 from sce_lm.candidates.cache import merge_occurrences
+from sce_lm.candidates.center_softmax import CenterSoftmax, center_softmax
 from sce_lm.candidates.noise import draw_seed, stream
 from sce_lm.candidates.priority import priority_sample
 from sce_lm.config import SCEConfig, SCESizes
 from sce_lm.objectives.base import HeadInputs, Statistics
+from sce_lm.objectives.row_control import with_expected_rows
 from sce_lm.objectives.sampled import SampledObjective
 from sce_lm.objectives.tail_proposal import TailProposal, record_softmax
 from sce_lm.ops.candidate_cross_entropy import (
@@ -86,6 +88,8 @@ class Chosen(NamedTuple):
     sizes: SCESizes
     counted: bool
     """Whether the state counts the call."""
+    expected: CenterSoftmax | None = None
+    """For the row control variate, if it is wanted."""
 
 
 class SCE(SampledObjective):
@@ -108,7 +112,10 @@ class SCE(SampledObjective):
     def _corrected(self, inputs: HeadInputs, seed: int) -> tuple[torch.Tensor, Statistics]:
         chosen = self.choose(inputs, seed, len(inputs.weight))
         result = candidate_cross_entropy(*inputs.head, chosen.candidates, **inputs.options)
-        return result.loss, self.observe(inputs, chosen, result.log_partition)
+        loss = result.loss
+        if chosen.expected is not None:
+            loss = with_expected_rows(loss, inputs, chosen.candidates, chosen.expected)
+        return loss, self.observe(inputs, chosen, result.log_partition)
 
     def choose(self, inputs: HeadInputs, seed: int, vocab_size: int) -> Chosen:
         """Candidates of one call.
@@ -129,9 +136,14 @@ class SCE(SampledObjective):
             sizes = sizes.labels_alone()
         elif self.config.target_relative_error is not None and self.state.tail_candidates:
             sizes = replace(sizes, tail_candidates=self.state.tail_candidates)
+        trains_head = torch.is_grad_enabled() and any(
+            part is not None and part.requires_grad for part in inputs.columns
+        )
         with torch.no_grad():
-            candidates = self._choose(inputs, sizes, counts, seed, counted=counted)
-        return Chosen(candidates, sizes, counted)
+            candidates, expected = self._choose(
+                inputs, sizes, counts, seed, counted=counted, trains_head=trains_head
+            )
+        return Chosen(candidates, sizes, counted, expected)
 
     def observe(
         self, inputs: HeadInputs, chosen: Chosen, log_partition: torch.Tensor
@@ -141,11 +153,11 @@ class SCE(SampledObjective):
         Args:
             log_partition: ``[N]`` log Zhat.
         """
-        candidates, sizes, counted = chosen
+        candidates, sizes, counted, expected = chosen
         num_positions, self.tail = len(inputs.hidden), len(candidates.tail)
         if counted and "cache" in self.config.prior_shares():
             record_softmax(self.state, inputs, candidates, log_partition)
-        products = self._products(candidates, num_positions, len(inputs.weight))
+        products = self._products(candidates, expected, num_positions, len(inputs.weight))
         products += TailProposal(self.config, self.state, inputs, sizes).products()
         relative_error = self._relative_error(inputs, candidates, log_partition, counted)
         lists = [candidates.shared, candidates.tail]
@@ -160,14 +172,23 @@ class SCE(SampledObjective):
             relative_error=relative_error,
         )
 
-    def _products(self, candidates: Candidates, num_positions: int, vocab_size: int) -> float:
-        """Inner products a position: the lists, the catalogue scan and the k-means steps."""
+    def _products(
+        self,
+        candidates: Candidates,
+        expected: CenterSoftmax | None,
+        num_positions: int,
+        vocab_size: int,
+    ) -> float:
+        """Inner products a position: the lists, the catalogue scans and the k-means steps."""
         products = float(len(candidates.shared) + len(candidates.tail))
         if candidates.bucket_items is not None:
             buckets, own = candidates.bucket_items.shape
             fitted = min(1.0, KMEANS_POSITIONS_PER_BUCKET * buckets / num_positions)
             scan = buckets * vocab_size / num_positions
             products += own + scan + buckets * (KMEANS_STEPS * fitted + 1)
+        has_scanned = candidates.bucket_items is None and "gradient" in self.config.prior_shares()
+        if expected is not None and not has_scanned:
+            products += len(expected.centers) * vocab_size / num_positions
         return products
 
     @torch.no_grad()
@@ -224,14 +245,23 @@ class SCE(SampledObjective):
         self.state.tail_candidates = min(max(round(wanted), MIN_TAIL), largest)
 
     def _choose(
-        self, inputs: HeadInputs, sizes: SCESizes, counts, seed: int, *, counted: bool
-    ) -> Candidates:
-        """The three strata of one call; a replay gets the lists of its first run."""
+        self,
+        inputs: HeadInputs,
+        sizes: SCESizes,
+        counts: torch.Tensor,
+        seed: int,
+        *,
+        counted: bool,
+        trains_head: bool,
+    ) -> tuple[Candidates, CenterSoftmax | None]:
+        """The three strata of one call, and what the row control variate needs; a replay gets the
+        lists of its first run."""
         config, weight = self.config, inputs.weight
+        proposal = TailProposal(config, self.state, inputs, sizes)
         shared, tail, log_weights = self.state.once(
-            seed, "lists", lambda: self._draw(inputs, sizes, counts, seed, counted)
+            seed, "lists", lambda: self._draw(proposal, counts, seed, counted)
         )
-        items = bucket_of = bucket_weights = None
+        centers = items = bucket_of = bucket_weights = None
         own = min(sizes.bucket_candidates, len(weight) - len(shared))
         if own > 0:
             centers, bucket_of = kmeans_buckets(
@@ -241,7 +271,6 @@ class SCE(SampledObjective):
                 balanced=config.assignment == "balanced",
             )
             if config.bucket_sampling == "priority":
-                proposal = TailProposal(config, self.state, inputs, sizes)
                 prior = proposal.log_density(counts, seed, counted=counted)
                 prior[shared] = -torch.inf
                 noise = stream(seed, "tail", inputs.labels.device)
@@ -258,7 +287,7 @@ class SCE(SampledObjective):
                 )
         has_control = sizes.control_variate and len(tail) > 0
         has_strata = has_control and config.tail_strata > 1
-        return Candidates(
+        candidates = Candidates(
             shared,
             tail,
             log_weights,
@@ -273,10 +302,21 @@ class SCE(SampledObjective):
             num_strata=config.tail_strata if has_strata else 1,
             sparse_grad=config.sparse_grad,
         )
+        if not (config.row_control_variate and trains_head and len(tail)):
+            return candidates, None
+        if centers is None or bucket_of is None:
+            return candidates, proposal.at_centers(seed)
+        at_buckets = center_softmax(
+            centers, bucket_of, inputs.columns, inputs.post, control_variate=sizes.control_variate
+        )
+        return candidates, at_buckets
 
-    def _draw(self, inputs: HeadInputs, sizes: SCESizes, counts, seed: int, counted: bool):
+    def _draw(
+        self, proposal: TailProposal, counts: torch.Tensor, seed: int, counted: bool
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The shared list, and the tail with its log-weights."""
-        config, labels, vocab_size = self.config, inputs.labels, len(inputs.weight)
+        config, inputs, sizes = self.config, proposal.inputs, proposal.sizes
+        labels, vocab_size = inputs.labels, len(inputs.weight)
         listed = [labels[:0]]
         if sizes.shared_frequent:
             listed.append(self.state.most_frequent(counts, labels, sizes.shared_frequent))
@@ -297,12 +337,12 @@ class SCE(SampledObjective):
                 uniform_floor=1.0 if config.prior == "uniform" else sizes.uniform_floor,
             )
             return shared, tail, log_weights
-        proposal = TailProposal(config, self.state, inputs, sizes).log_density(
-            counts, seed, counted=counted
+        density = proposal.log_density(counts, seed, counted=counted)
+        density.index_fill_(0, shared, -torch.inf)
+        tail, log_weights = priority_sample(
+            density, sizes.tail_candidates, noise, backend=inputs.backend
         )
-        proposal.index_fill_(0, shared, -torch.inf)
-        size = sizes.tail_candidates
-        return shared, *priority_sample(proposal, size, noise, backend=inputs.backend)
+        return shared, tail, log_weights
 
     def end_step(self, device: torch.device) -> None:
         """Once an optimiser step, on every process: one cache for all of them."""

@@ -21,8 +21,13 @@ from __future__ import annotations
 
 import torch
 
-from sce_lm.candidates.buckets import kmeans_buckets
 from sce_lm.candidates.cache import occurrences_of, record_draws
+from sce_lm.candidates.center_softmax import (
+    CENTERS,
+    CenterSoftmax,
+    center_softmax,
+    few_centers,
+)
 from sce_lm.candidates.noise import stream
 from sce_lm.candidates.prior import gradient_prior, label_prior, log_with_floor
 from sce_lm.candidates.state import SCEState
@@ -32,8 +37,6 @@ from sce_lm.objectives.kernel import Kernel, KernelConfig
 from sce_lm.ops.candidate_cross_entropy import Candidates
 from sce_lm.ops.exact_cross_entropy import compute_dtype
 
-PRIOR_CENTERS = 16
-"""Centres of component "gradient"; its scan costs 16·V/N products a position."""
 CACHE_DECAY = 0.99
 """Factor on past occurrences at each call."""
 CACHE_POSITIONS = 256
@@ -49,6 +52,7 @@ class TailProposal:
         self, config: SCEConfig, state: SCEState, inputs: HeadInputs, sizes: SCESizes
     ) -> None:
         self.config, self.state, self.inputs, self.sizes = config, state, inputs, sizes
+        self._at_centers: CenterSoftmax | None = None
 
     def log_density(self, counts: torch.Tensor, seed: int, *, counted: bool) -> torch.Tensor:
         """log q, fp64 ``[V]``.
@@ -77,24 +81,21 @@ class TailProposal:
             kernel = Kernel(_KERNEL, self.state)
             return kernel.proposal(inputs, seed, counted).log_prob(everyone).exp()
         if name == "gradient":
-            return self._gradient(seed)
+            return gradient_prior(self.at_centers(seed))
         return torch.full_like(counts, 1.0 / vocab_size, dtype=torch.float64)
 
-    def _gradient(self, seed: int) -> torch.Tensor:
-        inputs = self.inputs
-        centers, bucket_of = kmeans_buckets(
-            inputs.hidden.to(compute_dtype(inputs.hidden)),
-            min(PRIOR_CENTERS, len(inputs.labels)),
-            stream(seed, "prior", inputs.labels.device),
-            balanced=False,
-        )
-        return gradient_prior(
-            centers,
-            torch.bincount(bucket_of, minlength=len(centers)),
-            inputs.columns,
-            inputs.post,
-            control_variate=self.sizes.control_variate,
-        )
+    def at_centers(self, seed: int) -> CenterSoftmax:
+        """The softmax at a few k-means centres of the positions; scanned once."""
+        if self._at_centers is None:
+            inputs = self.inputs
+            hidden = inputs.hidden.to(compute_dtype(inputs.hidden))
+            self._at_centers = center_softmax(
+                *few_centers(hidden, stream(seed, "prior", hidden.device)),
+                inputs.columns,
+                inputs.post,
+                control_variate=self.sizes.control_variate,
+            )
+        return self._at_centers
 
     def products(self) -> float:
         """Inner products of width d a position that the components cost."""
@@ -102,7 +103,7 @@ class TailProposal:
         num_positions, total = len(self.inputs.labels), 0.0
         shares = self.config.prior_shares()
         if "gradient" in shares:
-            total += min(PRIOR_CENTERS, num_positions) * vocab_size / num_positions
+            total += min(CENTERS, num_positions) * vocab_size / num_positions
         if "kernel" in shares:
             kernel = Kernel(_KERNEL, self.state)
             total += kernel.proposal_products(vocab_size, width, num_positions)

@@ -23,6 +23,7 @@ import psutil
 import torch
 from transformers import PreTrainedModel
 
+from sce_lm.candidates.center_softmax import CENTERS
 from sce_lm.config import SCEConfig
 from sce_lm.hf.adapter import lazy_logits
 from sce_lm.objectives import Objective
@@ -133,6 +134,8 @@ def loss_bytes(objective: Objective, positions: int, vocab_size: int, width: int
     gradient = 4 * vocab_size * width
     if getattr(objective.config, "sparse_grad", False):
         gradient = 4 * (candidates + positions) * width
+    if isinstance(objective.config, SCEConfig) and objective.config.row_control_variate:
+        gradient += _row_control_bytes(objective.config, positions, vocab_size, width)
     own = getattr(objective.config, "shared", True) is False
     negatives = getattr(objective.config, "num_negatives", 0)
     work = OWN_WORK * positions * negatives if own else WORK
@@ -144,6 +147,12 @@ def loss_bytes(objective: Objective, positions: int, vocab_size: int, width: int
 def _exact_bytes(positions: int, vocab_size: int, width: int) -> int:
     block = 4 * min(BLOCK_ELEMENTS, positions * vocab_size)
     return block + 4 * (positions + vocab_size) * width
+
+
+def _row_control_bytes(config: SCEConfig, positions: int, vocab_size: int, width: int) -> int:
+    """A second gradient of the head, and twice the softmax at the centres."""
+    buckets = config.resolve(positions, vocab_size).num_buckets
+    return 4 * vocab_size * (width + 2 * (buckets or CENTERS))
 
 
 def _candidates(objective: Objective, positions: int, vocab_size: int) -> int:

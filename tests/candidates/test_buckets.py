@@ -69,7 +69,9 @@ def test_strata_are_disjoint(assignment):
     inputs = HeadInputs(hidden, weight, labels, bias, LogitTransform(), None, None, False)
     sce = SCE(config)
     counts = sce.state.begin_call(labels, 400, seed=5)[0]
-    chosen = sce._choose(inputs, config.resolve(90, 400), counts, seed=5, counted=False)
+    chosen, _ = sce._choose(
+        inputs, config.resolve(90, 400), counts, 5, counted=False, trains_head=False
+    )
     shared = set(chosen.shared.tolist())
     assert set(labels.tolist()) <= shared
     assert set(torch.topk(counts, 25).indices.tolist()) <= shared

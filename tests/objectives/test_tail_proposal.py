@@ -7,12 +7,13 @@ from support.problems import make_problem
 from sce_lm import LogitTransform, SCEConfig, SCEState, objectives
 from sce_lm.candidates.buckets import kmeans_buckets
 from sce_lm.candidates.cache import OCCURRENCES, occurrences_of
+from sce_lm.candidates.center_softmax import CENTERS, center_softmax
 from sce_lm.candidates.noise import stream
 from sce_lm.candidates.prior import gradient_prior
 from sce_lm.objectives.base import HeadInputs
 from sce_lm.objectives.reference import kernel_reference
 from sce_lm.objectives.sce import count_strata
-from sce_lm.objectives.tail_proposal import PRIOR_CENTERS, TailProposal
+from sce_lm.objectives.tail_proposal import TailProposal
 from sce_lm.ops.rows import HeadColumns
 
 N, V, D = 50, 120, 6
@@ -55,13 +56,13 @@ def test_kernel_is_that_of_the_kernel_objective():
 def test_gradient_is_the_norm_of_the_rows_gradients_at_the_centres(post, control):
     problem = make_problem(N, V, D)
     centers, bucket_of = kmeans_buckets(
-        problem.hidden.detach(), PRIOR_CENTERS, stream(3, "prior", CPU), balanced=False
+        problem.hidden.detach(), CENTERS, stream(3, "prior", CPU), balanced=False
     )
     x = centers @ problem.weight.detach().T + problem.bias.detach()
     p = torch.softmax(post(x), dim=1)
     if control:
         p = p - (post(x.mean(dim=1)) - post(x).logsumexp(dim=1)).exp()[:, None]
-    n = torch.bincount(bucket_of, minlength=PRIOR_CENTERS)
+    n = torch.bincount(bucket_of, minlength=CENTERS)
     norm = torch.einsum("k,kj,kd->jd", n.double(), p, centers).norm(dim=1)
     found = density("gradient", problem, post, control_variate=control)
     torch.testing.assert_close(found, norm / norm.sum())
@@ -71,14 +72,14 @@ def test_gradient_centres_equal_to_the_positions_give_the_exact_norms():
     problem = make_problem(N, V, D, with_bias=False)
     p = torch.softmax(problem.hidden @ problem.weight.T, dim=1)
     p_hidden = (p.T @ problem.hidden).norm(dim=1).detach()
-    found = gradient_prior(
+    at_centers = center_softmax(
         problem.hidden.detach(),
-        torch.ones(N),
+        torch.arange(N),
         HeadColumns(problem.weight.detach()),
         LogitTransform(),
         control_variate=False,
     )
-    torch.testing.assert_close(found, p_hidden / p_hidden.sum())
+    torch.testing.assert_close(gradient_prior(at_centers), p_hidden / p_hidden.sum())
 
 
 def test_a_cache_follows_the_softmax_and_forgets(tmp_path):

@@ -158,10 +158,11 @@ def test_a_mixture_weighed_by_one_of_its_parts_is_found(part, monkeypatch):
 
     draw = sce.SCE._draw
 
-    def spied(self, inputs, sizes, counts, seed, counted):
+    def spied(self, proposal, counts, seed, counted):
+        inputs, sizes = proposal.inputs, proposal.sizes
         wrong.call, wrong.counts = (inputs, sizes), counts
         one.state.begin_call(inputs.labels, len(inputs.weight), 0)
-        return draw(self, inputs, sizes, counts, seed, counted)
+        return draw(self, proposal, counts, seed, counted)
 
     monkeypatch.setattr(sce, "priority_sample", wrong)
     monkeypatch.setattr(sce.SCE, "_draw", spied)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -38,11 +39,12 @@ def measure(objective: SCE, problem, post: LogitTransform, draws: int, replace=l
     state = objective.state
     state.counts, state.step = 20 + torch.arange(len(weight)) * 37 % 81, 1
     sizes = objective.config.resolve(len(labels), len(weight), num_labels=int(state.counts.sum()))
+    choose = partial(objective._choose, counted=False, trains_head=False)
     ratios = []
     with torch.no_grad():
         for seed in range(draws):
             counts = state.begin_call(labels, len(weight), seed)[0]
-            candidates = replace(objective._choose(inputs, sizes, counts, seed, counted=False))
+            candidates = replace(choose(inputs, sizes, counts, seed)[0])
             result = candidate_cross_entropy(
                 hidden, weight, labels, candidates, bias=bias, post=post
             )

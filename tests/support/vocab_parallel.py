@@ -278,6 +278,7 @@ def refusals() -> None:
         SCEConfig.published(),
         SCEConfig(prior={"labels": 1.0, "gradient": 0.5}),
         SCEConfig(bucket_sampling="priority", num_buckets=2),
+        SCEConfig(row_control_variate=True),
         objectives.get("rece"),
     ):
         with pytest.raises(ValueError, match="no vocabulary-parallel form"):

@@ -21,6 +21,7 @@ POSITIONS, VOCAB_SIZE, WIDTH = 4096, 60_000, 64
     [
         {"name": "exact"},
         {"name": "sce"},
+        {"name": "sce", "row_control_variate": True},
         {"name": "sce", "published": True},
         {"name": "sampled_softmax"},
         {"name": "gbce"},

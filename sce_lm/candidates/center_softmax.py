@@ -1,0 +1,78 @@
+"""The softmax at k-means centres: one scan of the catalogue that stands for all positions."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from sce_lm.candidates.buckets import kmeans_buckets
+from sce_lm.ops.logits import LogitTransform
+from sce_lm.ops.rows import HeadColumns
+
+CENTERS = 16
+"""Centres where there are no buckets to take them from; their scan costs 16·V/N products a
+position."""
+TILE_ELEMENTS = 2**23
+"""Scores held at a time (32 MiB in fp32)."""
+
+
+class CenterSoftmax(NamedTuple):
+    """What the centres make of every class: ``p_kj - e_k``.
+
+        p_kj = softmax_j(g(c_k·w_j + b_j)),     e_k = exp g(mean_j (c_k·w_j + b_j)) / Z_k
+
+    The gradient of row j through a position's partition function is ``(p_tj - e_t)·h_t``, where e_t
+    is what the tail's control variate knows already (e = 0 without it).
+    """
+
+    centers: torch.Tensor
+    """``[C, d]`` c, fp32 or fp64."""
+    center_of: torch.Tensor
+    """``[N]`` int64: the centre that stands for each position."""
+    share: torch.Tensor
+    """``[C, V]`` in the dtype of the centres."""
+
+
+def few_centers(
+    hidden: torch.Tensor, generator: torch.Generator
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Centres ``[C, d]`` of hidden states ``[N, d]``, and each position's, for
+    :func:`center_softmax`."""
+    return kmeans_buckets(hidden, min(CENTERS, len(hidden)), generator, balanced=False)
+
+
+def center_softmax(
+    centers: torch.Tensor,
+    center_of: torch.Tensor,
+    columns: HeadColumns,
+    post: LogitTransform,
+    *,
+    control_variate: bool,
+) -> CenterSoftmax:
+    """One scan, ``C·V`` inner products.
+
+    Args:
+        centers: ``[C, d]`` (``[C, d + r]`` for a head with a low-rank operand).
+        center_of: ``[N]``.
+        columns: of the head.
+        post: g.
+        control_variate: whether the tail has one.
+    """
+    extended = columns.extend(centers, centers.dtype)
+    vocab_size, width = columns.weight.shape
+    tile = max(1, TILE_ELEMENTS // max(len(centers), width))
+    scores = torch.cat(
+        [
+            extended @ columns.rows(slice(start, start + tile), centers.dtype).T
+            for start in range(0, vocab_size, tile)
+        ],
+        dim=1,
+    )
+    mean = scores.mean(dim=1)
+    scores = post.apply_(scores)
+    log_z = torch.logsumexp(scores, dim=1)
+    share = scores.sub_(log_z.unsqueeze(1)).exp_()
+    if control_variate:
+        share -= (post(mean) - log_z).exp().unsqueeze(1)
+    return CenterSoftmax(centers, center_of, share)

@@ -1,0 +1,89 @@
+"""A control variate of the head's own gradient: what k-means centres expect of every row.
+
+Of a class j outside the certain lists, exact cross-entropy takes the gradient
+
+    X_j = sum_t a_t (p_tj - e_t) h_t
+
+with a_t the weight of position t's loss and e_t what the tail's control variate knows already. A
+tail with inclusion probabilities pi gives the row ``X_j / pi_j`` where it is drawn and nothing
+elsewhere. That is unbiased, but Adam divides by the root of the mean square: such a row moves
+sqrt(pi_j) times as far as under exact gradients, and one that is never drawn not at all, whereas
+exact cross-entropy pushes all of a large vocabulary down at every step. The batch's k-means centres
+c_k know each row's gradient roughly,
+
+    ghat_j = sum_k a_k (p_kj - e_k) c_k,     a_k = sum_{t at centre k} a_t
+
+and ``ghat_j + [j drawn]·(X_j - ghat_j) / pi_j`` has the mean X_j whatever ghat is. Where there are
+buckets they are the centres, without their own candidates, which are certain. Only gradients of the
+head change: loss and dL/dh are as without.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from sce_lm.candidates.center_softmax import CenterSoftmax
+from sce_lm.objectives.base import HeadInputs
+from sce_lm.ops.candidate_cross_entropy import Candidates
+from sce_lm.ops.memory import TILE_ELEMENTS, gradient_memory
+from sce_lm.ops.rows import HeadColumns, Needs
+
+
+def with_expected_rows(
+    loss: torch.Tensor, inputs: HeadInputs, candidates: Candidates, expected: CenterSoftmax
+) -> torch.Tensor:
+    """The same loss, whose gradient adds ``(1 - [j drawn] / pi_j)·ghat_j`` to each row.
+
+    Args:
+        loss: of :func:`~sce_lm.ops.candidate_cross_entropy.candidate_cross_entropy`.
+        inputs: that it was taken on.
+        candidates: and its lists.
+        expected: softmax at the centres; at those of the buckets, if there are any.
+    """
+    share, (centers, center_of, _) = expected.share, expected
+    is_drawn = candidates.tail_log_weights > -torch.inf
+    tail = candidates.tail[is_drawn]
+    left = share.new_ones(share.shape[1])
+    left[tail] -= candidates.tail_log_weights[is_drawn].exp().to(left.dtype)
+    left[candidates.shared] = 0.0
+    share = share * left
+    if candidates.bucket_items is not None:
+        share.scatter_(1, candidates.bucket_items, 0.0)
+    a = inputs.position_weight
+    return _ExpectedRows.apply(loss, *inputs.columns, share, centers, center_of, a)
+
+
+class _ExpectedRows(torch.autograd.Function):
+    """Identity on the loss; the head's gradient is ``share.T @ (a·centers)``."""
+
+    @staticmethod
+    def forward(ctx, loss, weight, low_rank, bias, share, centers, center_of, position_weight):
+        ctx.needs = Needs.of(ctx, grad_enabled=True).head
+        ctx.save_for_backward(weight, low_rank, bias, share, centers, center_of, position_weight)
+        return loss.view_as(loss)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *grad_outputs):
+        *head, share, centers, center_of, position_weight = ctx.saved_tensors
+        columns = HeadColumns(*head)
+        a = grad_outputs[0] if position_weight is None else grad_outputs[0] * position_weight
+        a_of = share.new_zeros(len(centers))
+        a_of.index_add_(0, center_of, a.to(share.dtype).expand(len(center_of)))
+        rows = columns.extend(centers, centers.dtype) * a_of.unsqueeze(1)
+        parts = columns.split(ctx.needs, rows[:, columns.num_frozen(ctx.needs) :])
+        of_head = [
+            None if part is None or like is None else _product(share, part, like)
+            for part, like in zip(parts, columns)
+        ]
+        return grad_outputs[0], *of_head, None, None, None, None
+
+
+def _product(share: torch.Tensor, rows: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """``share.T @ rows`` in the dtype and memory of a gradient of ``like``."""
+    out = gradient_memory(like, like.dtype)
+    step = max(1, TILE_ELEMENTS // max(1, rows[:1].numel()))
+    for start in range(0, len(out), step):
+        out[start : start + step] = share[:, start : start + step].T @ rows
+    return out
