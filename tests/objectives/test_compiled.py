@@ -63,10 +63,18 @@ def test_equals_eager_for_all_lengths(name):
 
 
 @pytest.mark.parametrize("options", [{"reduction": "none"}, {"reduction": "sum"}, {}])
-@pytest.mark.parametrize("name", ["exact", "sce"])
-def test_reductions(name, options):
-    got = loss_and_gradients(compile_step(), objectives.get(name), 15, **options)
-    want = loss_and_gradients(step, objectives.get(name), 15, **options)
+@pytest.mark.parametrize(
+    "specification",
+    [
+        {"name": "exact"},
+        {"name": "sce"},
+        {"name": "sce", "tail_candidates": 9, "row_control_variate": True},
+    ],
+    ids=str,
+)
+def test_reductions(specification, options):
+    got = loss_and_gradients(compile_step(), objectives.get(**specification), 15, **options)
+    want = loss_and_gradients(step, objectives.get(**specification), 15, **options)
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
 
 
