@@ -18,12 +18,13 @@ TILE_ELEMENTS = 2**23
 
 
 class CenterSoftmax(NamedTuple):
-    """What the centres make of every class: ``p_kj - e_k``.
+    """How the centres' log-partitions follow the raw logit of every class.
 
-        p_kj = softmax_j(g(c_k·w_j + b_j)),     e_k = exp g(mean_j (c_k·w_j + b_j)) / Z_k
+        x_kj = c_k·w_j + b_j,     share_kj = p_kj g'(x_kj) - e_k g'(m_k)
+        p_kj = softmax_j(g(x_kj)),     e_k = exp g(m_k) / Z_k,     m_k = mean_j x_kj
 
-    The gradient of row j through a position's partition function is ``(p_tj - e_t)·h_t``, where e_t
-    is what the tail's control variate knows already (e = 0 without it).
+    Of the gradient of row j, ``p_tj g'(x_tj)·h_t``, e is the part that the tail's control variate
+    knows already (e = 0 without it).
     """
 
     centers: torch.Tensor
@@ -69,10 +70,11 @@ def center_softmax(
         ],
         dim=1,
     )
-    mean = scores.mean(dim=1)
-    scores = post.apply_(scores)
-    log_z = torch.logsumexp(scores, dim=1)
-    share = scores.sub_(log_z.unsqueeze(1)).exp_()
+    g_mean = post(scores.mean(dim=1))
+    s = post.apply_(scores)
+    slope = post.slope(s)
+    log_z = torch.logsumexp(s, dim=1)
+    share = s.sub_(log_z.unsqueeze(1)).exp_().mul_(slope)
     if control_variate:
-        share -= (post(mean) - log_z).exp().unsqueeze(1)
+        share -= ((g_mean - log_z).exp() * post.slope(g_mean)).unsqueeze(1)
     return CenterSoftmax(centers, center_of, share)

@@ -37,10 +37,11 @@ def log_label_prior(counts: torch.Tensor, power: float, uniform_floor: float) ->
 def gradient_prior(at_centers: CenterSoftmax) -> torch.Tensor:
     """How long the gradient of each row of W is, as the batch's k-means centres see it.
 
-        q_j  ~  | sum_k n_k (p_kj - e_k) c_k |
+        q_j  ~  | sum_k n_k share_kj c_k |
 
     A tail whose inclusion probabilities are in proportion to the norms of what it stands for has
-    the smallest variance. n_k is the number of centre k's positions.
+    the smallest variance. n_k is the number of centre k's positions, share what
+    :class:`~sce_lm.candidates.center_softmax.CenterSoftmax` says.
     """
     centers = at_centers.centers.double()
     sizes = torch.bincount(at_centers.center_of, minlength=len(centers))

@@ -2,16 +2,17 @@
 
 Of a class j outside the certain lists, exact cross-entropy takes the gradient
 
-    X_j = sum_t a_t (p_tj - e_t) h_t
+    X_j = sum_t a_t share_tj h_t
 
-with a_t the weight of position t's loss and e_t what the tail's control variate knows already. A
-tail with inclusion probabilities pi gives the row ``X_j / pi_j`` where it is drawn and nothing
-elsewhere. That is unbiased, but Adam divides by the root of the mean square: such a row moves
-sqrt(pi_j) times as far as under exact gradients, and one that is never drawn not at all, whereas
-exact cross-entropy pushes all of a large vocabulary down at every step. The batch's k-means centres
-c_k know each row's gradient roughly,
+with a_t the weight of position t's loss and share the softmax, less what the tail's control variate
+knows already (:class:`~sce_lm.candidates.center_softmax.CenterSoftmax`). A tail with inclusion
+probabilities pi gives the row ``X_j / pi_j`` where it is drawn and nothing elsewhere. That is
+unbiased, but Adam divides by the root of the mean square: such a row moves about sqrt(pi_j) times
+as far as under exact gradients, and one that is never drawn not at all, whereas exact cross-entropy
+pushes all of a large vocabulary down at every step. The batch's k-means centres c_k know each row's
+gradient roughly,
 
-    ghat_j = sum_k a_k (p_kj - e_k) c_k,     a_k = sum_{t at centre k} a_t
+    ghat_j = sum_k a_k share_kj c_k,     a_k = sum_{t at centre k} a_t
 
 and ``ghat_j + [j drawn]·(X_j - ghat_j) / pi_j`` has the mean X_j whatever ghat is. Where there are
 buckets they are the centres, without their own candidates, which are certain. Only gradients of the

@@ -61,10 +61,12 @@ def test_it_adds_the_written_out_sum(lists, post, control, monkeypatch):
     expected = torch.zeros(V, D), torch.zeros(V)
     drawn = dict(zip(candidates.tail.tolist(), candidates.tail_log_weights.exp().tolist()))
     for k in range(len(centers)):
-        e = (post(x[k].mean()) - log_z[k]).exp() if control else 0.0
+        g_mean = post(x[k].mean())
+        e = (g_mean - log_z[k]).exp() * post.slope(g_mean) if control else 0.0
         own = [] if candidates.bucket_items is None else candidates.bucket_items[k].tolist()
         for j in set(range(V)) - set(candidates.shared.tolist()) - set(own):
-            p = (post(x[k, j]) - log_z[k]).exp()
+            s = post(x[k, j])
+            p = (s - log_z[k]).exp() * post.slope(s)
             g = (center_of == k).sum() * (p - e) * (1.0 - drawn.get(j, 0.0))
             expected[0][j] += (g * centers[k]).float()
             expected[1][j] += g.float()
@@ -72,11 +74,12 @@ def test_it_adds_the_written_out_sum(lists, post, control, monkeypatch):
         assert relative_error(mine, want) < 1e-6
 
 
-def test_centres_equal_to_the_positions_give_rows_that_were_not_drawn_their_exact_gradient():
+@pytest.mark.parametrize("post", [PLAIN, CAP], ids=["", "cap"])
+def test_centres_equal_to_the_positions_give_rows_that_were_not_drawn_their_exact_gradient(post):
     problem = make_problem(N, V, D)
-    loss = loss_of(problem, m=20)
-    exact = exact_reference(*problem[:3], bias=problem.bias).sum()
-    touched = gradients(loss_of(problem, m=20, row_control=False), problem)[2] != 0
+    loss = loss_of(problem, post, m=20)
+    exact = exact_reference(*problem[:3], bias=problem.bias, post=post).sum()
+    touched = gradients(loss_of(problem, post, m=20, row_control=False), problem)[2] != 0
     assert 20 <= touched.sum() <= 20 + N
     for mine, want in zip(gradients(loss, problem)[1:], gradients(exact, problem)[1:]):
         assert relative_error(mine[~touched], want[~touched]) < 1e-10

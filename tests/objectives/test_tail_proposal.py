@@ -59,9 +59,11 @@ def test_gradient_is_the_norm_of_the_rows_gradients_at_the_centres(post, control
         problem.hidden.detach(), CENTERS, stream(3, "prior", CPU), balanced=False
     )
     x = centers @ problem.weight.detach().T + problem.bias.detach()
-    p = torch.softmax(post(x), dim=1)
+    p = torch.softmax(post(x), dim=1) * post.slope(post(x))
     if control:
-        p = p - (post(x.mean(dim=1)) - post(x).logsumexp(dim=1)).exp()[:, None]
+        g_mean = post(x.mean(dim=1))
+        e = (g_mean - post(x).logsumexp(dim=1)).exp() * post.slope(g_mean)
+        p = p - e[:, None]
     n = torch.bincount(bucket_of, minlength=CENTERS)
     norm = torch.einsum("k,kj,kd->jd", n.double(), p, centers).norm(dim=1)
     found = density("gradient", problem, post, control_variate=control)
