@@ -77,6 +77,13 @@ class TrainConfig:
     dtype: Literal["float32", "bfloat16"] = field(
         default="float32", metadata={"help": "Type in which the parameters are held."}
     )
+    lora_rank: int = field(
+        default=0,
+        metadata={
+            "help": "Rank of LoRA adapters on the linear layers of a pretrained model, which is "
+            "frozen; the model that is saved has them merged. 0: all parameters are trained."
+        },
+    )
 
     # The data.
     data: str = field(
@@ -372,6 +379,7 @@ class TrainConfig:
         for name in ("log_every", "checkpoints_to_keep"):
             self._require(name, getattr(self, name) >= 1, "at least 1")
         for name in (
+            "lora_rank",
             "warmup_steps",
             "probe_every",
             "eval_every",
@@ -422,6 +430,11 @@ class TrainConfig:
             raise ValueError(
                 f"Both model ({self.model!r}) and model_config are given; a model is either loaded "
                 "or made from scratch; remove one of the two."
+            )
+        if self.lora_rank and (self.model is None or self.optimizer != "adamw"):
+            raise ValueError(
+                f"lora_rank is {self.lora_rank}, which freezes a pretrained model and its head; it "
+                "goes with model and optimizer adamw; give both, or leave lora_rank out."
             )
 
     def _require(self, name: str, holds: bool, expected: str) -> None:

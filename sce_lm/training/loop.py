@@ -47,7 +47,7 @@ from sce_lm.training.checkpoint import Checkpoints
 from sce_lm.training.config import TrainConfig
 from sce_lm.training.memory import estimate_memory
 from sce_lm.training.metrics import MetricsLog, read_metrics
-from sce_lm.training.models import build_model
+from sce_lm.training.models import add_lora, build_model
 from sce_lm.training.optimizers import (
     average_rows,
     build_optimizer,
@@ -113,6 +113,8 @@ class Run:
         model = build_model(config, self.task.tokenizer)
         self.task.check_model(model)
         self.num_parameters = model.num_parameters()
+        if config.lora_rank:
+            model = add_lora(model, config.lora_rank)
         apply_sce(model, self.objective)
         if config.probe_every:
             probe_loss(model, config.probe_every)
@@ -401,8 +403,10 @@ class Run:
                 "objective_error": _error_figures(probe),
                 "classes_by_frequency": probe.by_frequency,
             }
-            model = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
-            remove_sce(model).save_pretrained(self.folder / "model")
+            model = remove_sce(self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False))
+            if self.config.lora_rank:
+                model = model.merge_and_unload()
+            model.save_pretrained(self.folder / "model")
             self.task.tokenizer.save_pretrained(self.folder / "model")
             try:
                 draw_report(self.folder, figure, probe.errors.tolist(), probe.by_frequency)

@@ -98,9 +98,12 @@ def estimate_memory(
         by_rows: parameters that it trains by rows.
     """
     rows = {id(p) for p in by_rows}
-    sizes = [(p.numel(), p.element_size(), id(p) in rows) for p in model.parameters()]
-    parameters = sum(numel * bytes_each for numel, bytes_each, _ in sizes)
-    dense = sum(numel * bytes_each for numel, bytes_each, is_by_rows in sizes if not is_by_rows)
+    parameters = sum(p.numel() * p.element_size() for p in model.parameters())
+    dense = sum(
+        p.numel() * p.element_size()
+        for p in model.parameters()
+        if p.requires_grad and id(p) not in rows
+    )
     state = 2 * dense
     for parameter in (p for p in model.parameters() if id(p) in rows):
         state += 4 * len(parameter) if optimizer == "rowwise_adagrad" else 8 * parameter.numel()
@@ -112,15 +115,17 @@ def estimate_memory(
         if model.device.type == "cuda"
         else psutil.virtual_memory().available
     )
-    head_bytes = head.numel() * head.element_size()
+    is_dense = head.requires_grad and id(head) not in rows
+    # What the losses' figures have for the gradient of a head that has none.
+    frozen = 0 if head.requires_grad else 4 * head.numel()
     return MemoryEstimate(
         parameters=parameters,
-        gradients=max(0, dense - (0 if id(head) in rows else head_bytes)),
+        gradients=dense - (head.numel() * head.element_size() if is_dense else 0),
         optimizer=state,
         backbone=_kept_bytes(model, batch),
-        loss=loss_bytes(objective, positions, *head.shape),
-        exact_loss=_exact_bytes(positions, *head.shape),
-        stock_loss=12 * positions * head.shape[0] + 4 * head.numel(),
+        loss=loss_bytes(objective, positions, *head.shape) - frozen,
+        exact_loss=_exact_bytes(positions, *head.shape) - frozen,
+        stock_loss=12 * positions * head.shape[0] + 4 * head.numel() - frozen,
         available=free + parameters,
     )
 

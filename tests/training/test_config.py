@@ -85,6 +85,7 @@ def test_what_does_not_fit_is_refused(tmp_path, text, arguments, message):
         ("- a list\n", "holds a list; expected a mapping"),
         ("a: [unclosed\n", "cannot be read as YAML"),
         ("", "Neither model nor model_config"),
+        (MODEL + "lora_rank: 4", "lora_rank is 4, which freezes a pretrained model"),
     ],
 )
 def test_a_file_that_is_no_configuration_is_refused(tmp_path, text, message):

@@ -141,6 +141,48 @@ def test_a_killed_run_resumes_bit_for_bit(corpus, tmp_path, objective):
     assert figures(killed) == figures(whole)
 
 
+def test_lora_trains_adapters_resumes_and_leaves_a_stock_model(corpus, tmp_path, monkeypatch):
+    base = tmp_path / "base"
+    train(lm_fields(corpus, output_dir=str(base), max_steps=2))
+    fields = lm_fields(
+        corpus,
+        model=str(base / "model"),
+        model_config={},
+        lora_rank=2,
+        objective="sce",
+        objective_options=SMALL_SCE,
+        learning_rate=0.01,
+        checkpoint_every=3,
+        eval_every=2,
+        keep_best=True,
+    )
+    stopped, whole = tmp_path / "stopped", tmp_path / "whole"
+    complete = checkpoint._complete
+
+    def stop_after_step_3(partial, folder, step, *more):
+        complete(partial, folder, step, *more)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint, "_complete", stop_after_step_3)
+    with pytest.raises(KeyboardInterrupt):
+        train({**fields, "output_dir": str(stopped)})
+    monkeypatch.undo()
+    train({**fields, "output_dir": str(stopped)})
+    run = train({**fields, "output_dir": str(whole)})
+    assert_equal(parameters(stopped), parameters(whole))
+    assert figures(stopped) == figures(whole)
+
+    before, after = parameters(base), parameters(whole)
+    assert before.keys() == after.keys()
+    changed = {name for name in before if not before[name].equal(after[name])}
+    assert any("attn" in name for name in changed)
+    assert not any("wte" in name or "lm_head" in name or "ln_" in name for name in changed)
+    summary = json.loads((whole / "summary.json").read_text())
+    merged = evaluate_run(whole, run.accelerator)["model"]
+    assert merged["nll"] == pytest.approx(summary["test"]["nll"], rel=1e-5)
+    assert summary["memory_estimate_mib"]["gradients"] == 0
+
+
 def test_a_checkpoint_in_the_making_is_passed_over(corpus, tmp_path, monkeypatch):
     fields = lm_fields(corpus, checkpoint_every=2)
     broken, whole = tmp_path / "broken", tmp_path / "whole"
