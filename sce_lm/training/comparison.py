@@ -2,6 +2,7 @@
 file."""
 
 import dataclasses
+import gc
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -212,6 +213,9 @@ def compare(
                 )
                 found.append(run.train())
                 task = run.task
+                # A run, its model and its optimiser refer to each other; the next one needs room.
+                del run
+                gc.collect()
         except FloatingPointError as error:
             if not runs:
                 raise

@@ -1,6 +1,7 @@
 """The comparison behind the demo, on a small model and real text."""
 
 import json
+import weakref
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from safetensors.torch import save_file
 from support.models import tiny_batch, tiny_model
 
 from sce_lm import apply_sce, objectives
-from sce_lm.training import loss_cost
+from sce_lm.training import loop, loss_cost
 from sce_lm.training.comparison import Method, compare, save_loss_inputs
 from sce_lm.training.config import parse_config
 from sce_lm.training.loop import Run
@@ -77,7 +78,17 @@ def test_compare_trains_each_and_writes_the_figures(tmp_path, capsys, monkeypatc
         "corrected SCE": Method("sce", {"tail_candidates": 4096}),
         "labels first": Method("sce", {"tail_candidates": 4096, "labels_first": 3}),
     }
+    models, alive, build = [], [], loop.build_model
+
+    def counted(*arguments):
+        alive.append(sum(model() is not None for model in models))
+        model = build(*arguments)
+        models.append(weakref.ref(model))
+        return model
+
+    monkeypatch.setattr(loop, "build_model", counted)
     result = compare(config, methods, tmp_path / "out", seeds=(0, 1))
+    assert alive == [0] * 8  # one model in memory at a time
     assert set(result.costs) == {"stock", *methods}
     assert result.costs["stock"].loss == pytest.approx(result.costs["exact"].loss, rel=1e-5)
     # The form that most of a training has, here with all classes, not that of its first calls.
