@@ -6,7 +6,6 @@ from typing import NamedTuple
 
 import torch
 
-from sce_lm.candidates.buckets import kmeans_buckets
 from sce_lm.ops.logits import LogitTransform
 from sce_lm.ops.rows import HeadColumns
 
@@ -33,14 +32,6 @@ class CenterSoftmax(NamedTuple):
     """``[N]`` int64: the centre that stands for each position."""
     share: torch.Tensor
     """``[C, V]`` in the dtype of the centres."""
-
-
-def few_centers(
-    hidden: torch.Tensor, generator: torch.Generator
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Centres ``[C, d]`` of hidden states ``[N, d]``, and each position's, for
-    :func:`center_softmax`."""
-    return kmeans_buckets(hidden, min(CENTERS, len(hidden)), generator, balanced=False)
 
 
 def center_softmax(

@@ -42,11 +42,9 @@ def with_expected_rows(
         candidates: and its lists.
         expected: softmax at the centres; at those of the buckets, if there are any.
     """
-    share, (centers, center_of, _) = expected.share, expected
-    is_drawn = candidates.tail_log_weights > -torch.inf
-    tail = candidates.tail[is_drawn]
-    left = share.new_ones(share.shape[1])
-    left[tail] -= candidates.tail_log_weights[is_drawn].exp().to(left.dtype)
+    centers, center_of, share = expected
+    drawn = candidates.tail_log_weights.exp().to(share.dtype)
+    left = share.new_ones(share.shape[1]).index_add_(0, candidates.tail, drawn, alpha=-1.0)
     left[candidates.shared] = 0.0
     share = share * left
     if candidates.bucket_items is not None:

@@ -21,13 +21,9 @@ from __future__ import annotations
 
 import torch
 
+from sce_lm.candidates.buckets import kmeans_buckets
 from sce_lm.candidates.cache import occurrences_of, record_draws
-from sce_lm.candidates.center_softmax import (
-    CENTERS,
-    CenterSoftmax,
-    center_softmax,
-    few_centers,
-)
+from sce_lm.candidates.center_softmax import CENTERS, CenterSoftmax, center_softmax
 from sce_lm.candidates.noise import stream
 from sce_lm.candidates.prior import gradient_prior, label_prior, log_with_floor
 from sce_lm.candidates.state import SCEState
@@ -88,9 +84,15 @@ class TailProposal:
         """The softmax at a few k-means centres of the positions; scanned once."""
         if self._at_centers is None:
             inputs = self.inputs
-            hidden = inputs.hidden.to(compute_dtype(inputs.hidden))
+            centers, center_of = kmeans_buckets(
+                inputs.hidden.to(compute_dtype(inputs.hidden)),
+                min(CENTERS, len(inputs.hidden)),
+                stream(seed, "prior", inputs.hidden.device),
+                balanced=False,
+            )
             self._at_centers = center_softmax(
-                *few_centers(hidden, stream(seed, "prior", hidden.device)),
+                centers,
+                center_of,
                 inputs.columns,
                 inputs.post,
                 control_variate=self.sizes.control_variate,
