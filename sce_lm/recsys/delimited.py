@@ -16,7 +16,7 @@ import pyarrow as pa
 
 CHUNK = 1 << 22
 LONGEST_ROW = 1 << 27
-RULE = "they go around a whole field and are doubled inside of it"
+RULE = "quotation marks go around a whole field and are doubled inside of it"
 
 Quotes = Literal["always", "where consistent", "never"]
 QUOTE, NEWLINE, RETURN = b'"\n\r'
@@ -163,9 +163,11 @@ def _check_quotes(
     before = np.where(quotes > 0, data[quotes - 1], NEWLINE)
     after = data[np.minimum(quotes + 1, len(data) - 1)]  # the last may be seen again with more
     neighbour = np.where(opening, before, after)
-    right = np.isin(neighbour, (separator, NEWLINE, RETURN, QUOTE))
+    edge = np.zeros(256, bool)
+    edge[[separator, NEWLINE, RETURN, QUOTE]] = True
+    right = edge[neighbour]
     if not right.all():
-        wrong = int(np.flatnonzero(~right)[0])
+        wrong = int(np.argmin(right))
         place = quotes[wrong] if opening[wrong] else quotes[wrong - 1]
         raise ValueError(
             f"The quotation marks on line {line + _newlines(data[:place])} of {path} do not "

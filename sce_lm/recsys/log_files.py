@@ -8,10 +8,11 @@ guesses at them.
 import glob
 import io
 import json
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import polars as pl
 import pyarrow as pa
@@ -93,8 +94,8 @@ def source_name(source: Any) -> str:
     """What messages call a source."""
     if isinstance(source, str | Path):
         return str(source)
-    kind = type(source)
-    return f"The {kind.__module__.split('.')[0]} {kind.__name__}"
+    library = type(source).__module__.split(".")[0].replace("builtins", "")
+    return " ".join(filter(None, ("The", library, type(source).__name__)))
 
 
 def _frame(source: Any) -> pl.LazyFrame:
@@ -123,12 +124,16 @@ def _selected(
 
 
 def _check_columns(source: str | Path, found: list[str], columns: Mapping[str, str]) -> None:
+    if not found:
+        raise ValueError(f"{source} is empty; it should hold a row an event.")
     for role, column in columns.items():
         if column not in found:
-            listed = ", ".join(map(repr, found[:20])) + (", ..." if len(found) > 20 else "")
             advice = "name the right one"
             if len(found) == 1 and (other := [c for c in ";|\t,:" if c in found[0]]):
                 advice = f"separate them by commas in .csv and tabs in .tsv, not by {other[0]!r}"
+            elif all(re.fullmatch("[0-9.:-]*", name) for name in found):
+                advice = "put a first line with the names of the columns"
+            listed = ", ".join(map(repr, found[:20])) + (", ..." if len(found) > 20 else "")
             raise ValueError(
                 f"{source} has no column {column!r} for the {role}; its columns are {listed}: "
                 f"{advice}."
@@ -197,6 +202,8 @@ def _open_delimited(path: Path, kind: str, columns: Mapping[str, str]) -> Part:
     )
     if found.empty_rows:
         log = log.filter(~pl.all_horizontal(pl.all().is_null()))
+    if twice := [c for c in columns.values() if f"{c}_duplicated_0" in log.collect_schema()]:
+        raise ValueError(f"{path} has two columns {twice[0]!r}; rename the one that is not meant.")
     if kind == ".inter":
         log = log.rename({name: name.split(":")[0] for name in log.collect_schema()})
     return _selected(path, log, columns, found.rows)
@@ -212,10 +219,15 @@ def _open_json(path: Path, columns: Mapping[str, str]) -> Part:
     if start.startswith(b"["):
         with open_bytes(path) as file:
             records = file.read().removeprefix(BOM)
-        found = pl.read_json(io.BytesIO(records), infer_schema_length=None).schema
+        try:
+            found = pl.read_json(io.BytesIO(records), infer_schema_length=None).schema
+        except pl.exceptions.PolarsError:
+            json.loads(records)  # says where it goes wrong, if it is damaged
+            raise
         _check_columns(path, list(found), columns)
         table = pl.read_json(io.BytesIO(records), schema=_as_text(found, columns))
         return Part(str(path), path, table.lazy())
+    # A line as long as that holds more than an event.
     whole = json.loads(start) if len(first) < LONGEST_LINE else {"": {}}
     if (
         isinstance(whole, dict)
@@ -245,35 +257,44 @@ def _as_text(found: pl.Schema, columns: Mapping[str, str]) -> dict[str, pl.DataT
     }
 
 
-def unreadable(source: str | Path, files: Sequence[Path | None], error: Exception) -> Exception:
+def unreadable(source: str | Path, files: Iterable[Path | None], error: Exception) -> Exception:
     """The error to raise where a reader gave up, with the first line that is damaged."""
     if isinstance(error, OSError) and error.filename is not None:
         return error  # the system's, which names the file
-    reason = (str(error).splitlines() or [type(error).__name__])[0]
     for path in files:
-        if path is not None and (line := _damaged_line(path)):
+        if path is not None and (found := _damaged_line(path)):
+            line, reason = found
             return ValueError(
-                f"Line {line} of {path} cannot be read as {_format(path)[1:]}: {reason}."
+                f"{path} cannot be read as {_format(path)[1:]}: line {line} is {reason}."
             )
     kind = _format(Path(source))[1:] or "an interaction log"
+    reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
     return ValueError(f"{source} cannot be read as {kind}: {reason}.")
 
 
-def _damaged_line(path: Path) -> int | None:
-    """The first line of a text file that is not UTF-8, or not JSON where it should be."""
-    kind = _format(path)
-    if kind not in SUFFIXES or kind == ".parquet":
+def _damaged_line(path: Path) -> tuple[int, str] | None:
+    """The first line of a file of text that is not UTF-8, or no JSON where each line should be."""
+    if _format(path) not in SUFFIXES or _format(path) == ".parquet":
         return None
-    number = 1
+    number, lines_are_json = 1, _format(path) not in DELIMITED
     try:
         with open_bytes(path) as file:
             for line in file:
-                text = line.decode("utf-8-sig")
-                if kind not in DELIMITED and text.strip():
-                    json.loads(text)
+                text = line.decode("utf-8-sig").strip()
+                if lines_are_json and text and not isinstance(_strict_json(text), dict):
+                    return number, "no JSON object"
                 number += 1
-    except ValueError:
-        return number
+    except UnicodeDecodeError:
+        return number, "not UTF-8 text"
+    except json.JSONDecodeError:
+        return None if text.startswith("[") else (number, "no JSON object")
     except OSError:  # cut off within compressed data
         return None
     return None
+
+
+def _strict_json(text: str) -> Any:
+    def refuse(constant: str) -> NoReturn:  # NaN and Infinity, which only Python takes for JSON
+        raise json.JSONDecodeError(f"{constant} is no JSON", text, 0)
+
+    return json.loads(text, parse_constant=refuse)

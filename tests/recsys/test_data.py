@@ -162,7 +162,7 @@ def test_a_data_set_of_the_hub_is_read_by_its_split(tmp_path, monkeypatch):
         asked.append((name, split))
         return Dataset.from_polars(LOG)
 
-    monkeypatch.setattr("sce_lm.recsys.data.load_dataset", load_dataset)
+    monkeypatch.setattr("sce_lm.recsys.log_files.load_dataset", load_dataset)
     log = read_interactions("someone/log", user="who", item="what", time="when", split="all")
     assert asked == [("someone/log", "all")]
     assert sequences_by_user(log)["3"] == ["d", "a", "b"]
@@ -172,7 +172,7 @@ def test_what_is_neither_a_file_nor_on_the_hub_is_one_sentence(monkeypatch):
     def load_dataset(name, split):
         raise ConnectionError("no route to the hub")
 
-    monkeypatch.setattr("sce_lm.recsys.data.load_dataset", load_dataset)
+    monkeypatch.setattr("sce_lm.recsys.log_files.load_dataset", load_dataset)
     with pytest.raises(FileNotFoundError, match=r"someone/log is no file here.*no route"):
         read_interactions("someone/log")
 
