@@ -84,8 +84,8 @@ def _layout(path: Path, separator: int, *, quoted: bool, over_lines: bool) -> La
             fields = int(num_fields[0])
             if (data[: lengths[0]] == RETURN).any():
                 raise ValueError(
-                    f"{path} has carriage returns within line {line}; save it with a newline at "
-                    "the end of each line."
+                    f"Line {line} of {path} has a carriage return within; save it with a newline, "
+                    "or one carriage return and a newline, at the end of each line."
                 )
         wrong = np.flatnonzero((num_fields != fields) & (lengths > 0))
         if len(wrong):
@@ -124,7 +124,11 @@ def _whole_rows(
                     return
                 buffer += b"\n"
             data = np.frombuffer(buffer, np.uint8)
-            _check_text(buffer, path, line)
+            if (place := buffer.find(b"\0")) >= 0:
+                raise ValueError(
+                    f"Line {line + buffer.count(10, 0, place)} of {path} has a zero byte; save it "
+                    "as UTF-8 text."
+                )
             inside = np.zeros(len(data), bool)
             if quoted and QUOTE in buffer:
                 inside = np.cumsum(data == QUOTE, dtype=np.uint8) % 2 == 1
@@ -142,16 +146,6 @@ def _whole_rows(
                 )
             if not block:
                 return
-
-
-def _check_text(buffer: bytes, path: Path, line: int) -> None:
-    for damage, what in ((b"\0", "a zero byte"), (b"\r\r\n", "two carriage returns")):
-        place = buffer.find(damage)
-        if place >= 0:
-            raise ValueError(
-                f"Line {line + buffer.count(10, 0, place)} of {path} has {what}; save the file "
-                "again as UTF-8 text."
-            )
 
 
 def _check_quotes(
