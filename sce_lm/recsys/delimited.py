@@ -9,7 +9,7 @@ import io
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -35,7 +35,7 @@ class Layout:
     """Rows of nothing, or of separators only, as blank lines and spreadsheets leave them."""
 
 
-def open_bytes(path: Path) -> IO[bytes]:
+def open_bytes(path: Path) -> io.BufferedReader:
     """Open a file, decompressed where it begins as gzip or Zstandard files do."""
     with path.open("rb") as file:
         start = file.read(4)

@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -30,7 +31,15 @@ DELIMITED: dict[str, tuple[str, Quotes]] = {
 }
 """Separator and quotation marks of each kind of delimited text."""
 LONGEST_LINE = 1 << 24
-READING_ERRORS = (pl.exceptions.PolarsError, pa.ArrowException, OSError, json.JSONDecodeError)
+SAMPLE = 10_000
+"""Lines of JSON from which the types of its columns are told."""
+READING_ERRORS = (
+    pl.exceptions.PolarsError,
+    pa.ArrowException,
+    OSError,
+    json.JSONDecodeError,
+    UnicodeDecodeError,
+)
 """What readers raise for files that are damaged."""
 
 
@@ -211,50 +220,40 @@ def _open_delimited(path: Path, kind: str, columns: Mapping[str, str]) -> Part:
 
 def _open_json(path: Path, columns: Mapping[str, str]) -> Part:
     with open_bytes(path) as file:
-        lines = iter(lambda: file.readline(LONGEST_LINE), b"")
-        first = next((line for line in lines if line.removeprefix(BOM).strip()), b"")
-    start = first.removeprefix(BOM).lstrip()
-    if not start:
+        marked = file.peek(len(BOM)).startswith(BOM)
+        file.read(len(BOM) if marked else 0)
+        lines = list(islice(iter(lambda: file.readline(LONGEST_LINE), b""), SAMPLE))
+        start = b"".join(lines[:SAMPLE]).lstrip()[:1]
+        in_memory = b"".join((*lines, file.read())) if marked or start == b"[" else None
+    lines = [line for line in lines if line.strip()]
+    if not lines:
         raise ValueError(f"{path} is empty; it should hold a row an event.")
-    if start.startswith(b"["):
-        with open_bytes(path) as file:
-            records = file.read().removeprefix(BOM)
-        try:
-            found = pl.read_json(io.BytesIO(records), infer_schema_length=None).schema
-        except pl.exceptions.PolarsError:
-            json.loads(records)  # says where it goes wrong, if it is damaged
-            raise
-        _check_columns(path, list(found), columns)
-        table = pl.read_json(io.BytesIO(records), schema=_as_text(found, columns))
-        return Part(str(path), path, table.lazy())
-    # A line as long as that holds more than an event.
-    whole = json.loads(start) if len(first) < LONGEST_LINE else {"": {}}
-    if (
-        isinstance(whole, dict)
-        and whole
-        and all(isinstance(v, dict | list) for v in whole.values())
-    ):
+    if start == b"[":
+        records = json.loads(in_memory)
+    elif len(lines[0]) == LONGEST_LINE:  # more than an event
+        records = [{"": {}}]
+    else:
+        records = [json.loads(line) for line in lines]
+    if not all(isinstance(record, dict) for record in records):
+        raise pl.exceptions.ComputeError("a record is no JSON object")
+    if records and records[0] and all(isinstance(v, dict | list) for v in records[0].values()):
         raise ValueError(
             f"{path} is one JSON object that holds whole columns, as pandas' to_json writes it; "
             "write a row an event: to_json(..., orient='records', lines=True)."
         )
-    source: Any = glob.escape(str(path))  # there is no other way to have it take a path as it is
-    if start is not first.lstrip():
-        with open_bytes(path) as file:
-            source = file.read().removeprefix(BOM)  # the reader does not pass over the mark
-    found = pl.scan_ndjson(source, infer_schema_length=10_000).collect_schema()
-    _check_columns(path, list(found), columns)
-    return Part(str(path), path, pl.scan_ndjson(source, schema=_as_text(found, columns)))
+    _check_columns(path, list(dict.fromkeys(name for r in records for name in r)), columns)
+    schema = {name: _json_type([r.get(name) for r in records]) for name in columns.values()}
+    if start == b"[":
+        return Part(str(path), path, pl.read_json(io.BytesIO(in_memory), schema=schema).lazy())
+    # The reader takes patterns but no marks of byte order: those files are read into memory.
+    return Part(str(path), path, pl.scan_ndjson(in_memory or glob.escape(str(path)), schema=schema))
 
 
-def _as_text(found: pl.Schema, columns: Mapping[str, str]) -> dict[str, pl.DataType]:
-    """A schema that reads scalars of JSON as text, in which 7 and 7.0 are both "7"; fractions and
-    what is nested stay."""
-    kept = {name: found[name] for name in columns.values()}
-    return {
-        name: kind if kind.is_float() or kind.is_nested() else pl.String()
-        for name, kind in kept.items()
-    }
+def _json_type(values: list[Any]) -> pl.DataType:
+    """The type to read a column of JSON as: text where it is scalar (7 and 7.0 are both "7"), so
+    that no later line fails to be of the type of the first; fractions and what is nested stay."""
+    found = pl.Series(values[:SAMPLE], strict=False).dtype
+    return found if found.is_float() or found.is_nested() else pl.String()
 
 
 def unreadable(source: str | Path, files: Iterable[Path | None], error: Exception) -> Exception:

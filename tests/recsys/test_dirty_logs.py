@@ -226,3 +226,52 @@ def test_the_same_events_come_back_from_every_form(folders, drawn):
     else:
         micros = [round(t * TIMES[how["how"]].factor) for t in times]
     assert micros == [epoch(moment) for _, _, (moment, _) in events]
+
+
+@pytest.mark.parametrize("ending", [".csv", ".csv.gz", ".csv.zst"])
+@settings(max_examples=25)
+@given(data=st.data())
+def test_a_damaged_csv_is_refused_with_the_line(folders, ending, data):
+    """A mark that opens nothing, a field too many and a field too few."""
+    rows = data.draw(st.lists(st.tuples(TEXT, TEXT, TEXT), min_size=1, max_size=5))
+    bad = data.draw(st.integers(0, len(rows) - 1))
+    damage = data.draw(st.sampled_from(["mark", "field", "cut"]))
+    buffer = io.StringIO(newline="")
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow([*NAMES[:2], "title"])
+    for number, row in enumerate(rows):
+        if number == bad:
+            line = buffer.getvalue().count("\n") + 1
+            row = {"mark": row, "field": (*row, "x"), "cut": row[:2]}[damage]
+            if damage == "mark":
+                buffer.write('x"y,')
+        writer.writerow(row)
+    path = folders() / f"log{ending}"
+    content = buffer.getvalue().encode()
+    packed = {".gz": gzip.compress, ".zst": lambda d: pa.compress(d, "zstd", asbytes=True)}
+    path.write_bytes(packed.get(path.suffix, bytes)(content))
+    with pytest.raises(ValueError, match=f"ine {line} of") as caught:
+        read_interactions(path)
+    sentence(caught.value, path)
+
+
+@settings(max_examples=40)
+@given(
+    cut=st.integers(1, 400), form=st.sampled_from([".csv.gz", ".jsonl.gz", ".jsonl", ".parquet"])
+)
+def test_a_file_that_was_cut_off_is_refused(folders, cut, form):
+    events = [{"user_id": f"user {u}", "item_id": f"{u * u % 97} café"} for u in range(40)]
+    how = {"form": form.removesuffix(".gz"), "ending": "\n", "quoting": csv.QUOTE_MINIMAL}
+    how |= {"bom": False, "blank": True, "compress": ".gz" * form.endswith("gz"), "upper": False}
+    path = written(events, how, folders() / "log")
+    data = path.read_bytes()
+    cut = min(cut, len(data) - 1)
+    path.write_bytes(data[: len(data) - cut])
+    try:
+        found = read_interactions(path).collect().rows()
+    except ValueError as error:
+        sentence(error, path)
+    else:  # whole lines of JSON are left
+        assert form == ".jsonl"
+        assert data[-cut:].startswith((b"{", b"\n"))
+        assert len(found) == 40 - data[-cut:].count(b"{")
