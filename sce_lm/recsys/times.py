@@ -11,7 +11,6 @@ from typing import Literal
 
 import polars as pl
 
-FORMAT_HINT = "say how they are written with time_format, e.g. '%d/%m/%Y'"
 DAY, MINUTE, SECOND = r"[1-9]\d{3}-\d\d-\d\d", r"[T ]\d\d:\d\d", r":\d\d(?:\.\d{1,9})?"
 ZONE = r"(?:Z|[+-]\d\d(?::?\d\d)?)"
 NAIVE = {
@@ -86,6 +85,11 @@ def check_time_format(time_format: str) -> None:
             f"time_format {time_format!r} names no year; write it as of strptime, e.g. "
             "'%d/%m/%Y %H:%M'."
         )
+    if re.search(r"(?<!\.)%f", time_format):
+        raise ValueError(
+            f"time_format {time_format!r} has %f without a point before it; fractions of a second "
+            "are read behind one, as in '%S.%f'."
+        )
     if "%Z" in time_format:
         raise ValueError(
             f"time_format {time_format!r} has %Z, the name of a zone, which cannot be read; write "
@@ -141,7 +145,10 @@ def text_time(text: str) -> pl.Series:
         ValueError: neither a number nor ISO 8601, or no day of the calendar.
     """
     frame = pl.LazyFrame({"time": [text.strip()]})
-    value = read_text_times(frame, "One has times").collect()["time"]
+    try:
+        value = read_text_times(frame, "One has times").collect()["time"]
+    except ValueError as error:
+        raise ValueError("it is neither a number nor ISO 8601") from error
     if value.null_count():
         raise ValueError("there is no such time")
     return value
