@@ -78,6 +78,15 @@ def _layout(path: Path, separator: int, *, quoted: bool, over_lines: bool) -> La
         starts = np.concatenate(([0], ends[:-1] + 1))
         lengths = ends - starts
         lengths -= (lengths > 0) & (data[ends - 1] == RETURN)
+        doubled = np.flatnonzero(
+            (lengths > 0) & (data[ends - 1] == RETURN) & (data[ends - 2] == RETURN)
+        )
+        if len(doubled):
+            raise ValueError(
+                f"Line {line + _newlines(data[: ends[doubled[0]]])} of {path} ends in two carriage "
+                "returns; save it with a newline, or one carriage return and a newline, at the end "
+                "of each line."
+            )
         separators = np.flatnonzero((data == separator) & ~inside)
         num_fields = 1 + np.diff(np.searchsorted(separators, ends), prepend=0)
         if not fields:

@@ -261,6 +261,7 @@ def test_csv_is_that_of_rfc_4180(tmp_path):
         (['u,"two\nlines"', "u,b,"], "Line 4 of .* differ in their numbers of fields, 3 and 2"),
         (["u,a\0b"], "Line 2 of .* has a zero byte"),
         (["u,a\ru,b"], "differ in their numbers of fields"),
+        (["u,a", "u,b\r\r"], "Line 3 of .* ends in two carriage returns"),
     ],
 )
 def test_rows_that_are_not_whole_are_refused_with_their_line(tmp_path, rows, message):
