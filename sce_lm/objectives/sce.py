@@ -368,9 +368,9 @@ class SCE(SampledObjective):
     def advice(self) -> str | None:
         if self.covered:
             return (
-                f"the lists of SCE hold all {self.covered} classes, so that its loss is the exact "
-                'one at a higher cost; use objective "exact", or smaller shared_frequent, '
-                "tail_candidates and bucket_candidates."
+                f"the lists of SCE hold all {self.covered} classes, so that it is exact "
+                'cross-entropy at a higher cost; choose "exact" instead, or smaller '
+                "shared_frequent, tail_candidates and bucket_candidates."
             )
         error = self.state.summary().get("relative_error", 0.0)
         if error <= HIGH_ERROR or self.config.target_relative_error is not None or not self.tail:
