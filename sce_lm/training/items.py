@@ -22,6 +22,7 @@ from sce_lm.recsys.histories import TrainingHistories, can_pack, training_rows
 from sce_lm.recsys.metrics import popularity_profile
 from sce_lm.training.config import TrainConfig
 from sce_lm.training.task import Task
+from sce_lm.training.yaml12 import Plain, plain_value
 
 
 class ItemsTask(Task):
@@ -160,5 +161,6 @@ def _split(sequences: pl.DataFrame, config: TrainConfig) -> recsys.Split:
 
 
 def _time(text: str) -> int | str | date:
-    """A time of a log: a number where it looks like one, else left to the split to read."""
-    return int(text) if text.lstrip("-").isdigit() else text
+    """A time of a log: a whole number where it is one, else left to the split to read."""
+    value = plain_value(Plain(text))
+    return int(value) if type(value) in (int, float) and value == value // 1 else text

@@ -1,10 +1,10 @@
 """YAML as its users mean it: numbers by YAML 1.2, each key once, and data only.
 
-PyYAML reads YAML 1.1, where ``1e-5`` and ``1e4`` are text, ``010`` is 8, ``12:30`` is 750, ``no`` is
-false and of a key given twice the last one counts. Here a scalar without quotation marks stays
-:class:`Plain` text until somebody says what is wanted: a field that takes text takes it as it was
-written (a date, ``no``, ``007``), and :func:`plain_value` reads everything else by the core schema
-of YAML 1.2. JSON is YAML, and is read alike.
+PyYAML reads YAML 1.1, where ``1e-5`` and ``1e4`` are text, ``010`` is 8, ``12:30`` is 750 and
+``no`` is false, and of a key given twice the last one counts. Here a scalar without quotation marks
+stays :class:`Plain` text until somebody says what is wanted: a field that takes text takes it as it
+was written (a date, ``no``, ``007``), and :func:`plain_value` reads everything else by the core
+schema of YAML 1.2. JSON is YAML, and is read alike.
 """
 
 from __future__ import annotations
@@ -28,30 +28,31 @@ class Plain(str):
     __slots__ = ()
 
 
-def read_yaml(source: bytes | str, where: str) -> Any:
+def read_yaml(source: bytes | str, where: str, field: str = "") -> Any:
     """The one document of ``source``: dicts with text for keys, lists, :class:`Plain` and str.
 
     Args:
         source: a file's bytes (UTF-8, or UTF-16 with its mark), or text.
         where: what the messages call it.
+        field: the field that is all of it.
 
     Raises:
         ValueError: in one sentence, with the line, for what is no YAML, a key given twice, a tag
             that is none of JSON's kinds, and what contains itself.
     """
-    loader = None
+    what, loader = f"{where}: {field} is {source!r} and" if field else where, None
     try:
-        loader = _Loader(source, where)
+        loader = _Loader(source, where, [field] if field else [])
         return loader.get_single_data()
     except yaml.MarkedYAMLError as error:
         reason = " ".join(filter(None, (error.context, error.problem)))
         line = _line(source, error.problem_mark or error.context_mark)
-        raise ValueError(f"{where}{line} cannot be read as YAML ({reason}); correct it.") from None
+        raise ValueError(f"{what}{line} cannot be read as YAML ({reason}); correct it.") from None
     except yaml.YAMLError as error:  # of its characters
         reason = " ".join(str(error).split())
-        raise ValueError(f"{where} cannot be read as YAML ({reason}); correct it.") from None
+        raise ValueError(f"{what} cannot be read as YAML ({reason}); correct it.") from None
     except RecursionError:
-        raise ValueError(f"{where} is nested too deeply to be read; make it flatter.") from None
+        raise ValueError(f"{what} is nested too deeply to be read; make it flatter.") from None
     finally:
         if loader is not None:
             loader.dispose()
@@ -81,11 +82,11 @@ def plain_value(given: Any) -> Any:
 class _Loader(yaml.SafeLoader):
     """PyYAML's scanner and parser, with its kinds of scalars and mappings replaced."""
 
-    def __init__(self, source: bytes | str, where: str) -> None:
+    def __init__(self, source: bytes | str, where: str, around: list[str]) -> None:
         super().__init__(source)
         self.source = source
         self.where = where
-        self.around: list[str] = []  # keys around what is being read
+        self.around = around  # keys around what is being read
 
     def resolve(self, kind: Any, value: Any, implicit: Any) -> str:
         if kind is yaml.ScalarNode and implicit[0]:
@@ -111,7 +112,7 @@ class _Loader(yaml.SafeLoader):
             if key in first_lines:
                 raise self.refuse(
                     key_node,
-                    f"{self.field_name(key)} is given twice{first_lines[key]}; keep one of the two.",
+                    f"{self.field_name(key)} is given twice{first_lines[key]}; keep one of them.",
                 )
             first_lines[key] = _line(self.source, key_node.start_mark, ", the first time in line ")
             if key_node.tag == _CORE + "merge":
@@ -141,7 +142,9 @@ class _Loader(yaml.SafeLoader):
         try:  # JSON writes a character above U+FFFF as a pair
             return self.construct_scalar(node).encode("utf-16", "surrogatepass").decode("utf-16")
         except UnicodeDecodeError:
-            raise self.refuse(node, f"{self.field_name()} has half a character; correct it.") from None
+            raise self.refuse(
+                node, f"{self.field_name()} has half a character; correct it."
+            ) from None
 
     def plain(self, node: Any) -> Plain:
         return Plain(self.construct_scalar(node))
@@ -149,7 +152,8 @@ class _Loader(yaml.SafeLoader):
     def unknown(self, node: yaml.Node) -> Any:
         tag = str(node.tag).replace(_CORE, "!!")
         raise self.refuse(
-            node, f"{self.field_name() or 'it'} has the tag {tag}, which is not read; leave the tag out."
+            node,
+            f"{self.field_name() or 'it'} has the tag {tag}, which is not read; leave the tag out.",
         )
 
 
