@@ -8,7 +8,8 @@ YAML and replaces the one of the file: `--objective_options '{"tail_candidates":
 import argparse
 import dataclasses
 import difflib
-from collections.abc import Iterable, Sequence
+import json
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, NoReturn, get_origin, get_type_hints
@@ -545,6 +546,15 @@ def parse_config(arguments: Sequence[str]) -> TrainConfig:
     except FieldError as error:
         named = dict.fromkeys(places[name] for name in error.names if name in places)
         raise ValueError(f"{' and '.join(named) or file}: {error}") from None
+
+
+def as_arguments(changes: Mapping[str, Any]) -> list[str]:
+    """The command line that sets these fields, for :func:`parse_config` behind a file."""
+    arguments = []
+    for name, value in changes.items():
+        entries = value if isinstance(value, list) else [value]
+        arguments += [f"--{name}", *(v if isinstance(v, str) else json.dumps(v) for v in entries)]
+    return arguments
 
 
 def _read_file(path: Path) -> dict[str, Any]:
