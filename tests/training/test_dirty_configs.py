@@ -12,9 +12,9 @@ from sce_lm.training.config import TrainConfig, parse_config
 from sce_lm.training.yaml12 import Plain, plain_value
 
 MANY = settings(
-    max_examples=30,
+    max_examples=25,
     phases=(Phase.generate, Phase.shrink),
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 
 COUNT = st.integers(1, 10**7)
