@@ -12,13 +12,13 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from sce_lm.benchmarks import report
 from sce_lm.benchmarks.methods import Method, choose, equal_logits
+from sce_lm.training.yaml12 import plain_value, read_yaml
 
 HEADINGS = {
     "lm": {
@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="one run for each")
     parser.add_argument("--steps", type=int, help="max_steps, a tenth of them to warm up")
     parser.add_argument(
-        "--fields", type=json.loads, default={}, help="further fields of the runs, as JSON"
+        "--fields", metavar="JSON", default="{}", help="further fields of the runs, a mapping"
     )
     parser.add_argument("--folder", type=Path, default=Path("runs/train"), help="of all runs")
 
@@ -50,13 +50,14 @@ def run(arguments: argparse.Namespace) -> None:
     """Train, print, and write what was asked for."""
     # transformers and its friends take some seconds.
     from sce_lm.training import comparison
-    from sce_lm.training.config import parse_config
+    from sce_lm.training.config import as_arguments, parse_config
     from sce_lm.training.sources import build_task
 
+    changes = as_arguments(_fields(arguments))
     described = report.machine(arguments.device)
     results, panels = [], []
     for path in arguments.configs:
-        config = dataclasses.replace(parse_config([str(path)]), **_fields(arguments))
+        config = parse_config([str(path), *changes])
         vocab_size = len(build_task(config).tokenizer)
         rows = equal_logits(arguments.logits, vocab_size)
         if arguments.methods is not None:
@@ -82,7 +83,13 @@ def run(arguments: argparse.Namespace) -> None:
 def _fields(arguments: argparse.Namespace) -> dict[str, Any]:
     steps = arguments.steps
     schedule = {} if steps is None else {"max_steps": steps, "warmup_steps": max(1, steps // 10)}
-    return {**schedule, **arguments.fields}
+    given = plain_value(read_yaml(arguments.fields, "the command line", "--fields"))
+    if not isinstance(given, dict):
+        raise ValueError(
+            f"--fields is {arguments.fields!r}; expected a mapping of fields, for instance "
+            "'{\"per_device_batch_size\": 4}'."
+        )
+    return {**schedule, **given}
 
 
 def _sizes(measured: Mapping[str, Any]) -> str:

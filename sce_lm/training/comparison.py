@@ -206,7 +206,7 @@ def compare(
                     dataclasses.replace(
                         config,
                         objective=method.objective,
-                        objective_options=type(config.objective_options)(method.options),
+                        objective_options=dict(method.options),
                         output_dir=str(run_folder),
                         seed=seed,
                     )

@@ -68,9 +68,9 @@ def add_lora(model: PreTrainedModel, rank: int) -> Any:
 
 def _config(config: TrainConfig, tokenizer: PreTrainedTokenizerBase):
     """The configuration of a model from scratch, its special tokens taken from the tokenizer."""
-    options = dict(config.model_config)
-    model_type = options.pop("model_type")
-    if model_type not in CONFIG_MAPPING:
+    given = dict(config.model_config)
+    model_type = given.pop("model_type")
+    if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
         nearest = difflib.get_close_matches(str(model_type), CONFIG_MAPPING.keys(), 1, 0.0)[0]
         raise ValueError(
             f"model_config names the model_type {model_type!r}, which transformers does not know; "
@@ -79,22 +79,40 @@ def _config(config: TrainConfig, tokenizer: PreTrainedTokenizerBase):
     # A configuration class takes unknown fields without a word, so a misspelt one would be lost.
     default = AutoConfig.for_model(model_type)
     known = {*default.to_dict(), *default.attribute_map}
-    for name in options:
+    options: dict[str, Any] = {}
+    for name, value in given.items():
         if name not in known and not hasattr(default, name):
             nearest = difflib.get_close_matches(name, known, 1, 0.0)[0]
             raise ValueError(
                 f"model_config sets {name!r}, which is no field of {model_type}; did you mean "
                 f"{nearest!r}?"
             )
+        # By another name the class would take any type, and either of two values.
+        field = default.attribute_map.get(name, name)
+        if field in options:
+            twice = [other for other in given if default.attribute_map.get(other, other) == field]
+            raise ValueError(
+                f"model_config sets {' and '.join(twice)}, two names of one field of {model_type}; "
+                "keep one of them."
+            )
+        options[field] = _number_like(getattr(default, field, None), value)
     for role in ("bos", "eos", "pad"):
         options.setdefault(f"{role}_token_id", getattr(tokenizer, f"{role}_token_id"))
     options.setdefault("vocab_size", len(tokenizer))
     try:
         return AutoConfig.for_model(model_type, **options)
     except Exception as error:  # validation errors of several libraries
+        reason = " ".join(str(error).split())[:300].rstrip(".")
         raise ValueError(
-            f"model_config is not accepted by {model_type} ({_first_line(error)}); correct it."
+            f"model_config is not accepted by {model_type} ({reason}); correct it."
         ) from error
+
+
+def _number_like(default: Any, value: Any) -> Any:
+    """A whole float as an int where the default is one, and an int as a float."""
+    if type(default) is int and type(value) is float and value.is_integer():
+        return int(value)
+    return float(value) if type(default) is float and type(value) is int else value
 
 
 def _unreadable(what: str, source: str, error: Exception) -> ValueError:
