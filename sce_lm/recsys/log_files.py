@@ -29,7 +29,13 @@ DELIMITED: dict[str, tuple[str, Quotes]] = {
 }
 """Separator and quotation marks of each kind of delimited text."""
 LONGEST_LINE = 1 << 24
-READING_ERRORS = (pl.exceptions.PolarsError, pa.ArrowException, OSError, json.JSONDecodeError)
+READING_ERRORS = (
+    pl.exceptions.PolarsError,
+    pl.exceptions.PanicException,
+    pa.ArrowException,
+    OSError,
+    json.JSONDecodeError,
+)
 """What readers raise for files that are damaged."""
 
 
