@@ -13,8 +13,8 @@ A user of whose history nothing is known gets the most popular items of the trai
 "popularity", the score is their number of events); where a model was saved without that, one row
 without an item (source "none"). Ids after --history may begin with a dash, with two behind "--".
 
-Exit codes: 0, done (what was skipped is counted on stderr); 1, an error, nothing is written; 2, wrong
-arguments; 3, done, but nothing is known of any user, so that no list is the model's.
+Exit codes: 0, done (what was skipped is counted on stderr); 1, an error, nothing is written; 2,
+wrong arguments; 3, done, but nothing is known of any user, so that no list is the model's.
 """
 
 import argparse
