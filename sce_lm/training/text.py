@@ -86,10 +86,10 @@ def read(source: str, split: str, column: str, cache_dir: str, name: str | None 
     files: list[Path] = []
     if is_local(source):
         files = _local_files(Path(source).expanduser())
-        kind = _LOADERS[_ending(files[0])]
+        loader = _LOADERS[_ending(files[0])]
         # Escaped, since data sets take every path for a pattern.
         names = [glob.escape(str(file.absolute())) for file in files]
-        options = {"path": kind, "data_files": names, **_LOADER_OPTIONS.get(kind, {})}
+        options = {"path": loader, "data_files": names, **_LOADER_OPTIONS.get(loader, {})}
     try:
         documents = datasets.load_dataset(
             **options, name=name, split=split, cache_dir=str(Path(cache_dir).expanduser() / "data")
@@ -159,7 +159,7 @@ def _damage(file: Path) -> str | None:
             pq.read_metadata(file)
             return None
         with open_bytes(file) as lines:
-            for number, line in enumerate(lines, 1):
+            for number, line in enumerate(lines, 1):  # noqa: B007 (used where a line fails)
                 text = line.decode("utf-8-sig")
                 if ending in (".jsonl", ".ndjson") and text.strip():
                     json.loads(text)
