@@ -23,7 +23,7 @@ from sce_lm.recsys.log_files import READING_ERRORS, Part, open_parts, source_nam
 from sce_lm.recsys.times import check_time_format, plain_time, read_text_times, time_kind
 
 TIE_RULE = "events of equal time keep the order of the file"
-FLOAT_TEXT = r"^(?:-?\d+\.0|NaN|nan)$"
+FLOAT_TEXT = r"^(?:-?\d+\.0|NaN|nan|-?inf)$"
 
 
 def read_interactions(

@@ -9,14 +9,14 @@ import io
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
 
 CHUNK = 1 << 22
 LONGEST_ROW = 1 << 27
-RULE = "they go around a whole field and are doubled inside of it"
+RULE = "quotation marks go around a whole field and are doubled inside of it"
 
 Quotes = Literal["always", "where consistent", "never"]
 QUOTE, NEWLINE, RETURN = b'"\n\r'
@@ -35,7 +35,7 @@ class Layout:
     """Rows of nothing, or of separators only, as blank lines and spreadsheets leave them."""
 
 
-def open_bytes(path: Path) -> IO[bytes]:
+def open_bytes(path: Path) -> io.BufferedReader:
     """Open a file, decompressed where it begins as gzip or Zstandard files do."""
     with path.open("rb") as file:
         start = file.read(4)
@@ -84,8 +84,8 @@ def _layout(path: Path, separator: int, *, quoted: bool, over_lines: bool) -> La
             fields = int(num_fields[0])
             if (data[: lengths[0]] == RETURN).any():
                 raise ValueError(
-                    f"{path} has carriage returns within line {line}; save it with a newline at "
-                    "the end of each line."
+                    f"Line {line} of {path} has a carriage return within; save it with a newline, "
+                    "or one carriage return and a newline, at the end of each line."
                 )
         wrong = np.flatnonzero((num_fields != fields) & (lengths > 0))
         if len(wrong):
@@ -124,7 +124,11 @@ def _whole_rows(
                     return
                 buffer += b"\n"
             data = np.frombuffer(buffer, np.uint8)
-            _check_text(buffer, path, line)
+            if (place := buffer.find(b"\0")) >= 0:
+                raise ValueError(
+                    f"Line {line + buffer.count(10, 0, place)} of {path} has a zero byte; save it "
+                    "as UTF-8 text."
+                )
             inside = np.zeros(len(data), bool)
             if quoted and QUOTE in buffer:
                 inside = np.cumsum(data == QUOTE, dtype=np.uint8) % 2 == 1
@@ -144,16 +148,6 @@ def _whole_rows(
                 return
 
 
-def _check_text(buffer: bytes, path: Path, line: int) -> None:
-    for damage, what in ((b"\0", "a zero byte"), (b"\r\r\n", "two carriage returns")):
-        place = buffer.find(damage)
-        if place >= 0:
-            raise ValueError(
-                f"Line {line + buffer.count(10, 0, place)} of {path} has {what}; save the file "
-                "again as UTF-8 text."
-            )
-
-
 def _check_quotes(
     data: np.ndarray, inside: np.ndarray, separator: int, path: Path, line: int
 ) -> None:
@@ -163,9 +157,11 @@ def _check_quotes(
     before = np.where(quotes > 0, data[quotes - 1], NEWLINE)
     after = data[np.minimum(quotes + 1, len(data) - 1)]  # the last may be seen again with more
     neighbour = np.where(opening, before, after)
-    right = np.isin(neighbour, (separator, NEWLINE, RETURN, QUOTE))
+    edge = np.zeros(256, bool)
+    edge[[separator, NEWLINE, RETURN, QUOTE]] = True
+    right = edge[neighbour]
     if not right.all():
-        wrong = int(np.flatnonzero(~right)[0])
+        wrong = int(np.argmin(right))
         place = quotes[wrong] if opening[wrong] else quotes[wrong - 1]
         raise ValueError(
             f"The quotation marks on line {line + _newlines(data[:place])} of {path} do not "

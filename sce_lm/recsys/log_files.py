@@ -8,10 +8,12 @@ guesses at them.
 import glob
 import io
 import json
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import polars as pl
 import pyarrow as pa
@@ -29,12 +31,15 @@ DELIMITED: dict[str, tuple[str, Quotes]] = {
 }
 """Separator and quotation marks of each kind of delimited text."""
 LONGEST_LINE = 1 << 24
+SAMPLE = 10_000
+"""Lines of JSON from which the types of its columns are told."""
 READING_ERRORS = (
     pl.exceptions.PolarsError,
     pl.exceptions.PanicException,
     pa.ArrowException,
     OSError,
     json.JSONDecodeError,
+    UnicodeDecodeError,
 )
 """What readers raise for files that are damaged."""
 
@@ -99,8 +104,8 @@ def source_name(source: Any) -> str:
     """What messages call a source."""
     if isinstance(source, str | Path):
         return str(source)
-    kind = type(source)
-    return f"The {kind.__module__.split('.')[0]} {kind.__name__}"
+    library = type(source).__module__.split(".")[0].replace("builtins", "")
+    return " ".join(filter(None, ("The", library, type(source).__name__)))
 
 
 def _frame(source: Any) -> pl.LazyFrame:
@@ -129,12 +134,16 @@ def _selected(
 
 
 def _check_columns(source: str | Path, found: list[str], columns: Mapping[str, str]) -> None:
+    if not found:
+        raise ValueError(f"{source} is empty; it should hold a row an event.")
     for role, column in columns.items():
         if column not in found:
-            listed = ", ".join(map(repr, found[:20])) + (", ..." if len(found) > 20 else "")
             advice = "name the right one"
             if len(found) == 1 and (other := [c for c in ";|\t,:" if c in found[0]]):
                 advice = f"separate them by commas in .csv and tabs in .tsv, not by {other[0]!r}"
+            elif all(re.fullmatch("[0-9.:-]*", name) for name in found):
+                advice = "put a first line with the names of the columns"
+            listed = ", ".join(map(repr, found[:20])) + (", ..." if len(found) > 20 else "")
             raise ValueError(
                 f"{source} has no column {column!r} for the {role}; its columns are {listed}: "
                 f"{advice}."
@@ -203,6 +212,8 @@ def _open_delimited(path: Path, kind: str, columns: Mapping[str, str]) -> Part:
     )
     if found.empty_rows:
         log = log.filter(~pl.all_horizontal(pl.all().is_null()))
+    if twice := [c for c in columns.values() if f"{c}_duplicated_0" in log.collect_schema()]:
+        raise ValueError(f"{path} has two columns {twice[0]!r}; rename the one that is not meant.")
     if kind == ".inter":
         log = log.rename({name: name.split(":")[0] for name in log.collect_schema()})
     return _selected(path, log, columns, found.rows)
@@ -210,76 +221,80 @@ def _open_delimited(path: Path, kind: str, columns: Mapping[str, str]) -> Part:
 
 def _open_json(path: Path, columns: Mapping[str, str]) -> Part:
     with open_bytes(path) as file:
-        lines = iter(lambda: file.readline(LONGEST_LINE), b"")
-        first = next((line for line in lines if line.removeprefix(BOM).strip()), b"")
-    start = first.removeprefix(BOM).lstrip()
-    if not start:
+        marked = file.peek(len(BOM)).startswith(BOM)
+        file.read(len(BOM) if marked else 0)
+        lines = list(islice(iter(lambda: file.readline(LONGEST_LINE), b""), SAMPLE))
+        start = b"".join(lines[:SAMPLE]).lstrip()[:1]
+        in_memory = b"".join((*lines, file.read())) if marked or start == b"[" else None
+    lines = [line for line in lines if line.strip()]
+    if not lines:
         raise ValueError(f"{path} is empty; it should hold a row an event.")
-    if start.startswith(b"["):
-        with open_bytes(path) as file:
-            records = file.read().removeprefix(BOM)
-        found = pl.read_json(io.BytesIO(records), infer_schema_length=None).schema
-        _check_columns(path, list(found), columns)
-        table = pl.read_json(io.BytesIO(records), schema=_as_text(found, columns))
-        return Part(str(path), path, table.lazy())
-    whole = json.loads(start) if len(first) < LONGEST_LINE else {"": {}}
-    if (
-        isinstance(whole, dict)
-        and whole
-        and all(isinstance(v, dict | list) for v in whole.values())
-    ):
+    if start == b"[":
+        records = json.loads(in_memory)
+    elif len(lines[0]) == LONGEST_LINE:  # more than an event
+        records = [{"": {}}]
+    else:
+        records = [json.loads(line) for line in lines]
+    if not all(isinstance(record, dict) for record in records):
+        raise pl.exceptions.ComputeError("a record is no JSON object")
+    if records and records[0] and all(isinstance(v, dict | list) for v in records[0].values()):
         raise ValueError(
             f"{path} is one JSON object that holds whole columns, as pandas' to_json writes it; "
             "write a row an event: to_json(..., orient='records', lines=True)."
         )
-    source: Any = glob.escape(str(path))  # there is no other way to have it take a path as it is
-    if start is not first.lstrip():
-        with open_bytes(path) as file:
-            source = file.read().removeprefix(BOM)  # the reader does not pass over the mark
-    found = pl.scan_ndjson(source, infer_schema_length=10_000).collect_schema()
-    _check_columns(path, list(found), columns)
-    return Part(str(path), path, pl.scan_ndjson(source, schema=_as_text(found, columns)))
+    _check_columns(path, list(dict.fromkeys(name for r in records for name in r)), columns)
+    schema = {name: _json_type([r.get(name) for r in records]) for name in columns.values()}
+    if start == b"[":
+        return Part(str(path), path, pl.read_json(io.BytesIO(in_memory), schema=schema).lazy())
+    # The reader takes patterns but no marks of byte order: those files are read into memory.
+    return Part(str(path), path, pl.scan_ndjson(in_memory or glob.escape(str(path)), schema=schema))
 
 
-def _as_text(found: pl.Schema, columns: Mapping[str, str]) -> dict[str, pl.DataType]:
-    """A schema that reads scalars of JSON as text, in which 7 and 7.0 are both "7"; fractions and
-    what is nested stay."""
-    kept = {name: found[name] for name in columns.values()}
-    return {
-        name: kind if kind.is_float() or kind.is_nested() else pl.String()
-        for name, kind in kept.items()
-    }
+def _json_type(values: list[Any]) -> pl.DataType:
+    """The type to read a column of JSON as: text where it is scalar (7 and 7.0 are both "7"), so
+    that no later line fails to be of the type of the first; fractions and what is nested stay."""
+    found = pl.Series(values[:SAMPLE], strict=False).dtype
+    return found if found.is_float() or found.is_nested() else pl.String()
 
 
-def unreadable(source: str | Path, files: Sequence[Path | None], error: Exception) -> Exception:
+def unreadable(source: str | Path, files: Iterable[Path | None], error: Exception) -> Exception:
     """The error to raise where a reader gave up, with the first line that is damaged."""
     if isinstance(error, OSError) and error.filename is not None:
         return error  # the system's, which names the file
-    reason = (str(error).splitlines() or [type(error).__name__])[0]
     for path in files:
-        if path is not None and (line := _damaged_line(path)):
+        if path is not None and (found := _damaged_line(path)):
+            line, reason = found
             return ValueError(
-                f"Line {line} of {path} cannot be read as {_format(path)[1:]}: {reason}."
+                f"{path} cannot be read as {_format(path)[1:]}: line {line} is {reason}."
             )
     kind = _format(Path(source))[1:] or "an interaction log"
+    reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
     return ValueError(f"{source} cannot be read as {kind}: {reason}.")
 
 
-def _damaged_line(path: Path) -> int | None:
-    """The first line of a text file that is not UTF-8, or not JSON where it should be."""
-    kind = _format(path)
-    if kind not in SUFFIXES or kind == ".parquet":
+def _damaged_line(path: Path) -> tuple[int, str] | None:
+    """The first line of a file of text that is not UTF-8, or no JSON where each line should be."""
+    if _format(path) not in SUFFIXES or _format(path) == ".parquet":
         return None
-    number = 1
+    number, lines_are_json = 1, _format(path) not in DELIMITED
     try:
         with open_bytes(path) as file:
             for line in file:
-                text = line.decode("utf-8-sig")
-                if kind not in DELIMITED and text.strip():
-                    json.loads(text)
+                text = line.decode("utf-8-sig").strip()
+                if lines_are_json and text and not isinstance(_strict_json(text), dict):
+                    return number, "no JSON object"
                 number += 1
-    except ValueError:
-        return number
+    except UnicodeDecodeError:
+        return number, "not UTF-8 text"
+    except json.JSONDecodeError:
+        return None if text.startswith("[") else (number, "no JSON object")
     except OSError:  # cut off within compressed data
         return None
     return None
+
+
+def _strict_json(text: str) -> Any:
+    def refuse(constant: str) -> NoReturn:  # NaN and Infinity, which only Python takes for JSON
+        raise json.JSONDecodeError(f"{constant} is no JSON", text, 0)
+
+    return json.loads(text, parse_constant=refuse)

@@ -6,22 +6,31 @@ put in one order.
 """
 
 import re
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import Literal
 
 import polars as pl
 
 FORMAT_HINT = "say how they are written with time_format, e.g. '%d/%m/%Y'"
-DAY = r"[1-9]\d{3}-\d\d-\d\d"
-CLOCK = r"[T ]\d\d:\d\d(?::\d\d(?:\.\d{1,9})?)?"
-ZONE = r" ?(?:[Zz]|[+-]\d\d(?::?\d\d)?)"
-NAIVE, ZONED = f"^{DAY}(?:{CLOCK})?$", f"^{DAY}{CLOCK}{ZONE}$"
+DAY, MINUTE, SECOND = r"[1-9]\d{3}-\d\d-\d\d", r"[T ]\d\d:\d\d", r":\d\d(?:\.\d{1,9})?"
+ZONE = r"(?:Z|[+-]\d\d(?::?\d\d)?)"
+NAIVE = {
+    f"^{DAY}$": "%Y-%m-%d",
+    f"^{DAY}{MINUTE}$": "%Y-%m-%dT%H:%M",
+    f"^{DAY}{MINUTE}{SECOND}$": "%Y-%m-%dT%H:%M:%S%.f",
+}
+ZONED = {
+    f"^{DAY}{MINUTE}{ZONE}$": "%Y-%m-%dT%H:%M%#z",
+    f"^{DAY}{MINUTE}{SECOND}{ZONE}$": "%Y-%m-%dT%H:%M:%S%.f%#z",
+}
+"""ISO 8601 as patterns of text, and the format that polars reads each by (with T for a space)."""
 FINER_THAN_MICROSECONDS = r"\.\d{7,}"
 YEARS_IN_NANOSECONDS = range(1678, 2262)
-TEXT = pl.col("time")
 
-Reader = Callable[[str], pl.Expr]
-"""Text to times with a unit of datetimes ("us" or "ns"); null where it is no such time."""
+TEXT = pl.col("time")
+WHOLE = TEXT.cast(pl.Int64, strict=False)
+NUMBER = TEXT.cast(pl.Float64, strict=False)
+NUMBER = pl.when(NUMBER.is_finite()).then(NUMBER)
 
 
 def time_kind(dtype: pl.DataType, place: str) -> str:
@@ -83,88 +92,65 @@ def check_time_format(time_format: str) -> None:
 
 
 def read_text_times(log: pl.LazyFrame, place: str, time_format: str | None = None) -> pl.LazyFrame:
-    """Turn a log's text ``time`` into int64, float64 or datetimes, in one streaming pass over it.
+    """Turn a log's text ``time`` into int64, float64 or datetimes, after a streaming pass over it.
 
     Args:
         place: "SOURCE has times in column ...", for messages.
         time_format: as of ``strptime``; None: numbers or ISO 8601.
 
     Raises:
-        ValueError: times that cannot be read, or that have no common order.
+        ValueError: times that are written otherwise, or that have no common order.
     """
-    kinds: dict[str, Reader] = {
-        "whole": _whole,
-        "numbers": _number,
-        "naive": _naive,
-        "zoned": _zoned,
-    }
-    fine = TEXT.str.contains(FINER_THAN_MICROSECONDS).sum()
     if time_format is not None:
-        form = _chrono(time_format)
-        kinds = {"given": lambda unit: _parsed(TEXT, form, unit)}
-        fine = fine if "%." in form else pl.lit(0)
+        text, forms = TEXT, {"given": _polars_format(time_format)}
+        readable = {"given": _dates(text, forms.values()).is_not_null()}
+    else:
+        text, forms = TEXT.str.replace(" ", "T", literal=True), NAIVE | ZONED
+        readable = {"whole": WHOLE.is_not_null(), "number": NUMBER.is_not_null()}
+        readable |= {pattern: TEXT.str.contains(pattern) for pattern in forms}
     found = (
         log.select(
             TEXT.count().alias("all"),
-            fine.alias("fine"),
-            **{name: read("us").count() for name, read in kinds.items()},
+            TEXT.str.contains(FINER_THAN_MICROSECONDS).any().alias("finer"),
+            **{name: is_so.sum() for name, is_so in readable.items()},
         )
         .collect(engine="streaming")
         .row(0, named=True)
     )
-    for name, read in kinds.items():
-        if found[name] == found["all"]:
-            unit = "us"
-            if found["fine"] and name not in ("whole", "numbers"):
-                unit = "ns"
-                _check_nanoseconds(log.select(time=read("us")), place)
-            return log.with_columns(time=read(unit))
-    raise ValueError(_complaint(log, kinds, found, place, time_format))
+    if found["all"] in (0, found.get("whole")):
+        return log.with_columns(time=WHOLE)
+    if found["all"] == found.get("number"):
+        return log.with_columns(time=NUMBER)
+    for kind in (NAIVE, ZONED, ("given",)):
+        used = [name for name in kind if found.get(name)]
+        if found["all"] == sum(found[name] for name in used):
+            read = [forms[name] for name in used]
+            nanoseconds = found["finer"] and any("%.f" in form for form in read)
+            if nanoseconds:
+                _check_nanoseconds(log.select(time=_dates(text, read)), place)
+            return log.with_columns(time=_dates(text, read, "ns" if nanoseconds else "us"))
+    raise ValueError(_complaint(log, readable, place, time_format))
 
 
 def text_time(text: str) -> pl.Series:
-    """A time in words, as a log's text times are read: one number or datetime.
+    """A time in words, read as a log's text times are: one number or datetime.
 
     Raises:
-        ValueError: neither a number nor ISO 8601.
+        ValueError: neither a number nor ISO 8601, or no day of the calendar.
     """
-    given = pl.DataFrame({"time": [text.strip()]})
-    for read in (_whole, _number, _naive, _zoned):
-        value = given.select(time=read("us"))["time"]
-        if value.null_count() == 0:
-            return value
-    raise ValueError("it is neither a number nor ISO 8601")
+    frame = pl.LazyFrame({"time": [text.strip()]})
+    value = read_text_times(frame, "One has times").collect()["time"]
+    if value.null_count():
+        raise ValueError("there is no such time")
+    return value
 
 
-def _whole(_: str) -> pl.Expr:
-    return TEXT.cast(pl.Int64, strict=False)
+def _dates(text: pl.Expr, forms: Iterable[str], unit: Literal["us", "ns"] = "us") -> pl.Expr:
+    """Text as datetimes by the first of the formats that fits; null by none."""
+    return pl.coalesce(text.str.to_datetime(form, strict=False, time_unit=unit) for form in forms)
 
 
-def _number(_: str) -> pl.Expr:
-    number = TEXT.cast(pl.Float64, strict=False)
-    return pl.when(number.is_finite()).then(number)
-
-
-def _naive(unit: Any) -> pl.Expr:
-    return _iso(NAIVE, ("%Y-%m-%dT%H:%M:%S%.f", "%Y-%m-%dT%H:%M", "%Y-%m-%d"), unit)
-
-
-def _zoned(unit: Any) -> pl.Expr:
-    return _iso(ZONED, ("%Y-%m-%dT%H:%M:%S%.f%#z", "%Y-%m-%dT%H:%M%#z"), unit)
-
-
-def _iso(pattern: str, forms: tuple[str, ...], unit: Any) -> pl.Expr:
-    text = TEXT.str.replace("^(.{10}) ", "${1}T").str.to_uppercase()
-    return pl.when(TEXT.str.contains(pattern)).then(
-        pl.coalesce(_parsed(text, form, unit) for form in forms)
-    )
-
-
-def _parsed(text: pl.Expr, form: str, unit: Any) -> pl.Expr:
-    return text.str.to_datetime(form, strict=False, time_unit=unit)
-
-
-def _chrono(time_format: str) -> str:
+def _polars_format(time_format: str) -> str:
     """A format of Python's ``strptime`` in the words of polars: its ``%f`` would count nanoseconds,
     and its ``%z`` does not know Z."""
     words = {".%f": "%.f", "%z": "%#z"}
@@ -177,44 +163,32 @@ def _check_nanoseconds(times: pl.LazyFrame, place: str) -> None:
     if first not in YEARS_IN_NANOSECONDS or last not in YEARS_IN_NANOSECONDS:
         raise ValueError(
             f"{place} with more than 6 digits behind the second, and such years as "
-            f" {first if first not in YEARS_IN_NANOSECONDS else last}, which have no room for "
+            f"{first if first not in YEARS_IN_NANOSECONDS else last}, which have no room for "
             "nanoseconds; write at most 6 digits."
         )
 
 
 def _complaint(
-    log: pl.LazyFrame,
-    kinds: Mapping[str, Reader],
-    found: Mapping[str, int],
-    place: str,
-    time_format: str | None,
+    log: pl.LazyFrame, readable: Mapping[str, pl.Expr], place: str, time_format: str | None
 ) -> str:
     """Why text times were not read, in a sentence."""
 
-    def first(condition: pl.Expr) -> str:
-        return repr(log.filter(condition).select("time").first().collect().item())
+    def those(condition: pl.Expr) -> str:
+        found = log.filter(condition).select(TEXT.len(), first=TEXT.first())
+        number, first = found.collect(engine="streaming").row(0)
+        return f"({number}, the first {first!r})" if number else ""
 
-    total = found["all"]
-    if time_format is not None:
-        unread = kinds["given"]("us").is_null() & TEXT.is_not_null()
+    if unread := those(~pl.any_horizontal(readable.values()) & TEXT.is_not_null()):
+        if time_format is not None:
+            return f"{place} that are not written as time_format {time_format!r} says {unread}."
         return (
-            f"{place} that are not written as time_format {time_format!r} says "
-            f"({total - found['given']} of {total}, the first {first(unread)}); correct it."
+            f"{place} that are neither numbers nor ISO 8601 {unread}, and a guess may put them in "
+            "a wrong order; say how they are written with time_format, e.g. '%d/%m/%Y'."
         )
-    number, naive, zoned = (kinds[k]("us").is_not_null() for k in ("numbers", "naive", "zoned"))
-    strange = total - found["numbers"] - found["naive"] - found["zoned"]
-    if strange:
-        unread = ~(number | naive | zoned) & TEXT.is_not_null()
-        return (
-            f"{place} that are neither numbers nor ISO 8601 ({strange} of {total}, the first "
-            f"{first(unread)}), and a guess may put them in a wrong order; {FORMAT_HINT}."
-        )
-    if found["numbers"]:
-        return (
-            f"{place} that are numbers ({first(number)}) and others that are dates "
-            f"({first(naive | zoned)}), which have no common order; write them alike."
-        )
-    return (
-        f"{place} with a zone ({first(zoned)}) and others without ({first(naive)}), which have no "
-        "common order; write the zone of all, or of none."
-    )
+    kinds = {
+        "numbers": those(readable["number"]),
+        "dates without a zone": those(pl.any_horizontal(readable[name] for name in NAIVE)),
+        "dates with a zone": those(pl.any_horizontal(readable[name] for name in ZONED)),
+    }
+    mixed = " and ".join(f"{kind} {those}" for kind, those in kinds.items() if those)
+    return f"{place} that are {mixed}, which have no common order; write them alike."

@@ -125,6 +125,13 @@ class TrainConfig:
             "the order of the file."
         },
     )
+    time_format: str | None = field(
+        default=None,
+        metadata={
+            "help": "How times that are text are written, in the directives of strptime; unset: as "
+            "numbers or in ISO 8601."
+        },
+    )
     cache_dir: str = field(
         default="~/.cache/sce_lm",
         metadata={"help": "Folder where embedded data and tokenised text are kept between runs."},

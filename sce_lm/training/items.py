@@ -6,7 +6,6 @@ questions are asked in the course of training, and test questions at the end.
 """
 
 from collections.abc import Sequence
-from datetime import date
 from typing import Any
 
 import numpy as np
@@ -153,13 +152,8 @@ def _split(sequences: pl.DataFrame, config: TrainConfig) -> recsys.Split:
     if config.split == "temporal":
         return recsys.temporal_split(
             sequences,
-            config.split_quantile if config.split_time is None else _time(config.split_time),
+            config.split_quantile if config.split_time is None else config.split_time,
             past=config.split_past,
             cold_items=config.split_cold_items,
         )
     return recsys.last_n(sequences, config.split_n if config.split == "last_n" else 1)
-
-
-def _time(text: str) -> int | str | date:
-    """A time of a log: a number where it looks like one, else left to the split to read."""
-    return int(text) if text.lstrip("-").isdigit() else text

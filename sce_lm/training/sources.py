@@ -57,6 +57,7 @@ def _items(config: TrainConfig) -> Task:
             user=config.user_column,
             item=config.item_column,
             time=config.time_column,
+            time_format=config.time_format,
         )
     source = config.tokenizer or config.model
     return ItemsTask(log, load_tokenizer(source) if source else None, config)

@@ -1,9 +1,11 @@
 import gzip
 import json
+import runpy
 import subprocess
 import sys
 import warnings
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
@@ -266,12 +268,38 @@ def test_a_file_that_was_not_finished_is_not_left_behind(tmp_path, loaded):
         recsys.recommend_file(*loaded, HISTORIES, tmp_path / "lists.xlsx")
 
 
-def run(*arguments: object) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(SCRIPT), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, env=ONE_THREAD)
+@dataclass
+class Done:
+    returncode: int
+    stdout: str
+    stderr: str
 
 
-def test_the_script_lists_items_for_one_history(folder, loaded):
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Runs the script in this process, which has its imports already."""
+
+    def run(*arguments: object) -> Done:
+        monkeypatch.setattr(sys, "argv", [str(SCRIPT), *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as end:
+            runpy.run_path(str(SCRIPT), run_name="__main__")
+        out, err = capsys.readouterr()
+        if isinstance(end.value.code, str):  # what Python does with a text
+            return Done(1, out, err + end.value.code)
+        return Done(end.value.code or 0, out, err)
+
+    return run
+
+
+def test_the_script_is_a_program(folder):
+    command = [sys.executable, str(SCRIPT), str(folder), "--history", "-i1"]
+    done = subprocess.run(command, capture_output=True, text=True, env=ONE_THREAD)
+    assert done.returncode == 3, done.stderr
+    assert "users have no known item" in done.stderr
+
+
+def test_the_script_lists_items_for_one_history(folder, loaded, run):
     done = run(folder, "--history", "i1", "new", "i2", "--k", 3)
     assert done.returncode == 0, done.stderr
     assert "1 items of histories are not in the catalogue and were skipped" in done.stderr
@@ -279,7 +307,7 @@ def test_the_script_lists_items_for_one_history(folder, loaded):
     assert [line.split()[2] for line in done.stdout.splitlines()] == expected.items[0]
 
 
-def test_the_script_takes_ids_that_begin_with_a_dash(tmp_path):
+def test_the_script_takes_ids_that_begin_with_a_dash(tmp_path, run):
     tokenizer = recsys.build_item_tokenizer(["-Xq3", "-5", "--y", "b"])
     config = recsys.SASRecConfig(vocab_size=len(tokenizer), initializer_range=1.0)
     recsys.SASRecForCausalLM(config).save_pretrained(tmp_path)
@@ -312,7 +340,7 @@ def run_folder(tmp_path, folder):
     return run_folder
 
 
-def test_the_script_takes_files_and_the_settings_of_a_run(tmp_path, run_folder, loaded):
+def test_the_script_takes_files_and_the_settings_of_a_run(tmp_path, run_folder, loaded, run):
     with_gap = pl.concat((LOG, LOG[:1].with_columns(user_id=pl.lit("x"), item_id=None)))
     with_gap.write_csv(tmp_path / "log.csv")
     allowed = tmp_path / "allowed.txt"  # from an editor of Windows, with an item of last year
@@ -345,7 +373,7 @@ def test_the_script_takes_files_and_the_settings_of_a_run(tmp_path, run_folder, 
         assert set(of_user["source"]) == {"popularity"}
 
 
-def test_the_script_says_when_nothing_is_known_of_anybody(tmp_path, folder, run_folder):
+def test_the_script_says_when_nothing_is_known_of_anybody(tmp_path, folder, run_folder, run):
     done = run(run_folder, "--history", "new", "--k", 2)
     assert done.returncode == 3
     assert [line.split() for line in done.stdout.splitlines()] == [
@@ -362,7 +390,7 @@ def test_the_script_says_when_nothing_is_known_of_anybody(tmp_path, folder, run_
     assert read(output)["source"].to_list() == ["none"] * 3
 
 
-def test_the_script_says_in_one_sentence_what_is_wrong(tmp_path, folder):
+def test_the_script_says_in_one_sentence_what_is_wrong(tmp_path, folder, run):
     ids = tmp_path / "ids.txt"
     ids.write_text("i1\n", encoding="utf-16")
     empty = tmp_path / "log.csv"
