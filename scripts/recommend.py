@@ -74,6 +74,7 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--user_column", help="column of the input with the user")
     parser.add_argument("--item_column", help="column of the input with the item, or their list")
     parser.add_argument("--time_column", help="column of the input with the time")
+    parser.add_argument("--time_format", help="how text times are written, as for strptime")
     parser.add_argument(
         "--file_order", action="store_true", help="the input has no times, its order is theirs"
     )
@@ -127,14 +128,17 @@ def run(arguments: argparse.Namespace) -> int:
             print(f"{rank:4d}  {score:10.4f}  {item}")
         counts = {"users": 1, "users_without_list": found.sources.count("none"), **vars(found)}
     else:
+        time = arguments.time_column or trained_with.get("time_column")
+        time_format = arguments.time_format or trained_with.get("time_format")
+        if arguments.file_order or time is None:
+            time = time_format = None
         with warnings.catch_warnings(record=True) as caught:
             histories = recsys.read_histories(
                 arguments.input,
                 user=arguments.user_column or trained_with.get("user_column", "user_id"),
                 item=arguments.item_column or trained_with.get("item_column", "item_id"),
-                time=None
-                if arguments.file_order
-                else arguments.time_column or trained_with.get("time_column"),
+                time=time,
+                time_format=time_format,
             )
         for warning in caught:
             print(warning.message, file=sys.stderr)

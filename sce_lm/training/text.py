@@ -113,9 +113,11 @@ def read(source: str, split: str, column: str, cache_dir: str, name: str | None 
         )
     kind = documents.features[column]
     if getattr(kind, "dtype", None) not in ("string", "large_string"):
+        dtype = getattr(kind, "dtype", None)
+        held = f"{dtype} values" if dtype else "values of several types, or with parts"
         raise ValueError(
-            f"Column {column!r} of {source} holds {getattr(kind, 'dtype', kind)} values; expected "
-            "text; name another by text_column."
+            f"Column {column!r} of {source} holds {held}; expected text; name another by "
+            "text_column."
         )
     return documents
 
