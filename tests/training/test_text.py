@@ -174,7 +174,7 @@ def test_a_path_is_no_pattern(tmp_path, monkeypatch, name):
         ({"a.parquet": b"PAR1"}, r"a\.parquet cannot be read"),
         (
             {"a.jsonl": b'{"text": "a"}\n{"text": 3}\n'},
-            "holds values of several types; expected text",
+            "holds values of several types, or with parts; expected text",
         ),
         ({"a.jsonl": b'{"text": null}\n'}, "holds null values; expected text"),
         ({"a.json": b'{"text": {"0": "a", "1": "b"}}'}, "expected text"),
