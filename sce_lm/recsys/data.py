@@ -77,6 +77,7 @@ def read_interactions(
         if time is not None:
             place = f"{name} has times in column {time!r}"
             kinds = {time_kind(part.log.collect_schema()[time], place): part for part in parts}
+            kinds.pop("", None)
             if len(kinds) > 1:
                 raise ValueError(
                     f"{place} that are {' and '.join(f'{k} ({p.name})' for k, p in kinds.items())}"
@@ -84,7 +85,7 @@ def read_interactions(
                 )
             if "text" in kinds:
                 log = read_text_times(log, place, time_format)
-            elif time_format is not None:
+            elif kinds and time_format is not None:
                 raise ValueError(
                     f"{place} that are {next(iter(kinds))}, and time_format is for text; leave it "
                     "out."

@@ -223,13 +223,14 @@ def _open_json(path: Path, columns: Mapping[str, str]) -> Part:
     with open_bytes(path) as file:
         marked = file.peek(len(BOM)).startswith(BOM)
         file.read(len(BOM) if marked else 0)
-        lines = list(islice(iter(lambda: file.readline(LONGEST_LINE), b""), SAMPLE))
-        start = b"".join(lines[:SAMPLE]).lstrip()[:1]
-        in_memory = b"".join((*lines, file.read())) if marked or start == b"[" else None
-    lines = [line for line in lines if line.strip()]
-    if not lines:
-        raise ValueError(f"{path} is empty; it should hold a row an event.")
-    if start == b"[":
+        first = islice(iter(lambda: file.readline(LONGEST_LINE), b""), SAMPLE)
+        lines = [line for line in first if line.strip()]
+        if not lines:
+            raise ValueError(f"{path} is empty; it should hold a row an event.")
+        is_array = lines[0].lstrip().startswith(b"[")
+        # The reader of lines takes no mark of byte order, and that of arrays no pieces.
+        in_memory = b"".join((*lines, file.read())) if marked or is_array else b""
+    if is_array:
         records = json.loads(in_memory)
     elif len(lines[0]) == LONGEST_LINE:  # more than an event
         records = [{"": {}}]
@@ -244,9 +245,9 @@ def _open_json(path: Path, columns: Mapping[str, str]) -> Part:
         )
     _check_columns(path, list(dict.fromkeys(name for r in records for name in r)), columns)
     schema = {name: _json_type([r.get(name) for r in records]) for name in columns.values()}
-    if start == b"[":
+    if is_array:
         return Part(str(path), path, pl.read_json(io.BytesIO(in_memory), schema=schema).lazy())
-    # The reader takes patterns but no marks of byte order: those files are read into memory.
+    # Escaped, since this reader takes every path for a pattern.
     return Part(str(path), path, pl.scan_ndjson(in_memory or glob.escape(str(path)), schema=schema))
 
 
@@ -254,6 +255,8 @@ def _json_type(values: list[Any]) -> pl.DataType:
     """The type to read a column of JSON as: text where it is scalar (7 and 7.0 are both "7"), so
     that no later line fails to be of the type of the first; fractions and what is nested stay."""
     found = pl.Series(values[:SAMPLE], strict=False).dtype
+    if found == pl.Object:
+        raise pl.exceptions.ComputeError("lists or objects stand among the values of a column")
     return found if found.is_float() or found.is_nested() else pl.String()
 
 
@@ -281,13 +284,15 @@ def _damaged_line(path: Path) -> tuple[int, str] | None:
         with open_bytes(path) as file:
             for line in file:
                 text = line.decode("utf-8-sig").strip()
+                if lines_are_json and text.startswith("["):  # an array over all lines
+                    return None
                 if lines_are_json and text and not isinstance(_strict_json(text), dict):
                     return number, "no JSON object"
                 number += 1
     except UnicodeDecodeError:
         return number, "not UTF-8 text"
     except json.JSONDecodeError:
-        return None if text.startswith("[") else (number, "no JSON object")
+        return number, "no JSON object"
     except OSError:  # cut off within compressed data
         return None
     return None

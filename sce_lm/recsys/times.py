@@ -34,8 +34,8 @@ NUMBER = pl.when(NUMBER.is_finite()).then(NUMBER)
 
 
 def time_kind(dtype: pl.DataType, place: str) -> str:
-    """What a column's times are: numbers, text, dates (with or without a zone) or durations; times
-    of different kinds have no common order.
+    """What a column's times are: numbers, text, dates (with or without a zone) or durations, empty
+    where all are missing; times of different kinds have no common order.
 
     Args:
         place: "SOURCE has times in column ...", for messages.
@@ -51,7 +51,9 @@ def time_kind(dtype: pl.DataType, place: str) -> str:
         return "dates without a zone"
     if dtype == pl.Duration:
         return "durations"
-    if dtype in (pl.String, pl.Categorical, pl.Enum, pl.Binary, pl.Null):
+    if dtype == pl.Null:
+        return ""
+    if dtype in (pl.String, pl.Categorical, pl.Enum, pl.Binary):
         return "text"
     raise ValueError(f"{place} of type {dtype}; give numbers, dates or text.")
 
@@ -71,7 +73,7 @@ def plain_time(time: pl.Expr, dtype: pl.DataType) -> pl.Expr:
         return time.dt.convert_time_zone("UTC") if dtype.time_zone else time
     if dtype == pl.Date:
         return time.cast(pl.Datetime("us"))
-    if dtype == pl.Duration:
+    if dtype in (pl.Duration, pl.Null):
         return time
     text = time.cast(pl.String).str.strip_chars()
     return pl.when(text != "").then(text)

@@ -513,6 +513,9 @@ def test_parts_with_times_of_different_kinds_are_refused(tmp_path):
     write(dates, tmp_path / "b.parquet")
     with pytest.raises(ValueError, match=r"numbers \(.*a.parquet\) and dates without a zone"):
         read_interactions(tmp_path, time="t")
+    write(frame.with_columns(t=None), tmp_path / "b.parquet")
+    with pytest.raises(ValueError, match=r"no readable time .* in 1 of 2 rows"):
+        read_interactions(tmp_path, time="t")
     write(frame.cast({"t": pl.Float32}), tmp_path / "b.parquet")
     assert read_interactions(tmp_path, time="t").collect()["time"].to_list() == [5, 5]
 
@@ -542,11 +545,17 @@ def test_records_of_json_are_read_from_an_array_or_lines(tmp_path):
     ("text", "message"),
     [
         ('{"user_id": 1, "item_id": 2}\n\n{"user_id": 1, "it\n', "line 3 is no JSON object"),
-        ('{"user_id": 1, "item_id": 2}\n[1, 2]\n', "line 2 is no JSON object"),
+        ('{"user_id": 1, "item_id": 2}\n7\n', "line 2 is no JSON object"),
+        ('{"user_id": 1, "item_id": 2}\n[7]\n', "a record is no JSON object"),
         ('{"user_id": 1, "item_id": NaN}\n', "line 1 is no JSON object"),
         ('{\n "user_id": 1,\n "item_id": 2\n}\n', "line 1 is no JSON object"),
         ('[{"user_id": 1, "item_id": 2},\n{"user_id": 1,]', "line 2 column 15"),
         ("[[1, 2]]", "cannot be read as json"),
+        (
+            '[{"user_id": 1, "item_id": 2}, {"user_id": 1, "item_id": [2]}]',
+            "lists or objects stand among",
+        ),
+        ('{"user_id": 1, "item_id": 2}\n{"user_id": 1, "item_id": {"a": 1}}', "of type Struct"),
         ("[]", "is empty"),
         (" \n", "is empty"),
     ],

@@ -174,6 +174,19 @@ def test_split_and_masking_are_those_of_the_configuration(tmp_path, changes, pro
     assert described["length_median"] == 8
 
 
+def test_text_times_are_read_by_the_format_of_the_configuration(tmp_path):
+    log = log_of_cycles(tmp_path)
+    day = pl.date(2024, 1, 1) + pl.duration(days=pl.col("time"))
+    frame = pl.read_csv(log["data"]).with_columns(time=day.dt.strftime("%d/%m/%Y"))
+    frame.write_csv(log["data"])
+    fields = items_fields(tmp_path, **log, split="temporal", split_time="2024-10-27", eval_k=[3])
+    described = Run(TrainConfig(**fields, time_format="%d/%m/%Y")).task.describe()
+    assert described["test_questions"] == 10  # as of split_time 300 in days
+    assert described["protocol"].startswith("temporal at 2024-10-27 00:00:00; ")
+    with pytest.raises(ValueError, match=r"the first '01/01/2024'.*say how .* with time_format"):
+        Run(TrainConfig(**fields | {"output_dir": str(tmp_path / "other")}))
+
+
 def test_filters_are_those_of_the_configuration(tmp_path):
     fields = items_fields(tmp_path, **log_of_cycles(tmp_path), min_item_events=36, eval_k=[5])
     described = Run(TrainConfig(**fields)).task.describe()
