@@ -100,7 +100,7 @@ def _of_lists(parts: Sequence[Part], user: str, item: str) -> tuple[pl.DataFrame
         schema = part.log.collect_schema()
         kind = schema[item]
         assert isinstance(kind, pl.List | pl.Array)
-        id, inner = pl.element(), kind.inner
+        id, inner = pl.element(), pl.Series(dtype=kind.inner).dtype
         ids = id_text(id, inner, f"{part.name} has lists in column {item!r}, with items")
         if inner.is_float():  # a fraction is no id of anything, and stays what it is
             ids = pl.when(id == id.floor()).then(ids).otherwise(id.cast(pl.String))
