@@ -34,7 +34,8 @@ def data_files(folder: Path) -> list[Path]:
         file
         for file in folder.iterdir()
         if file.is_file()
-        and not file.name.startswith((".", "_", "README", "LICENSE"))
+        and not file.name.startswith((".", "_"))
+        and file.stem not in ("README", "LICENSE")
         and file.stat().st_size
     ]
     # Text and numbers take turns in the key, text first, so that two keys always compare.

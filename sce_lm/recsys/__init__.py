@@ -20,7 +20,13 @@ from sce_lm.recsys.sasrec import SASRecConfig, SASRecForCausalLM
 from sce_lm.recsys.scoring import Scorer
 from sce_lm.recsys.sequences import catalogue, statistics, training_dataset, user_sequences
 from sce_lm.recsys.splits import Split, last_n, leave_one_out, temporal_split
-from sce_lm.recsys.tokenizer import append_items, build_item_tokenizer, item_tokens
+from sce_lm.recsys.tokenizer import (
+    append_items,
+    build_item_tokenizer,
+    count_items,
+    item_counts,
+    item_tokens,
+)
 
 __all__ = [
     "ItemRanking",
@@ -33,8 +39,10 @@ __all__ = [
     "build_item_tokenizer",
     "catalogue",
     "check_list_lengths",
+    "count_items",
     "evaluate_items",
     "filter_interactions",
+    "item_counts",
     "item_tokens",
     "last_n",
     "leave_one_out",

@@ -34,6 +34,7 @@ def read_interactions(
     time: str | None = None,
     time_format: str | None = None,
     split: str = "train",
+    keep_missing: bool = False,
 ) -> pl.LazyFrame:
     """Open an interaction log and check all of it in streaming passes.
 
@@ -51,6 +52,7 @@ def read_interactions(
             numbers that are not whole are compared in double precision. None: order of the file.
         time_format: how text times are written, as of ``strptime``, e.g. "%d/%m/%Y %H:%M".
         split: the part of a hub data set.
+        keep_missing: leave rows with a missing value in, as null, instead of refusing the log.
 
     Returns:
         A lazy frame with the columns ``user`` and ``item`` (strings) and, if named, ``time``
@@ -96,7 +98,7 @@ def read_interactions(
     if events == 0:
         raise ValueError(f"{name} is empty: it has columns but no events, and training needs some.")
     for role, column in named.items():
-        if found[role]:
+        if found[role] and not keep_missing:
             raise ValueError(
                 f"{name} has no readable {role} (column {column!r}) in {found[role]} of "
                 f"{events} rows; fill these in or leave the rows out."

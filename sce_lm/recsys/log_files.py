@@ -35,6 +35,7 @@ SAMPLE = 10_000
 """Lines of JSON from which the types of its columns are told."""
 READING_ERRORS = (
     pl.exceptions.PolarsError,
+    pl.exceptions.PanicException,
     pa.ArrowException,
     OSError,
     json.JSONDecodeError,

@@ -47,6 +47,7 @@ class ItemsTask(Task):
         recsys.check_list_lengths(config.eval_k, self.items)
         sequences = recsys.user_sequences(log, self.tokenizer)
         self.split = _split(sequences, config)
+        recsys.count_items(self.tokenizer, self.split.train)
         self._description = {
             **recsys.statistics(sequences),
             "catalogue": len(self.items),

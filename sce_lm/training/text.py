@@ -5,16 +5,22 @@ into blocks of `sequence_length`; what is left over at the end is dropped. Token
 kept on disk and mapped into memory, and blocks are views of them.
 """
 
+import glob
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 from datasets import Dataset, Features, List, Value
 from datasets.fingerprint import Hasher
 from transformers import PreTrainedTokenizerBase
 
+from sce_lm.files import data_files
+from sce_lm.recsys.delimited import open_bytes
 from sce_lm.training.config import TrainConfig
 
 _LOADERS = {
@@ -22,7 +28,14 @@ _LOADERS = {
     ".parquet": "parquet",
     ".json": "json",
     ".jsonl": "json",
+    ".ndjson": "json",
     ".txt": "text",
+}
+_COMPRESSIONS = (".gz", ".zst")
+_LOADER_OPTIONS: dict[str, dict[str, Any]] = {
+    # The text "NA" is text.
+    "csv": {"keep_default_na": False, "na_values": [""]},
+    "text": {"sample_by": "paragraph", "encoding": "utf-8-sig"},
 }
 
 
@@ -53,14 +66,15 @@ def read_documents(config: TrainConfig) -> tuple[Dataset, Dataset]:
 
 def is_local(source: str) -> bool:
     """Whether `source` names a path rather than a hub data set."""
-    return Path(source).expanduser().exists() or Path(source).suffix in _LOADERS
+    path = Path(source).expanduser()
+    return path.exists() or path.is_absolute() or _ending(path) in _LOADERS
 
 
 def read(source: str, split: str, column: str, cache_dir: str, name: str | None = None) -> Dataset:
     """One split of a hub data set, or a local file or folder of files, with its text in `column`.
 
     Args:
-        source: path or hub id.
+        source: path, taken as it stands and never as a pattern, or hub id.
         split: split of the hub data set; a path is one split, "train".
         column: column with the text ("text" in a text file).
         cache_dir: folder for the data in Arrow form.
@@ -69,14 +83,24 @@ def read(source: str, split: str, column: str, cache_dir: str, name: str | None 
     Raises ValueError for data that cannot be read or have no rows, and for a missing column.
     """
     options: dict[str, Any] = {"path": source}
+    files: list[Path] = []
     if is_local(source):
-        options = _local_files(Path(source).expanduser())
+        files = _local_files(Path(source).expanduser())
+        loader = _LOADERS[_ending(files[0])]
+        # Escaped, since data sets take every path for a pattern.
+        names = [glob.escape(str(file.absolute())) for file in files]
+        options = {"path": loader, "data_files": names, **_LOADER_OPTIONS.get(loader, {})}
     try:
         documents = datasets.load_dataset(
             **options, name=name, split=split, cache_dir=str(Path(cache_dir).expanduser() / "data")
         )
     except Exception as error:  # the libraries behind raise what they like
         reason = " ".join(str(error.__cause__ or error).split())[:300].rstrip(".")
+        place = next(filter(None, map(_damage, files)), None)
+        if place is not None:
+            raise ValueError(
+                f"{place} cannot be read ({reason}); mend it or leave it out."
+            ) from error
         raise ValueError(
             f"The data {source!r} cannot be read ({reason}); expected a local "
             f"{', '.join(_LOADERS)} path or the id of a hub data set; check it."
@@ -89,31 +113,63 @@ def read(source: str, split: str, column: str, cache_dir: str, name: str | None 
         )
     kind = documents.features[column]
     if getattr(kind, "dtype", None) not in ("string", "large_string"):
+        dtype = getattr(kind, "dtype", None)
+        held = f"{dtype} values" if dtype else "values of several types, or with parts"
         raise ValueError(
-            f"Column {column!r} of {source} holds {getattr(kind, 'dtype', kind)} values; expected "
-            "text; name another by text_column."
+            f"Column {column!r} of {source} holds {held}; expected text; name another by "
+            "text_column."
         )
     return documents
 
 
-def _local_files(path: Path) -> dict[str, Any]:
-    """Arguments of `load_dataset` for a file, or for all files of a folder."""
+def _local_files(path: Path) -> list[Path]:
+    """A file, or all files below a folder but those that `data_files` passes over, of one kind."""
     if not path.exists():
         raise ValueError(f"There is no data file {path}; give the path of a file or folder.")
-    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
-    kinds = {_LOADERS.get(file.suffix) for file in files}
+    files = [path] if path.is_file() else _files_below(path)
+    if not any(file.stat().st_size for file in files):
+        raise ValueError(f"{path} is empty; training needs text; give a file that has some.")
+    kinds = {_LOADERS.get(_ending(file)) for file in files}
     if len(kinds) != 1 or None in kinds:
-        endings = ", ".join(sorted({file.suffix or file.name for file in files})) or "nothing"
+        endings = ", ".join(sorted({_ending(file) or file.name for file in files}))
         raise ValueError(
             f"{path} holds files of {endings}; expected files of one kind out of "
             f"{', '.join(_LOADERS)}; name one file, or tidy the folder."
         )
-    if not any(file.stat().st_size for file in files):
-        raise ValueError(f"{path} is empty; training needs text; give a file that has some.")
-    options: dict[str, Any] = {"path": kinds.pop(), "data_files": [str(file) for file in files]}
-    if options["path"] == "text":
-        options["sample_by"] = "paragraph"
-    return options
+    return files
+
+
+def _files_below(folder: Path) -> list[Path]:
+    folders = sorted(
+        path for path in folder.iterdir() if path.is_dir() and not path.name.startswith((".", "_"))
+    )
+    return [*data_files(folder), *(file for below in folders for file in _files_below(below))]
+
+
+def _ending(path: Path) -> str:
+    """How a file's name ends, in lower case and without the ending of a compression."""
+    path = Path(path.name.lower())
+    return (path.with_suffix("") if path.suffix in _COMPRESSIONS else path).suffix
+
+
+def _damage(file: Path) -> str | None:
+    """Where a file is no UTF-8 or no JSON lines, or itself if it is damaged in another way."""
+    ending = _ending(file)
+    number = 0
+    try:
+        if ending == ".parquet":
+            pq.read_metadata(file)
+            return None
+        with open_bytes(file) as lines:
+            for number, line in enumerate(lines, 1):  # noqa: B007 (used where a line fails)
+                text = line.decode("utf-8-sig")
+                if ending in (".jsonl", ".ndjson") and text.strip():
+                    json.loads(text)
+    except ValueError:
+        return f"Line {number} of {file}" if number else str(file)
+    except (OSError, EOFError, pa.ArrowException):
+        return str(file)
+    return None
 
 
 def tokenise(

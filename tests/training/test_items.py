@@ -18,6 +18,7 @@ from sce_lm.training.evaluation import evaluate_run
 from sce_lm.training.items import ItemsTask
 from sce_lm.training.loop import Run
 from sce_lm.training.metrics import read_metrics
+from sce_lm.training.sources import build_task
 
 PACKAGES = ["asyncio", "email", "json", "unittest"]
 
@@ -253,3 +254,12 @@ def test_a_run_that_does_not_fit_warns_before_it_starts(tmp_path, monkeypatch):
         UserWarning, match=r"will probably not fit. Memory: about \d+ MiB of \d+ free"
     ):
         Run(TrainConfig(**items_fields(tmp_path)))
+
+
+def test_the_tokenizer_carries_how_often_items_occur_in_training(tmp_path):
+    task = build_task(TrainConfig(**items_fields(tmp_path)))
+    assert isinstance(task, ItemsTask)
+    counted = task.split.train["items"].explode().value_counts().sort("items")
+    counts = recsys.item_counts(task.tokenizer)
+    assert counts.sum() == counted["count"].sum()
+    assert counts[counts > 0].tolist() == counted["count"].to_list()
