@@ -45,8 +45,15 @@ from transformers.loss.loss_utils import ForCausalLMLoss, ForMaskedLMLoss
 from sce_lm import objectives
 from sce_lm.config import SCEConfig
 from sce_lm.distributed import vocab_parallel_loss
-from sce_lm.hf.head import HeadProduct, call_inside, check_linear, merged_adapters
-from sce_lm.hf.lazy_logits import CrossEntropy, LazyLogits, RecordedLogits
+from sce_lm.hf.head import (
+    HeadProduct,
+    call_inside,
+    check_linear,
+    merged_adapters,
+    other_adapter,
+)
+from sce_lm.hf.lazy_logits import LazyLogits
+from sce_lm.hf.recorded_logits import CrossEntropy, RecordedLogits
 from sce_lm.hf.traced_logits import TracedLogits, is_traceable
 from sce_lm.objectives import Objective, Statistics
 from sce_lm.objectives.compiled import (
@@ -80,8 +87,8 @@ def apply_sce(model: ModelT, config: SCEConfig | Objective) -> ModelT:
 
     Raises:
         TypeError: not a transformers model, or ``config`` is neither of the two.
-        ValueError: the model takes no labels, has no output head, a head that is not linear, an
-            adapter on its head other than LoRA and trainable tokens, or a loss of the user's own.
+        ValueError: the model takes no labels, has no output head, a head that is not linear, or a
+            loss of the user's own.
     """
     objective = objectives.from_config(config)
     attachment = _attachment_of(model)
@@ -251,6 +258,7 @@ class _Attachment:
         self.in_forward = False
         self.is_lazy = False
         self.missing_loss = False
+        self.other_adapter: str | None = None
         self.warned: set[str] = set()
         self.head: _Head | None = None
         self.merged: tuple[Any, list[str]] = (None, [])
@@ -312,6 +320,9 @@ class _Attachment:
             head = _find_head(model)
             check_linear(head.module)
             self.head = head
+        self.other_adapter = other_adapter(self.head.module)
+        if self.other_adapter is not None:
+            return
         owner = model.get_submodule(self.head.owner)
         objective = self.objective if self.training else self.evaluation
         head = self.head.module
@@ -333,11 +344,19 @@ class _Attachment:
         if output is None or not self.training or not torch.is_grad_enabled():
             return
         if missing:
+            why = (
+                "its forward does something to the head's output that is no bias, scale or soft "
+                "cap, or a trainer has replaced its forward."
+            )
+            if self.other_adapter is not None:
+                why = (
+                    f"its output head carries an adapter ({self.other_adapter}) whose result is no "
+                    "product with the head's weight. LoRA without variants, trainable tokens and "
+                    "modules_to_save work there; or leave the head out of target_modules."
+                )
             self.warn_once(
                 f"{type(model).__name__} computed its loss from full logits, without the objective "
-                f"{self.objective.name!r}: its forward does something to the head's output that "
-                "is no bias, scale or soft cap, or a trainer has replaced its forward. The result "
-                "is the stock loss."
+                f"{self.objective.name!r}: {why} The result is the stock loss."
             )
         elif not self.is_lazy:
             self.warn_once(
@@ -443,7 +462,8 @@ class _Attachment:
             )
 
         with self.timed(self.training):
-            return call_inside(logits.head, compute, logits.hidden_states)
+            loss = call_inside(logits.head, compute, logits.hidden_states)
+        return loss.to(logits.device)  # accelerate may have moved them since
 
     def compute_loss(self, training: bool, *inputs: Any, **options: Any) -> torch.Tensor:
         """A loss in one of the two modes, with what is noted about it."""
