@@ -51,6 +51,7 @@ from sce_lm.hf.head import (
     check_linear,
     merged_adapters,
     other_adapter,
+    vocab_size,
 )
 from sce_lm.hf.lazy_logits import LazyLogits
 from sce_lm.hf.recorded_logits import CrossEntropy, RecordedLogits
@@ -182,6 +183,13 @@ def probe_loss(
     return probe
 
 
+def accept_new_state(model: nn.Module) -> None:
+    """Not warn that the state of ``model`` starts anew beside loaded weights: that was said."""
+    attachment = _attachment_of(model)
+    if attachment is not None:
+        attachment.weights_loaded = False
+
+
 def objective_figures(model: nn.Module) -> dict[str, float]:
     """What logs show of the objective: running averages of its state and the probe's latest
     figures. Warns once where they say that something should be changed."""
@@ -255,6 +263,8 @@ class _Attachment:
         self.always_lazy = False
         self.training = model.training
         self.weights_loaded = False
+        self.vocab_size = vocab_size(_find_head(model).module)
+        self.was_called = False
         self.in_forward = False
         self.is_lazy = False
         self.missing_loss = False
@@ -305,7 +315,7 @@ class _Attachment:
                 "GPU with accelerate launch or torchrun, or show this process a single GPU."
             )
         self.training = model.training
-        self.in_forward = True
+        self.was_called = self.in_forward = True
         self.missing_loss = self.given("labels", args, kwargs)
         self.is_lazy = (
             self.missing_loss or self.always_lazy or self.given("shift_labels", args, kwargs)
@@ -402,6 +412,12 @@ class _Attachment:
             or targets.numel() != positions.numel()
             or vocab_size != logits.shape[-1]
         ):
+            if not self.was_called and logits.requires_grad:
+                self.warn_once(
+                    "the forward of this model was called past its hooks, as model.forward(...) "
+                    "instead of model(...), which PEFT's AdaLoRA does; its loss is the stock loss "
+                    f"of full logits and not the objective {self.objective.name!r}."
+                )
             # The stock loss is right for whatever this is, or says what is wrong with it.
             return self.stock_loss(
                 logits,
@@ -469,6 +485,7 @@ class _Attachment:
         """A loss in one of the two modes, with what is noted about it."""
         if training:
             self.note_new_state()
+            self.note_vocabulary(inputs[1])
         objective = self.objective if training else self.evaluation
         if isinstance(inputs[1], DTensor):  # the weight of a tensor-parallel plan's head
             objective = partial(vocab_parallel_loss, config=objective)
@@ -495,6 +512,21 @@ class _Attachment:
         yield
         if training:
             self.seconds += time.perf_counter() - started
+
+    def note_vocabulary(self, weight: torch.Tensor) -> None:
+        """The state of this model alone follows a resizing of its embeddings; another model's
+        state is refused where it is used."""
+        before, self.vocab_size = self.vocab_size, len(weight)
+        state = self.objective.state
+        if before == self.vocab_size or state is None or state.counts is None:
+            return
+        if state.counts.numel() == before:
+            state.resize(self.vocab_size)
+            self.warn_once(
+                f"the vocabulary of this model went from {before} to {self.vocab_size} classes; "
+                "its SCEState keeps the counts of those that stayed, and what else it learned "
+                "about them it learns again."
+            )
 
     def note_new_state(self) -> None:
         state = self.objective.state

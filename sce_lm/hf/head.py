@@ -43,6 +43,12 @@ def base_layer(head: Any) -> Any:
     return head.original_module if _is_trainable_tokens(head) else head
 
 
+def vocab_size(head: Any) -> int:
+    """Rows of its weight, which a sharding engine may keep flat or empty between its uses."""
+    layer = base_layer(head)
+    return layer.weight.shape[0] if layer.weight.dim() == 2 else layer.out_features
+
+
 def check_linear(head: Any) -> None:
     """Raise one sentence unless ``head(x)``, adapters aside, is a :class:`HeadProduct`."""
     for part in _parts(head):

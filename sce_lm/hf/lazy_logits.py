@@ -20,7 +20,7 @@ from torch import nn
 from torch.utils._pytree import tree_map_only
 from torch.utils.hooks import RemovableHandle
 
-from sce_lm.hf.head import base_layer, result_device
+from sce_lm.hf.head import result_device, vocab_size
 from sce_lm.hf.logit_operations import answer
 from sce_lm.hf.recorded_logits import (
     APPLY,
@@ -56,14 +56,11 @@ class LazyLogits(RecordedLogits):
         device: torch.device,
         view_of: tuple[RecordedLogits, Step] | None = None,
     ) -> LazyLogits:
-        # A sharding engine may keep the weight flat or empty between its uses.
-        layer = base_layer(source.head)
-        vocab_size = layer.weight.shape[0] if layer.weight.dim() == 2 else layer.out_features
         weights_need = any(p.requires_grad for p in source.head.parameters())
         needs_grad = source.modes.grad and (hidden.requires_grad or weights_need)
         self = torch.Tensor._make_wrapper_subclass(
             cls,
-            (*hidden.shape[:-1], vocab_size),
+            (*hidden.shape[:-1], vocab_size(source.head)),
             dtype=dtype,
             device=device,
             requires_grad=needs_grad,
