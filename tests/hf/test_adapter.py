@@ -10,10 +10,10 @@ import pytest
 import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from support import conformance
+from support.allocations import VocabularySized
 from support.models import NAMES, VOCAB_SIZE, tiny_batch, tiny_config, tiny_model
 from torch import nn
 from torch.distributed.fsdp import fully_shard
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModel, GPT2DoubleHeadsModel, LlamaForCausalLM
 
 from sce_lm import SCEConfig, objectives
@@ -106,21 +106,6 @@ def test_evaluation_and_generation_equal_stock(name):
     assert torch.equal(patched.generate(**batch, **options), stock.generate(**batch, **options))
 
 
-class VocabularySizedTensors(TorchDispatchMode):
-    """Counts results of operations that hold a logit for every position."""
-
-    def __init__(self, positions):
-        super().__init__()
-        self.positions, self.count = positions, 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        for tensor in result if isinstance(result, (tuple, list)) else [result]:
-            if isinstance(tensor, torch.Tensor) and VOCAB_SIZE in tensor.shape:
-                self.count += tensor.numel() >= self.positions * VOCAB_SIZE
-        return result
-
-
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("training", [True, False])
 def test_no_logits_are_allocated(name, training, monkeypatch):
@@ -129,7 +114,7 @@ def test_no_logits_are_allocated(name, training, monkeypatch):
     batch = tiny_batch(batch=9, length=16)
     counts = []
     for model in exact_pair(name):
-        with VocabularySizedTensors(9 * 16) as counter, torch.set_grad_enabled(training):
+        with VocabularySized(9 * 16, VOCAB_SIZE) as counter, torch.set_grad_enabled(training):
             loss = model.train(training)(**batch).loss
             if training:
                 loss.backward()
@@ -526,14 +511,6 @@ def test_one_model_and_its_copy_in_two_threads_draw_their_own_candidates():
         thread.join()
     assert [objective_of(m).state.step for m in models] == [6, 6]
     assert torch.equal(*(objective_of(m).state.counts for m in models))
-
-
-@pytest.fixture
-def process_group(tmp_path):
-    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
-    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
-    yield
-    torch.distributed.destroy_process_group()
 
 
 @pytest.mark.usefixtures("process_group")
