@@ -109,8 +109,13 @@ class SCEState:
         self.num_labels = int(kept.sum())
         self.memory.clear()
         self._frequent = self._classes = None
-        self._recent.clear()
         self.row_sum.forget()
+        self.forget_calls()
+
+    def forget_calls(self) -> None:
+        """No call so far will be replayed. A run that begins where another one began draws the same
+        seeds, and its calls are new ones."""
+        self._recent.clear()
 
     def begin_call(
         self, labels: torch.Tensor, vocab_size: int, seed: int

@@ -63,7 +63,10 @@ class SCECallback(TrainerCallback):
         self.logged_seconds, self.logged_steps = loss_seconds(model), state.global_step
         if self.probe_every:
             probe_loss(model, self.probe_every)
-        if objective.state is None or state.global_step == 0:
+        if objective.state is None:
+            return
+        objective.state.forget_calls()
+        if state.global_step == 0:
             return
         file = state_file(self._resumed_checkpoint(args, state), args.process_index)
         if file.is_file():

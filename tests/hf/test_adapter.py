@@ -404,6 +404,59 @@ def test_resizing_embeddings(name, size):
     assert type(remove_sce(model).lm_head) is nn.Linear
 
 
+@pytest.mark.filterwarnings("ignore:the vocabulary of this model")
+@pytest.mark.parametrize("name", ["gemma3", "llama"])
+@pytest.mark.parametrize("objective", ["sce", "xir", "in_batch", "kernel"])
+def test_resizing_embeddings_after_training(name, objective):
+    """Rows that stay keep their counts; what else a method remembers starts anew."""
+    model = apply_sce(tiny_model(name), objectives.get(objective))
+    for step in range(2):
+        model(**tiny_batch(step)).loss.backward()
+    state, batch = objective_of(model).state, tiny_batch(7)
+    for key in ("input_ids", "labels"):
+        batch[key].clamp_(max=119)
+    labels = batch["labels"][:, 1:]
+    for size in (VOCAB_SIZE + 9, 120, 400):
+        before = state.counts.clone()
+        model.zero_grad()
+        model.resize_token_embeddings(size, mean_resizing=False)
+        model(**batch).loss.backward()
+        assert objective_of(model).state is state
+        want = torch.zeros(size, dtype=torch.int64)
+        want[: len(before)] = before[:size]
+        want += torch.bincount(labels[labels >= 0], minlength=size)
+        assert torch.equal(state.counts, want)
+        assert state.num_labels == want.sum()
+
+
+def test_resizing_is_said_once_and_covers_the_new_vocabulary():
+    covering = SCEConfig(
+        num_buckets=3, bucket_candidates=20, shared_frequent=10, tail_candidates=VOCAB_SIZE
+    )
+    stock, model = tiny_model("llama"), apply_sce(tiny_model("llama"), covering)
+    model(**tiny_batch())
+    for m in (stock, model):
+        torch.manual_seed(3)
+        m.resize_token_embeddings(VOCAB_SIZE - 40)
+    batch = {name: x.clamp(max=100) for name, x in tiny_batch().items()}
+    losses = []
+    messages = warned(lambda: losses.extend(model(**batch).loss for _ in range(2)))
+    assert len(messages) == 1
+    assert f"went from {VOCAB_SIZE} to {VOCAB_SIZE - 40} classes" in messages[0]
+    torch.testing.assert_close(losses[0], stock(**batch).loss, rtol=0.05, atol=0)
+
+
+def test_a_state_of_another_model_is_not_resized():
+    objective = objectives.get("sce")
+    models = [apply_sce(tiny_model("llama", vocab_size=v), objective) for v in (163, 172)]
+    models[0](**tiny_batch())
+    with pytest.raises(ValueError, match=r"counts 163 classes .* call its resize\(172\)"):
+        models[1](**tiny_batch())
+    assert objective.state.counts.numel() == 163
+    objective.state.resize(172)
+    models[1](**tiny_batch())
+
+
 def test_new_head_is_used_from_the_next_forward_on():
     stock, model = exact_pair("llama")
     for m in (stock, model):
