@@ -78,8 +78,9 @@ def apply_sce(model: ModelT, config: SCEConfig | Objective) -> ModelT:
 
     Args:
         model: a ``PreTrainedModel`` whose output head is linear (causal, masked, encoder-decoder,
-            vision-language), or a wrapper around one (PEFT, DistributedDataParallel). PEFT may also
-            be applied afterwards.
+            vision-language), or a wrapper around one (PEFT, DistributedDataParallel). PEFT and
+            accelerate may also be applied afterwards. While the head carries an adapter other than
+            LoRA and trainable tokens (DoRA, IA3, ...) the loss is the stock one, with a warning.
         config: an :class:`~sce_lm.SCEConfig`, or an objective from ``objectives.get(...)``. On a
             patched model it replaces the objective.
 

@@ -27,7 +27,8 @@ class SCECallback(TrainerCallback):
 
     Its options go into ``checkpoint-<step>/objective.json``, so that
     :func:`~sce_lm.hf.load_objective` builds it again. Every process has an SCEState of its own,
-    writes its own file there, and reads it when a run is resumed. Its running averages (coverage,
+    writes its own file there, and reads it when a run is resumed; in a hyper-parameter search they
+    lie in the folders of the trials. Its running averages (coverage,
     relative error of Zhat, candidates and products per position) and the seconds that the loss took
     in a step are added to the training logs as ``sce/...``; to have a tracker such as TensorBoard
     see them too, put the callback before it:

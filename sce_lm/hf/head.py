@@ -67,8 +67,7 @@ def check_linear(head: Any) -> None:
 def other_adapter(head: Any) -> str | None:
     """The kind of an adapter with which ``head(x)`` is no :class:`HeadProduct`, or None.
 
-    PEFT has about thirty. Of LoRA's variants (DoRA, ...) one that is switched off or merged does
-    not count.
+    Of LoRA's variants (DoRA, ...) one that is switched off or merged does not count.
     """
     for part in _parts(head):
         if not _is_adapted(part):
@@ -97,11 +96,8 @@ def result_device(head: Any, hidden_states: torch.Tensor) -> torch.device:
         hook = getattr(layer, "_hf_hook", None)
         for each in getattr(hook, "hooks", (hook,)):
             device = getattr(each, "execution_device", None)
-            if device is not None:
-                is_sent_back = getattr(each, "io_same_device", False)
-                return (
-                    hidden_states.device if is_sent_back else torch.empty(0, device=device).device
-                )
+            if device is not None and not getattr(each, "io_same_device", False):
+                return torch.empty(0, device=device).device
     return hidden_states.device
 
 
@@ -112,7 +108,7 @@ def call_inside(head: nn.Module, compute: Compute, hidden_states: torch.Tensor) 
     FSDP also casts what a head gives (``output_dtype``). That is meant for logits: a loss that was
     computed here keeps its dtype.
     """
-    computed = []
+    computed: list[Any] = []
 
     def keep(product: HeadProduct) -> Any:
         computed.append(compute(product))
@@ -274,9 +270,9 @@ def _has_tokens(layer: Any) -> bool:
 
 
 def _kind(layer: Any) -> str:
-    """What PEFT calls the method of an adapter's layer: it keeps each in a module of its own."""
-    package, _, module = type(layer).__module__.partition("peft.tuners.")
-    return module.split(".")[0] if not package else type(layer).__name__
+    """The method of an adapter's layer. PEFT has about forty layers named Linear, each in a package
+    that is named by its method."""
+    return type(layer).__module__.removeprefix("peft.tuners.").split(".")[0]
 
 
 def _acts_as_linear(part: Any) -> bool:

@@ -1,12 +1,13 @@
 """Logits that are computed only if somebody looks at them.
 
 A :class:`LazyLogits` stands where a causal LM expects the result of its output head. It holds the
-hidden states and the head, and writes down the few things models do next: add a bias, multiply or
-divide by a number, tanh, change the dtype, slice or flatten positions. A loss that knows it reads
-that record (:meth:`LazyLogits.parts`) and never forms ``[..., V]``; ``cross_entropy`` asks whoever
-made the logits for such a loss first. Whatever else touches it - argmax, a vocabulary crop, numpy,
-a custom loss - gets the real logits, computed once by the head itself under the autocast and
-gradient modes of the forward pass, and autograd goes on through them as usual.
+hidden states and the head, and writes down the few things that models and the libraries around them
+do next: add a bias, multiply or divide by a number, tanh, change dtype or device, slice or flatten
+positions. A loss that knows it reads that record (:meth:`LazyLogits.parts`) and never forms
+``[..., V]``; ``cross_entropy`` asks whoever made the logits for such a loss first. Whatever else
+touches it - argmax, a vocabulary crop, numpy, a custom loss - gets the real logits, computed once by
+the head itself under the autocast and gradient modes of the forward pass, and autograd goes on
+through them as usual.
 """
 
 from __future__ import annotations
@@ -40,8 +41,9 @@ class LazyLogits(RecordedLogits):
     """``[..., V]`` logits that are not there yet; a Tensor to everybody else.
 
     Shape, dtype, device and ``requires_grad`` are answered without computing anything, and so are a
-    bias, scaling, tanh, casts, copies, slices and views of the leading dimensions. ``grad_fn`` and
-    ``_base`` are None until the logits exist: DDP and FSDP ask every output of a model for them.
+    bias, scaling, tanh, casts, moves, copies, slices and views of the leading dimensions.
+    ``grad_fn`` and ``_base`` are None until the logits exist: DDP and FSDP ask every output of a
+    model for them.
     """
 
     _hooks: OrderedDict[int, Callable]
