@@ -5,8 +5,8 @@ hidden states and the head, and writes down the few things that models and the l
 do next: add a bias, multiply or divide by a number, tanh, change dtype or device, slice or flatten
 positions. A loss that knows it reads that record (:meth:`LazyLogits.parts`) and never forms
 ``[..., V]``; ``cross_entropy`` asks whoever made the logits for such a loss first. Whatever else
-touches it - argmax, a vocabulary crop, numpy, a custom loss - gets the real logits, computed once by
-the head itself under the autocast and gradient modes of the forward pass, and autograd goes on
+touches it - argmax, a vocabulary crop, numpy, a custom loss - gets the real logits, computed once
+by the head itself under the autocast and gradient modes of the forward pass, and autograd goes on
 through them as usual.
 """
 
