@@ -17,7 +17,7 @@ from sce_lm.hf.adapter import apply_sce
 from sce_lm.training.comparison import save_loss_inputs
 from sce_lm.training.config import TrainConfig
 from sce_lm.training.embedded.text import embedded_text
-from sce_lm.training.sources import build_task
+from sce_lm.training.sources import resume_task
 
 ROW_LENGTH = 512
 """Tokens of a sequence of text, the one that starts it included."""
@@ -49,7 +49,7 @@ def real_problem(
         initial: the same model with fresh weights.
 
     Raises:
-        ValueError: there are fewer labels than ``positions``.
+        ValueError: there are fewer labels than ``positions``, or a run's data have changed.
     """
     is_run = (source / "model").is_dir()
     path = source / "model" if is_run else source
@@ -58,7 +58,9 @@ def real_problem(
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(model.config, dtype=getattr(torch, dtype))
     if is_run and text is None:
-        task = build_task(TrainConfig(**json.loads((source / "config.json").read_text())))
+        task = resume_task(TrainConfig(**json.loads((source / "config.json").read_text())), source)[
+            0
+        ]
         batch_of, num_rows = task.batch, task.num_rows
     else:
         rows = text_rows(model, load_tokenizer(path, gguf), text)

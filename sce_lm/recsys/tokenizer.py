@@ -88,6 +88,11 @@ def append_items(
     return extended
 
 
+def is_item_tokenizer(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether a tokenizer is one of :func:`build_item_tokenizer`."""
+    return tokenizer.pad_token == PAD and tokenizer.unk_token == UNKNOWN
+
+
 def item_tokens(tokenizer: PreTrainedTokenizerBase) -> range:
     """Token ids of the catalogue, which is what evaluation ranks: everything after the special
     tokens."""

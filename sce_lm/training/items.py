@@ -27,7 +27,7 @@ from sce_lm.training.config import TrainConfig
 from sce_lm.training.fingerprint import Fingerprint, of_log
 from sce_lm.training.models import load_tokenizer
 from sce_lm.training.stored_data import read_source, read_split, stored, write_split
-from sce_lm.training.task import Held, Task
+from sce_lm.training.task import HeldOut, Task
 
 
 class ItemsTask(Task):
@@ -123,7 +123,7 @@ class ItemsTask(Task):
         return self._inputs(rows, range(len(rows)))
 
     def evaluate(
-        self, model: PreTrainedModel, accelerator: Accelerator, held: Held
+        self, model: PreTrainedModel, accelerator: Accelerator, on: HeldOut
     ) -> dict[str, Any]:
         """The report of `recsys.ranking_report`: NDCG, HR, MRR and coverage at each of `eval_k`,
         over the whole catalogue; with the list entries by popularity.
@@ -131,20 +131,20 @@ class ItemsTask(Task):
         Where `eval_users` bounds the evaluation, a random sample of questions is taken, the same
         each time; coverage is then that of their lists.
         """
-        return self._report(model, held)
+        return self._report(model, on)
 
-    def baselines(self, held: Held = "test") -> dict[str, dict[str, Any]]:
+    def baselines(self, on: HeldOut = "test") -> dict[str, dict[str, Any]]:
         """Popularity and the first-order Markov chain, counted over all that precedes the test."""
         past = self.split.before_test()
         scorers = {
             "popularity": recsys.popularity_scorer(past, self.items),
             "Markov chain": recsys.markov_scorer(past, self.items),
         }
-        return {name: self._report(scorer, held) for name, scorer in scorers.items()}
+        return {name: self._report(scorer, on) for name, scorer in scorers.items()}
 
-    def _report(self, model: nn.Module | recsys.Scorer, held: Held) -> dict[str, Any]:
+    def _report(self, model: nn.Module | recsys.Scorer, on: HeldOut) -> dict[str, Any]:
         ranking, report = rank_questions(
-            model, self._questions(held), self.items, self.split.protocol, self.config
+            model, self._questions(on), self.items, self.split.protocol, self.config
         )
         counts = np.bincount(self.train.tokens, minlength=self.items.stop)[self.items.start :]
         return {
@@ -154,8 +154,8 @@ class ItemsTask(Task):
             ),
         }
 
-    def _questions(self, held: Held) -> pl.DataFrame:
-        frame = self.split.test if held == "test" else self.split.validation
+    def _questions(self, on: HeldOut) -> pl.DataFrame:
+        frame = self.split.test if on == "test" else self.split.validation
         if self.config.eval_users and self.config.eval_users < len(frame):
             generator = np.random.default_rng(self.config.seed)
             sample = generator.choice(len(frame), self.config.eval_users, replace=False)

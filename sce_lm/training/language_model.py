@@ -28,7 +28,7 @@ from sce_lm.hf.adapter import last_statistics
 from sce_lm.objectives import Statistics
 from sce_lm.training.config import TrainConfig
 from sce_lm.training.fingerprint import Fingerprint
-from sce_lm.training.task import Held, Task, on_device, sum_over_processes
+from sce_lm.training.task import HeldOut, Task, on_device, sum_over_processes
 from sce_lm.training.text import PackedText, document_digests, tokenise
 
 CALIBRATION_BINS = 15
@@ -86,7 +86,9 @@ class LanguageModelTask(Task):
         for documents, is_held_out in ((self.documents, False), (self.held_out_documents, True)):
             assert isinstance(documents, Dataset)
             digest = document_digests(documents, self.config)
-            found.append(pl.DataFrame({"digest": digest}).with_columns(held_out=pl.lit(is_held_out)))
+            found.append(
+                pl.DataFrame({"digest": digest}).with_columns(held_out=pl.lit(is_held_out))
+            )
         pl.concat(found).filter(pl.col("digest") != 0).write_parquet(folder / "documents.parquet")
 
     def describe(self) -> dict[str, Any]:
@@ -108,9 +110,9 @@ class LanguageModelTask(Task):
     def validation_batch(self) -> dict[str, torch.Tensor]:
         return _blocks(self.held_out, self._spaced(self.config.per_device_batch_size))
 
-    def _held_out_rows(self, held: Held) -> list[int]:
+    def _held_out_rows(self, on: HeldOut) -> list[int]:
         count = self.config.eval_batches * self.config.per_device_batch_size
-        return self._spaced(count if count and held == "validation" else len(self.held_out))
+        return self._spaced(count if count and on == "validation" else len(self.held_out))
 
     def _spaced(self, count: int) -> list[int]:
         """So many blocks, evenly spaced over the held-out text."""
@@ -118,11 +120,11 @@ class LanguageModelTask(Task):
         return np.linspace(0, last, min(count, last + 1)).round().astype(int).tolist()
 
     def evaluate(
-        self, model: PreTrainedModel, accelerator: Accelerator, held: Held
+        self, model: PreTrainedModel, accelerator: Accelerator, on: HeldOut
     ) -> dict[str, float]:
         """Negative log-likelihood a token in nats (nll), perplexity, top-1 accuracy and expected
         calibration error (ece)."""
-        size, rows = self.config.per_device_batch_size, self._held_out_rows(held)
+        size, rows = self.config.per_device_batch_size, self._held_out_rows(on)
         batches = [rows[i : i + size] for i in range(0, len(rows), size)]
         own = batches[accelerator.process_index :: accelerator.num_processes]
         # A mixture of experts adds its balancing loss, which is no part of the likelihood.
@@ -135,7 +137,7 @@ class LanguageModelTask(Task):
         bins = torch.zeros(2, CALIBRATION_BINS, dtype=torch.float64)
         with torch.no_grad():
             for chosen in tqdm(
-                own, held, leave=False, unit="batch", disable=not accelerator.is_main_process
+                own, on, leave=False, unit="batch", disable=not accelerator.is_main_process
             ):
                 inputs = on_device(_blocks(self.held_out, chosen), accelerator.device)
                 tokens = inputs["labels"][:, 1:].numel()

@@ -151,7 +151,10 @@ def _permitted(change: str, config: TrainConfig, run: Path) -> str:
             f"choose another output_dir, or set resume_with_changed_data to go on with {what} "
             "all the same."
         )
-    return f"{run} began with other data than there are now ({change}); it goes on with {what} as told."
+    return (
+        f"{run} began with other data than there are now ({change}); as told by "
+        f"resume_with_changed_data it goes on with {what.rstrip(',')}."
+    )
 
 
 def _change(before: Source, now: Source) -> str | None:
@@ -159,7 +162,7 @@ def _change(before: Source, now: Source) -> str | None:
     if before.keys() != now.keys():
         return "held-out text is " + ("named now" if "held_out" in now else "no longer named")
     changes = [
-        f"{name}: {found.change(now[name])}"
+        f"{name}: {found.change(now[name])}" if len(before) > 1 else found.change(now[name])
         for name, found in before.items()
         if found.digest != now[name].digest
     ]

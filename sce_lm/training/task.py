@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sce_lm.training.fingerprint import Fingerprint
 
-Held = Literal["validation", "test"]
+HeldOut = Literal["validation", "test"]
 """What an evaluation is on: what is asked in the course of training (a recommender's validation
 items; of a language model's held-out text the blocks that `eval_batches` allows), or what is asked
 at the end (its test items; all of the held-out text)."""
@@ -54,7 +54,7 @@ class Task(ABC):
 
     @abstractmethod
     def evaluate(
-        self, model: PreTrainedModel, accelerator: Accelerator, held: Held
+        self, model: PreTrainedModel, accelerator: Accelerator, on: HeldOut
     ) -> dict[str, Any]:
         """Figures of a model in eval mode, the same on every process, with what belongs to them,
         such as their protocol.
@@ -62,10 +62,10 @@ class Task(ABC):
         Args:
             model: the model itself, not its data-parallel wrapper.
             accelerator: each process takes its share; all call this together.
-            held: what they are on.
+            on: what they are on.
         """
 
-    def baselines(self, held: Held = "test") -> dict[str, dict[str, Any]]:
+    def baselines(self, on: HeldOut = "test") -> dict[str, dict[str, Any]]:
         """Figures, by name, of methods that need no training; none by default."""
         return {}
 

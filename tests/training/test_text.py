@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 
 from sce_lm.training.config import TrainConfig
 from sce_lm.training.language_model import LanguageModelTask
-from sce_lm.training.text import PackedText, read_documents, tokenise
+from sce_lm.training.text import PackedText, hold_out, read_documents, tokenise
 
 
 @given(
@@ -50,7 +50,7 @@ def test_documents_are_joined_by_the_end_of_text_token(corpus):
 
 def test_held_out_documents_are_not_trained_on(corpus):
     config = TrainConfig(**lm_fields(corpus))
-    train, held_out = read_documents(config)
+    train, held_out = hold_out(read_documents(config)[0], config)
     assert (len(train), len(held_out)) == (7, 1)
     assert not set(train["text"]) & set(held_out["text"])
     named = TrainConfig(**lm_fields(corpus, held_out=config.data))
@@ -70,10 +70,10 @@ def test_local_files_of_each_kind_are_read(tmp_path, corpus, kind):
     elif kind == "jsonl":
         path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     else:
-        path.write_text("\n\n".join(texts))
+        path.write_text("\n" + "\n\n\n".join(texts) + "\n")
     fields = lm_fields(corpus, data=str(path), held_out=str(path), cache_dir=str(tmp_path))
     train, _ = read_documents(TrainConfig(**fields))
-    assert [text.strip() for text in train["text"]] == texts
+    assert train["text"][:] == texts
 
 
 @pytest.mark.parametrize(
@@ -93,9 +93,11 @@ def test_data_that_cannot_be_used_are_refused(tmp_path, corpus, name, content, c
     path = tmp_path / name
     if content is not None:
         path.write_text(content)
-    fields = lm_fields(corpus, data=str(path), cache_dir=str(tmp_path / "cache"), **changes)
+    config = TrainConfig(
+        **lm_fields(corpus, data=str(path), cache_dir=str(tmp_path / "cache"), **changes)
+    )
     with pytest.raises(ValueError, match=message) as caught:
-        read_documents(TrainConfig(**fields))
+        hold_out(read_documents(config)[0], config)
     assert "\n" not in str(caught.value)
 
 
