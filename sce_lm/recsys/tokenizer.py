@@ -90,7 +90,7 @@ def append_items(
 
 def is_item_tokenizer(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether a tokenizer is one of :func:`build_item_tokenizer`."""
-    return tokenizer.pad_token == PAD and tokenizer.unk_token == UNKNOWN
+    return set(tokenizer.all_special_tokens) == {PAD, UNKNOWN}
 
 
 def item_tokens(tokenizer: PreTrainedTokenizerBase) -> range:

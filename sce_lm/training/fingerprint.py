@@ -37,7 +37,9 @@ class Fingerprint:
             if difference:
                 noun = name.removesuffix("s") if abs(difference) == 1 else name
                 changes.append(f"{abs(difference)} {'more' if difference > 0 else 'fewer'} {noun}")
-        return ", ".join(changes) or f"other ones, as many as before of {' and '.join(self.counts)}"
+        *others, last = self.counts
+        names = f"{', '.join(others)} and {last}" if others else last
+        return ", ".join(changes) or f"as many {names} as before, but others"
 
 
 def of_log(log: pl.LazyFrame) -> Fingerprint:
@@ -74,6 +76,8 @@ def _as_integers(when: pl.Series) -> np.ndarray:
     """uint64: times in a form that does not depend on their type."""
     if when.dtype in (pl.Date, pl.Datetime):
         when = when.cast(pl.Datetime("us"))
+    elif when.dtype.is_decimal():
+        when = when.cast(pl.Float64)
     values = when.to_physical().to_numpy()
     if values.dtype.kind != "f":
         return values.astype(np.int64).view(np.uint64)
