@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from sce_lm.recsys.events import read_events
 from sce_lm.recsys.histories import training_rows
+from sce_lm.recsys.tokenizer import UNKNOWN_ITEM
 
 
 def catalogue(log: pl.LazyFrame) -> list[str]:
@@ -58,7 +59,7 @@ def user_sequences(
         )
     user, time = events.user, events.time
     if keep_unknown:
-        token = np.where(known, token, tokenizer.unk_token_id).astype(np.int32)
+        token = np.where(known, token, np.int32(UNKNOWN_ITEM))
     elif unknown:
         warnings.warn(
             f"{unknown} of {len(token)} events are of items that the tokenizer does not know; "

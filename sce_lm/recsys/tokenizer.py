@@ -18,6 +18,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTok
 
 PAD = "[PAD]"
 UNKNOWN = "[UNK]"
+UNKNOWN_ITEM = 1
+"""Token id of every item that the tokenizer does not know."""
 FIRST_ITEM = 2
 """Token id of the catalogue's first item."""
 
@@ -45,7 +47,7 @@ def build_item_tokenizer(items: Iterable[object]) -> PreTrainedTokenizerFast:
                 f"Item id {name!r} cannot be a token: ids must not be empty and must not contain "
                 f"the special tokens {PAD} and {UNKNOWN}; rename the item."
             )
-    vocabulary = {PAD: 0, UNKNOWN: 1}
+    vocabulary = {PAD: 0, UNKNOWN: UNKNOWN_ITEM}
     vocabulary.update((name, FIRST_ITEM + index) for index, name in enumerate(names))
     if len(vocabulary) < FIRST_ITEM + len(names):
         raise ValueError(

@@ -8,7 +8,7 @@ A run lives in its folder:
     checkpoints/                    complete states to go on from
     best/                           with keep_best, the best weights until the run is finished
     data.json                       sizes of the data and how they were split
-    data/                           what was derived from them: split, tokenizer, held-out text
+    stored_data/                    what was derived from them: split, tokenizer, held-out text
     model/                          the trained model and tokenizer, for from_pretrained
     summary.json                    the figures at the end; it is there when the run is finished
 

@@ -1,14 +1,14 @@
-"""What a run derived from its data, kept in its folder from the start, and read from there since.
+"""What a run derived from its data, kept in RUN/stored_data from the start and read from there.
 
-    RUN/data/source.json           fingerprints of the data that the run began with
-    RUN/data/tokenizer/            the tokenizer
-    RUN/data/training.parquet      a recommender: users (numbers) and the items trained on (tokens)
-    RUN/data/asked.parquet         the whole histories of the users who are asked
-    RUN/data/validation.parquet    the places in those that are asked for, a row a question
-    RUN/data/test.parquet
-    RUN/data/split.json            how the split was made, in words
-    RUN/data/held_out.arrow        a language model: the held-out documents, tokenised
-    RUN/data/documents.parquet     digests of its documents, in the order in which they are read
+    source.json            fingerprints of the data that the run began with
+    tokenizer/             the tokenizer
+    training.parquet       a recommender: users (numbers) and the items trained on (tokens)
+    asked.parquet          the whole histories of the users who are asked
+    validation.parquet     the places in those that are asked for, a row a question
+    test.parquet
+    split.json             how the split was made, in words
+    held_out.arrow         a language model: the held-out documents, tokenised
+    documents.parquet      digests of its documents, in the order in which they are read
 
 A log may be written again in another order, grow or go: a resumed run and its evaluation ask what
 the run asked when it began.
@@ -29,14 +29,21 @@ from sce_lm.training.embedded.sources import new_folder
 from sce_lm.training.fingerprint import Fingerprint
 from sce_lm.training.task import Task
 
-FOLDER = "data"
+FOLDER = "stored_data"
 QUESTIONS = ("validation", "test")
 
 
 def store(task: Task, run: Path) -> None:
-    """Write all of it, or nothing; one process does."""
+    """Write all of it, or nothing; one process does. What a start left that came to nothing is
+    replaced; ValueError if the folder is something else."""
     folder = run / FOLDER
-    shutil.rmtree(folder, ignore_errors=True)  # of a start that came to nothing
+    if folder.exists() and not (folder / "source.json").exists():
+        raise ValueError(
+            f"{folder} is in the way, where a run stores what it derives from its data; move it, "
+            "or choose another output_dir."
+        )
+    for left in (folder, *run.glob(f".{FOLDER}.*")):
+        shutil.rmtree(left, ignore_errors=True)
     with new_folder(folder) as unfinished:
         task.tokenizer.save_pretrained(unfinished / "tokenizer")
         source = {name: dataclasses.asdict(found) for name, found in task.source.items()}

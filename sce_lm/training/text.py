@@ -164,7 +164,7 @@ def document_digests(documents: Dataset, config: TrainConfig) -> np.ndarray:
 
     def digest(texts: list[str]) -> dict[str, Any]:
         is_blank = [_is_blank(text) for text in texts]
-        return {"digest": np.where(is_blank, 0, digests(text or "" for text in texts))}
+        return {"digest": np.where(is_blank, np.uint64(0), digests(text or "" for text in texts))}
 
     key = Hasher.hash([documents._fingerprint, config.text_column])
     found = _kept(documents, digest, {"digest": Value("uint64")}, "digests", key, config)

@@ -257,12 +257,14 @@ def test_every_split_is_read_as_it_was_written(tmp_path, split):
 def test_a_damaged_or_missing_split_is_refused(items):
     folder, fields = items
     run = folder / "run"
-    (run / "data" / "asked.parquet").write_bytes(b"PAR1 no more")
+    (run / "stored_data" / "asked.parquet").write_bytes(b"PAR1 no more")
     for start in (lambda: evaluate_run(run, Accelerator()), lambda: Run(TrainConfig(**fields))):
-        with pytest.raises(ValueError, match=r"data cannot be read .* bring it back") as refused:
+        with pytest.raises(
+            ValueError, match=r"stored_data cannot be read .* bring it back"
+        ) as refused:
             start()
         assert "\n" not in str(refused.value)
-    shutil.rmtree(run / "data")
+    shutil.rmtree(run / "stored_data")
     with pytest.raises(ValueError, match="of a version that did not store its split"):
         evaluate_run(run, Accelerator())
     with pytest.raises(ValueError, match="of a version that did not store its split"):
@@ -272,12 +274,25 @@ def test_a_damaged_or_missing_split_is_refused(items):
 def test_what_a_start_that_came_to_nothing_left_is_written_anew(tmp_path):
     cycles().write_csv(tmp_path / "log.csv")
     fields = items_fields(tmp_path, max_steps=2, warmup_steps=0)
-    (tmp_path / "run" / "data").mkdir(parents=True)
-    (tmp_path / "run" / "data" / "source.json").write_text("{}")
+    (tmp_path / "run" / "stored_data").mkdir(parents=True)
+    (tmp_path / "run" / "stored_data" / "source.json").write_text("{}")
     run = Run(TrainConfig(**fields))
-    assert (run.folder / "data" / "tokenizer" / "tokenizer.json").exists()  # before any step
+    assert (run.folder / "stored_data" / "tokenizer" / "tokenizer.json").exists()  # before any step
     run.train()
     assert evaluate_run(run.folder, Accelerator())["model"]["users"] == 80
+
+
+def test_a_folder_of_somebody_else_is_not_removed(tmp_path):
+    cycles().write_csv(tmp_path / "log.csv")
+    precious = tmp_path / "run" / "stored_data" / "log.csv"
+    precious.parent.mkdir(parents=True)
+    precious.write_text("user_id,item_id\n")
+    with pytest.raises(
+        ValueError, match=r"stored_data is in the way, .* choose another output_dir"
+    ):
+        Run(TrainConfig(**items_fields(tmp_path)))
+    assert precious.exists()
+    assert not (tmp_path / "run" / "config.json").exists()
 
 
 def test_another_log_is_asked_for_its_last_items(items):
@@ -329,6 +344,11 @@ def test_lists_of_other_lengths_and_the_validation_are_evaluated(items):
 # Text.
 
 
+def documents(corpus):
+    lines = (corpus / "text.jsonl").read_text().splitlines()
+    return [json.loads(line)["text"][:4000] for line in lines]
+
+
 def write_documents(path, texts):
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
 
@@ -336,9 +356,10 @@ def write_documents(path, texts):
 @pytest.fixture(scope="module")
 def trained_text(corpus):
     """A run on text, with its checkpoints, and the documents."""
-    lines = (corpus / "text.jsonl").read_text().splitlines()
-    texts = [json.loads(line)["text"] for line in lines]
-    fields = lm_fields(corpus, output_dir=str(corpus / "first"), checkpoints_to_keep=9)
+    texts = documents(corpus)
+    write_documents(corpus / "short.jsonl", texts)
+    data = str(corpus / "short.jsonl")
+    fields = lm_fields(corpus, data=data, output_dir=str(corpus / "first"), checkpoints_to_keep=9)
     Run(TrainConfig(**fields)).train()
     return corpus, texts
 
@@ -359,7 +380,7 @@ def text(trained_text, tmp_path):
 def test_the_same_text_in_another_order_and_format_is_resumed_and_evaluated_alike(
     corpus, tmp_path, held_out
 ):
-    texts = [json.loads(line)["text"] for line in (corpus / "text.jsonl").read_text().splitlines()]
+    texts = documents(corpus)
     texts = [*texts, texts[0], " \n"]  # one twice, one blank
     data, moved = tmp_path / "text.jsonl", tmp_path / "moved"
     write_documents(data, texts)

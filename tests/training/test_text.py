@@ -1,6 +1,7 @@
 """Reading documents, and packing them without losing or adding a token."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -46,6 +47,19 @@ def test_documents_are_joined_by_the_end_of_text_token(corpus):
     rows = tokenise(Dataset.from_dict({"text": texts}), tokenizer, config)["input_ids"]
     joined = tokenizer.decode([token for row in rows for token in row])
     assert joined == f"First document.{END_OF_TEXT}Second one.{END_OF_TEXT}"
+
+
+def test_text_is_tokenised_once_wherever_it_and_its_tokenizer_are(tmp_path, corpus):
+    texts = ["One.", "Two."]
+    Dataset.from_dict({"text": texts}).to_parquet(tmp_path / "a.parquet")
+    Dataset.from_dict({"text": ["", *texts]}).to_json(tmp_path / "b.jsonl")
+    shutil.copytree(corpus / "tokenizer", tmp_path / "tokenizer")
+    for name, tokenizer in (("a.parquet", corpus), ("b.jsonl", tmp_path)):
+        fields = lm_fields(corpus, data=str(tmp_path / name), cache_dir=str(tmp_path / "cache"))
+        config = TrainConfig(**fields)
+        documents, _ = read_documents(config)
+        tokenise(documents, AutoTokenizer.from_pretrained(tokenizer / "tokenizer"), config)
+    assert len(list((tmp_path / "cache" / "tokenised").iterdir())) == 1
 
 
 def test_held_out_documents_are_not_trained_on(corpus):
