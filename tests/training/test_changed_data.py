@@ -26,6 +26,15 @@ from sce_lm.training.metrics import read_metrics
 ROOT = Path(__file__).resolve().parents[2]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def without_plots():
+    """They take most of the time of such short runs."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sce_lm.training.loop.draw_report", lambda *_: None)
+        patch.setattr("sce_lm.training.evaluation.draw_popularity", lambda *_: None)
+        yield
+
+
 def cycles():
     """80 users walk the same cycle of 30 items from different places."""
     draw = random.Random(0)
