@@ -134,8 +134,9 @@ class ItemsTask(Task):
         return self._report(model, on)
 
     def baselines(self, on: HeldOut = "test") -> dict[str, dict[str, Any]]:
-        """Popularity and the first-order Markov chain, counted over all that precedes the test."""
-        past = self.split.before_test()
+        """Popularity and the first-order Markov chain, counted over what is trained on and, for the
+        test, the validation items."""
+        past = self.split.before_test() if on == "test" else self.split.train["items"]
         scorers = {
             "popularity": recsys.popularity_scorer(past, self.items),
             "Markov chain": recsys.markov_scorer(past, self.items),

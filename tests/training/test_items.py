@@ -104,6 +104,22 @@ def test_the_baseline_is_popularity_on_the_same_users(tmp_path):
     assert hits > 0
 
 
+def test_baselines_have_not_seen_what_they_are_asked(tmp_path):
+    """Each user's validation item is nobody else's."""
+    rows = [
+        (user, item)
+        for user in range(6)
+        for item in ("a", "b", f"validation of {user}", f"test of {user}")
+    ]
+    log = pl.DataFrame(
+        rows, schema={"user": pl.String, "item": pl.String}, orient="row", strict=False
+    )
+    config = TrainConfig(**items_fields(tmp_path, eval_k=[3]))
+    task = ItemsTask.of_log(log.lazy(), None, config)
+    for on in ("validation", "test"):
+        assert task.baselines(on)["Markov chain"]["ndcg@3"] < 0.5  # 1 if it had
+
+
 def test_the_users_of_a_bounded_evaluation_are_the_same_each_time(tmp_path):
     run = Run(TrainConfig(**items_fields(tmp_path, eval_users=40)))
     assert run.evaluate("validation") == run.evaluate("validation")
