@@ -54,7 +54,7 @@ def main() -> None:
     print()
     language_model.print(
         heading("Language model", language_model),
-        {"nll": "held-out exact NLL", "accuracy": "accuracy"},
+        {"nll": "exact test NLL", "accuracy": "accuracy"},
     )
     recommender.print(heading("Recommender", recommender), {"ndcg@10": "NDCG@10", "hr@10": "HR@10"})
     print(f"Curves: {language_model.curves}, {recommender.curves}")

@@ -17,7 +17,7 @@ from sce_lm.hf.adapter import apply_sce
 from sce_lm.training.comparison import save_loss_inputs
 from sce_lm.training.config import TrainConfig
 from sce_lm.training.embedded.text import embedded_text
-from sce_lm.training.sources import build_task
+from sce_lm.training.sources import resume_task
 
 ROW_LENGTH = 512
 """Tokens of a sequence of text, the one that starts it included."""
@@ -49,8 +49,8 @@ def real_problem(
         initial: the same model with fresh weights.
 
     Raises:
-        ValueError: there is no model or tokenizer, its tokens are no text, or there are fewer
-            labels than ``positions``.
+        ValueError: there is no model or tokenizer, its tokens are no text, a run's data have
+            changed, or there are fewer labels than ``positions``.
     """
     is_run = (source / "model").is_dir()
     path = source / "model" if is_run else source
@@ -65,7 +65,7 @@ def real_problem(
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(model.config, dtype=getattr(torch, dtype))
     if is_run and text is None:
-        task = build_task(TrainConfig(**config))
+        task = resume_task(TrainConfig(**config), source)[0]
         batch_of, num_rows = task.batch, task.num_rows
     else:
         rows = text_rows(model, load_tokenizer(path, gguf), text)

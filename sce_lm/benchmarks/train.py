@@ -1,7 +1,7 @@
 """The same model, data order and schedule trained by several objectives and seeds.
 
 For each configuration of scripts/train.py: a table of seconds a step, seconds and memory of the
-loss alone, and held-out figures that are exact whatever was trained; with several seeds, means and
+loss alone, and test figures that are exact whatever was trained; with several seeds, means and
 standard deviations. Objectives that sample take equally many logits a position (--logits);
 "configured" is the configuration's own. Runs that are finished are not trained again, and one that
 was stopped goes on from its checkpoint. Each configuration's folder has curves.png (against
@@ -22,15 +22,15 @@ from sce_lm.training.yaml12 import plain_value, read_yaml
 
 HEADINGS = {
     "lm": {
-        "nll": "held-out exact NLL",
+        "nll": "exact test NLL",
         "accuracy": "accuracy",
         "ece": "ECE",
         "log_z_bias": "log Zhat - log Z",
     },
     "items": {"ndcg@10": "NDCG@10", "hr@10": "HR@10", "coverage@10": "coverage@10"},
 }
-"""By task: held-out figures and what the table calls them. ECE is the expected calibration error,
-log Zhat - log Z what the objective's own draws make of held-out positions at the end."""
+"""By task: test figures and what the table calls them. ECE is the expected calibration error, log
+Zhat - log Z what the objective's own draws make of validation positions at the end."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -104,9 +104,9 @@ def _plain(result: dict[str, Any]) -> dict[str, Any]:
 
 
 def _panel(title: str, result: Any, figure: str) -> report.Panel:
-    """A held-out figure against the loss's seconds."""
+    """A test figure against the loss's seconds."""
     series = {
         label: [(result.costs[label].seconds, value, label) for value in values]
-        for label, values in ((name, result.held_out(name, figure)) for name in result.summaries)
+        for label, values in ((name, result.test(name, figure)) for name in result.summaries)
     }
-    return report.Panel(title, "seconds in the loss", f"held-out {figure}", series)
+    return report.Panel(title, "seconds in the loss", f"test {figure}", series)

@@ -19,11 +19,12 @@ from sce_lm.recsys.recommendation_files import read_histories, recommend_file
 from sce_lm.recsys.sasrec import SASRecConfig, SASRecForCausalLM
 from sce_lm.recsys.scoring import Scorer
 from sce_lm.recsys.sequences import catalogue, statistics, training_dataset, user_sequences
-from sce_lm.recsys.splits import Split, last_n, leave_one_out, temporal_split
+from sce_lm.recsys.splits import Split, last_items, last_n, leave_one_out, temporal_split
 from sce_lm.recsys.tokenizer import (
     append_items,
     build_item_tokenizer,
     count_items,
+    is_item_tokenizer,
     item_counts,
     item_tokens,
 )
@@ -42,8 +43,10 @@ __all__ = [
     "count_items",
     "evaluate_items",
     "filter_interactions",
+    "is_item_tokenizer",
     "item_counts",
     "item_tokens",
+    "last_items",
     "last_n",
     "leave_one_out",
     "markov_scorer",

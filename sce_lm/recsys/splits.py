@@ -110,6 +110,36 @@ def last_n(sequences: pl.DataFrame, n: int) -> Split:
     )
 
 
+def last_items(sequences: pl.DataFrame, items: range) -> tuple[pl.DataFrame, dict[str, int]]:
+    """Each user's last item, asked of a model that was trained on other data.
+
+    Items that the model does not know are left out of the histories and stay questions, which it
+    misses.
+
+    Args:
+        sequences: as from ``user_sequences`` with ``keep_unknown``.
+        items: tokens of the items that the model knows.
+
+    Returns:
+        ``user``, ``history``, ``target`` of the users who have a history, and counts:
+        ``unknown_events``, and ``users_without_history``, who are not asked.
+    """
+    is_known = (pl.element() >= items.start) & (pl.element() < items.stop)
+    past = pl.col("items").list.head(pl.col("items").list.len() - 1)
+    questions = sequences.select(
+        "user",
+        history=past.list.eval(pl.element().filter(is_known)),
+        target=pl.col("items").list.last(),
+    )
+    asked = questions.filter(pl.col("history").list.len() > 0)
+    tokens = sequences["items"].explode()
+    counts = {
+        "unknown_events": int(((tokens < items.start) | (tokens >= items.stop)).sum()),
+        "users_without_history": len(questions) - len(asked),
+    }
+    return asked, counts
+
+
 def temporal_split(
     sequences: pl.DataFrame,
     at: float | int | str | date,

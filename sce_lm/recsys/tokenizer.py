@@ -24,6 +24,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTok
 
 PAD = "[PAD]"
 UNKNOWN = "[UNK]"
+UNKNOWN_ITEM = 1
+"""Token id of every item that the tokenizer does not know."""
 FIRST_ITEM = 2
 """Token id of the catalogue's first item."""
 _COUNTS = "item_counts"
@@ -66,7 +68,7 @@ def build_item_tokenizer(items: Iterable[object]) -> PreTrainedTokenizerFast:
         names.append(name)
     if not names:
         raise ValueError("An item tokenizer needs at least one item, but the catalogue is empty.")
-    vocabulary = {PAD: 0, UNKNOWN: 1}
+    vocabulary = {PAD: 0, UNKNOWN: UNKNOWN_ITEM}
     vocabulary.update((name, FIRST_ITEM + index) for index, name in enumerate(names))
     if len(vocabulary) < FIRST_ITEM + len(names):
         raise ValueError(
@@ -110,6 +112,11 @@ def append_items(
     if model is not None:
         model.resize_token_embeddings(len(extended))
     return extended
+
+
+def is_item_tokenizer(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether a tokenizer is one of :func:`build_item_tokenizer`."""
+    return set(tokenizer.all_special_tokens) == {PAD, UNKNOWN}
 
 
 def item_tokens(tokenizer: PreTrainedTokenizerBase) -> range:

@@ -1,4 +1,4 @@
-"""The best model so far by a held-out figure, kept on disk, and when to stop waiting for a better.
+"""The best model by a validation figure, kept on disk, and when to stop waiting for a better one.
 
     RUN/best/step-00000500/model.safetensors     weights of the best evaluation
 
@@ -22,7 +22,7 @@ WEIGHTS = "model.safetensors"
 
 
 class BestModel:
-    """Follows the held-out evaluations of a run; every process sees the same ones."""
+    """Follows the validations of a run; every process sees the same ones."""
 
     def __init__(
         self,
@@ -33,7 +33,7 @@ class BestModel:
     ):
         """Args:
         folder: where weights are kept.
-        figure: the name of the held-out figure.
+        figure: the name of the validation figure in metrics.jsonl.
         higher_is_better: its direction.
         records: earlier ones of metrics.jsonl.
         """

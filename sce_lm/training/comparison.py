@@ -45,19 +45,19 @@ class Comparison:
     failures: dict[str, str]
     """Why a method has no summaries, by its label."""
     sooner: dict[str, list[float | None]]
-    """Seconds of training until the held-out figure was as good as the first method's best, over
+    """Seconds of training until the validation was as good as the first method's best, over
     those that the first method took to it; one for each seed, None if it never was."""
     costs: dict[str, LossCost]
     """The loss alone, by label; "stock" is plain cross-entropy."""
     measured: dict[str, Any]
     """Positions, vocabulary, width and dtype at which the costs hold."""
     baselines: dict[str, dict[str, float]]
-    """Held-out figures of methods that need no training."""
+    """Test figures of methods that need no training."""
     curves: Path
     """The plot."""
 
     def print(self, title: str, figures: Mapping[str, str]) -> None:
-        """Print the table; ``figures`` maps held-out figures to their headings. With several seeds
+        """Print the table; ``figures`` maps test figures to their headings. With several seeds
         they are means and standard deviations."""
         table = Table(title=title, title_justify="left")
         table.add_column("method")
@@ -70,10 +70,10 @@ class Comparison:
                 table.add_row(label, "", *cells, *("" for _ in figures))
             else:
                 seconds = statistics.mean(s["seconds_per_step"] for s in self.summaries[label])
-                held_out = [_spread(self.held_out(label, name)) for name in figures]
-                table.add_row(label, f"{seconds:.2f}", *cells, *held_out, self._time(label))
-        for label, held_out in self.baselines.items():
-            values = [f"{held_out[name]:.4f}" if name in held_out else "" for name in figures]
+                test = [_spread(self.test(label, name)) for name in figures]
+                table.add_row(label, f"{seconds:.2f}", *cells, *test, self._time(label))
+        for label, test in self.baselines.items():
+            values = [f"{test[name]:.4f}" if name in test else "" for name in figures]
             table.add_row(label, "", "", "", *values)
         console = Console(width=170)
         console.print(table)
@@ -89,9 +89,9 @@ class Comparison:
         count = "" if len(reached) == len(shares) else f" ({len(reached)} of {len(shares)})"
         return f"{statistics.mean(reached):.2f}{count}"
 
-    def held_out(self, label: str, figure: str) -> list[float]:
-        """A held-out figure of each seed's run, of its model or its objective; none where there is
-        no such figure."""
+    def test(self, label: str, figure: str) -> list[float]:
+        """A test figure of each seed's run, or one of its objective's draws on validation
+        positions; none where there is no such figure."""
         found = [s["test"] | s["objective_error"] for s in self.summaries[label]]
         return [figures[figure] for figures in found if figure in figures]
 
@@ -109,7 +109,7 @@ Records = list[dict[str, Any]]
 
 def _sooner(runs: Mapping[str, Sequence[Records]], task: Task) -> dict[str, list[float | None]]:
     """See :class:`Comparison`."""
-    figure, sign = task.headline[0], 1 if task.higher_is_better else -1
+    figure, sign = f"validation/{task.headline[0]}", 1 if task.higher_is_better else -1
 
     def evaluations(records: Records) -> list[tuple[float, float]]:
         return [(r["seconds"], sign * r[figure]) for r in records if figure in r]

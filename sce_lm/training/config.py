@@ -283,8 +283,8 @@ class TrainConfig:
     eval_batches: int = field(
         default=0,
         metadata={
-            "help": "Held-out batches of a language model's evaluation, over all processes; 0: "
-            "all of them."
+            "help": "Held-out batches of a language model's validation, over all processes; 0: "
+            "all of them. The test takes all."
         },
     )
     eval_users: int = field(
@@ -307,8 +307,8 @@ class TrainConfig:
     keep_best: bool = field(
         default=False,
         metadata={
-            "help": "Save and test the model of the best held-out evaluation (lowest nll, highest "
-            "NDCG), not the last."
+            "help": "Save and test the model of the best validation (lowest nll, highest NDCG), "
+            "not the last."
         },
     )
     patience: int = field(
@@ -354,6 +354,14 @@ class TrainConfig:
         default=True,
         metadata={
             "help": "Go on from the newest checkpoint in output_dir; false: refuse a folder in use."
+        },
+    )
+    resume_with_changed_data: bool = field(
+        default=False,
+        metadata={
+            "help": "Resume although the data are others than those that the run began with: a "
+            "recommender goes on with the split that it stored, a language model trains on the "
+            "text as it is now, without the documents that it holds out. False: refuse."
         },
     )
 

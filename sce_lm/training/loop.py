@@ -3,11 +3,12 @@
 A run lives in its folder:
 
     config.json, objective.json     what was asked for; a later start must ask for the same
-    metrics.jsonl                   records of training and evaluation, each with its step
+    metrics.jsonl                   records of training and validation, each with its step
     report.png                      what they say: curves, errors of the objective, where time went
     checkpoints/                    complete states to go on from
     best/                           with keep_best, the best weights until the run is finished
     data.json                       sizes of the data and how they were split
+    stored_data/                    what was derived from them: split, tokenizer, held-out text
     model/                          the trained model and tokenizer, for from_pretrained
     summary.json                    the figures at the end; it is there when the run is finished
 
@@ -56,8 +57,9 @@ from sce_lm.training.optimizers import (
     make_row_sparse,
 )
 from sce_lm.training.plots import draw_report
-from sce_lm.training.sources import build_task
-from sce_lm.training.task import DataOrder, on_device, sum_over_processes
+from sce_lm.training.sources import SOURCE_FIELDS, build_task, resume_task
+from sce_lm.training.stored_data import store
+from sce_lm.training.task import DataOrder, HeldOut, on_device, sum_over_processes
 
 REPORTING_FIELDS = (
     "output_dir",
@@ -65,6 +67,7 @@ REPORTING_FIELDS = (
     "log_every",
     "trackers",
     "resume",
+    "resume_with_changed_data",
     "process_timeout",
     "checkpoint_every",
     "checkpoints_to_keep",
@@ -72,8 +75,8 @@ REPORTING_FIELDS = (
 """Fields that may change when a run is resumed, since no step depends on them."""
 
 
-HELD_OUT_POSITIONS = 1024
-"""Held-out positions on which the objective is compared with exact cross-entropy at the end."""
+VALIDATION_POSITIONS = 1024
+"""Positions on which the objective is compared with exact cross-entropy at the end."""
 
 
 class Run:
@@ -108,8 +111,12 @@ class Run:
         self._check_folder()
 
         set_seed(config.seed)
+        data_note, has_begun = None, (self.folder / "config.json").exists()
         with self.accelerator.main_process_first():
-            self.task = build_task(config)
+            if has_begun:
+                self.task, data_note = resume_task(config, self.folder)
+            else:
+                self.task = build_task(config)
         model = build_model(config, self.task.tokenizer)
         self.task.check_model(model)
         self.num_parameters = model.num_parameters()
@@ -170,14 +177,20 @@ class Run:
         self.is_finished = (self.folder / "summary.json").exists()
         if self.is_main and not self.is_finished:
             self.folder.mkdir(parents=True, exist_ok=True)
-            write_json(self.folder / "config.json", config.to_dict())
-            write_json(self.folder / "objective.json", self.objective.to_dict())
+            # What was derived from the data comes first: a run is there when its config.json is.
+            if not has_begun:
+                store(self.task, self.folder)
             write_json(self.folder / "data.json", self.task.describe())
+            write_json(self.folder / "objective.json", self.objective.to_dict())
+            write_json(self.folder / "config.json", config.to_dict())
             self.metrics.keep_until(self.step)
+            if data_note:
+                warnings.warn(data_note, stacklevel=2)
+                self.metrics.append({"step": self.step, "data": data_note})
         self.accelerator.wait_for_everyone()
         self.best = BestModel(
             self.folder / "best",
-            self.task.headline[0],
+            f"validation/{self.task.headline[0]}",
             self.task.higher_is_better,
             read_metrics(self.metrics.path),
         )
@@ -195,7 +208,7 @@ class Run:
         before, now = json.loads(path.read_text()), self.config.to_dict()
         differing = [
             name
-            for name in sorted({*before, *now} - {*REPORTING_FIELDS})
+            for name in sorted({*before, *now} - {*REPORTING_FIELDS, *SOURCE_FIELDS})
             if before.get(name) != now.get(name)
         ]
         if differing:
@@ -245,10 +258,11 @@ class Run:
                 self._log_training(values, seconds, shown)
                 window_seconds, window_steps, in_loss = 0.0, 0, spent
             if is_last or (config.eval_every and self.step % config.eval_every == 0):
-                held_out = self.evaluate(final=False)
-                self._record(held_out)
-                self._keep_if_best(held_out)
-                shown |= {name: f"{held_out[name]:.4f}" for name in self.task.headline}
+                found = self.evaluate("validation")
+                # Without what belongs to the figures, their protocol for instance.
+                self._record({f"validation/{k}": v for k, v in found.items() if type(v) is float})
+                self._keep_if_best(found)
+                shown |= {f"validation {n}": f"{found[n]:.4f}" for n in self.task.headline}
             if config.checkpoint_every and (
                 self._is_over() or self.step % config.checkpoint_every == 0
             ):
@@ -269,8 +283,8 @@ class Run:
         out_of_patience = 0 < patience <= self.best.evaluations_since
         return self.step >= self.config.max_steps or out_of_patience
 
-    def _keep_if_best(self, held_out: dict[str, Any]) -> None:
-        is_best = self.best.update(self.step, held_out[self.task.headline[0]])
+    def _keep_if_best(self, validation: dict[str, Any]) -> None:
+        is_best = self.best.update(self.step, validation[self.task.headline[0]])
         if is_best and self.config.keep_best and self.is_main:
             self.best.save(self.accelerator.unwrap_model(self.model))
             if not self.config.checkpoint_every:
@@ -350,19 +364,20 @@ class Run:
         if self.config.trackers:
             self.accelerator.log(figures, step=self.step)
 
-    def evaluate(self, *, final: bool) -> dict[str, Any]:
-        """Held-out figures of the model as it is; see the task."""
+    def evaluate(self, on: HeldOut) -> dict[str, Any]:
+        """Figures of the model as it is; see the task."""
         model = self.accelerator.unwrap_model(self.model)
         model.eval()
-        return self.task.evaluate(model, self.accelerator, final=final)
+        return self.task.evaluate(model, self.accelerator, on)
 
-    def probe_held_out(self) -> Probe:
-        """What the objective's draws make of a held-out batch, against exact cross-entropy."""
+    def probe_validation(self) -> Probe:
+        """What the objective's draws make of a validation batch, against exact cross-entropy."""
         model = self.accelerator.unwrap_model(self.model)
         model.eval()
-        probe = probe_loss(model, every=1, positions=HELD_OUT_POSITIONS, training=False)
+        probe = probe_loss(model, every=1, positions=VALIDATION_POSITIONS, training=False)
+        batch = on_device(self.task.validation_batch(), self.accelerator.device)
         with torch.no_grad():
-            model(**on_device(self.task.held_out_batch(), self.accelerator.device), use_cache=False)
+            model(**batch, use_cache=False)
         return probe
 
     def _finish(self) -> dict[str, Any]:
@@ -372,14 +387,14 @@ class Run:
             self.accelerator.wait_for_everyone()
             self.best.load(self.accelerator.unwrap_model(self.model))
             reported = self.best.step
-        test = self.evaluate(final=True) if self.task.separate_test else None
-        probe = self.probe_held_out()
+        test = self.evaluate("test") if self.task.separate_test else None
+        probe = self.probe_validation()
         summary: dict[str, Any] = {}
         if self.is_main:
             records = read_metrics(self.metrics.path)
             training = [record for record in records if "loss" in record]
             figure = self.task.headline[0]
-            held_out = next(r for r in records if figure in r and r["step"] == reported)
+            validation = _validation(records, figure, reported)
             summary = {
                 "task": self.config.task,
                 "objective": self.objective.to_dict(),
@@ -398,8 +413,8 @@ class Run:
                 "tokens_per_second": statistics.median(r["tokens_per_second"] for r in training),
                 "memory_estimate_mib": self.memory.to_mib(),
                 "data": self.task.describe(),
-                "held_out": {k: v for k, v in held_out.items() if k != "step"},
-                "test": test or {k: v for k, v in held_out.items() if k != "step"},
+                "validation": validation,
+                "test": test or validation,
                 "objective_error": _error_figures(probe),
                 "classes_by_frequency": probe.by_frequency,
             }
@@ -416,6 +431,13 @@ class Run:
             self.best.remove()
         self.accelerator.wait_for_everyone()
         return summary
+
+
+def _validation(records: list[dict[str, Any]], figure: str, step: int) -> dict[str, float]:
+    """The figures of the validation at a step."""
+    prefix = "validation/"
+    found = next(r for r in records if prefix + figure in r and r["step"] == step)
+    return {k.removeprefix(prefix): v for k, v in found.items() if k.startswith(prefix)}
 
 
 def _error_figures(probe: Probe) -> dict[str, float]:

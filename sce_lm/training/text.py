@@ -7,7 +7,7 @@ kept on disk and mapped into memory, and blocks are views of them.
 
 import glob
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from transformers import PreTrainedTokenizerBase
 from sce_lm.files import data_files
 from sce_lm.recsys.delimited import open_bytes
 from sce_lm.training.config import TrainConfig
+from sce_lm.training.fingerprint import digests
 
 _LOADERS = {
     ".csv": "csv",
@@ -39,27 +40,34 @@ _LOADER_OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-def read_documents(config: TrainConfig) -> tuple[Dataset, Dataset]:
-    """Training and held-out documents of local files or a hub data set, checked.
+def read_documents(config: TrainConfig) -> tuple[Dataset, Dataset | None]:
+    """The documents of local files or a hub data set, and those that are named to be held out.
 
-    A text file's documents are what blank lines separate. Where no held-out data is named, a
-    random share of the documents is held out, chosen by the seed.
+    A text file's documents are what blank lines separate.
 
     Raises ValueError for data that cannot be read, a missing column, or no documents.
     """
     column, cache = config.text_column, config.cache_dir
-    train = read(config.data, "train", column, cache, config.data_name)
-    if config.held_out is not None:
-        if is_local(config.data) or is_local(config.held_out):
-            return train, read(config.held_out, "train", column, cache)
-        return train, read(config.data, config.held_out, column, cache, config.data_name)
-    if len(train) < 2:
+    documents = read(config.data, "train", column, cache, config.data_name)
+    if config.held_out is None:
+        return documents, None
+    if is_local(config.data) or is_local(config.held_out):
+        return documents, read(config.held_out, "train", column, cache)
+    return documents, read(config.data, config.held_out, column, cache, config.data_name)
+
+
+def hold_out(documents: Dataset, config: TrainConfig) -> tuple[Dataset, Dataset]:
+    """What is trained on and a random share that is held out, chosen by the seed.
+
+    Raises ValueError if there is but one document.
+    """
+    if len(documents) < 2:
         raise ValueError(
-            f"{config.data} has {len(train)} document and none can be held out of it; give "
+            f"{config.data} has {len(documents)} document and none can be held out of it; give "
             "held-out text by held_out, or separate documents by blank lines."
         )
-    parts = train.train_test_split(
-        test_size=max(1, round(len(train) * config.held_out_fraction)), seed=config.seed
+    parts = documents.train_test_split(
+        test_size=max(1, round(len(documents) * config.held_out_fraction)), seed=config.seed
     )
     return parts["train"], parts["test"]
 
@@ -119,7 +127,14 @@ def read(source: str, split: str, column: str, cache_dir: str, name: str | None 
             f"Column {column!r} of {source} holds {held}; expected text; name another by "
             "text_column."
         )
+    if options["path"] == "text":
+        # What blank lines separate begins and ends with a line that is none.
+        documents = documents.map(_without_line_breaks, batched=True, input_columns=[column])
     return documents
+
+
+def _without_line_breaks(texts: list[str]) -> dict[str, list[str]]:
+    return {"text": [text.strip("\n") for text in texts]}
 
 
 def _local_files(path: Path) -> list[Path]:
@@ -175,26 +190,66 @@ def _damage(file: Path) -> str | None:
 def tokenise(
     documents: Dataset, tokenizer: PreTrainedTokenizerBase, config: TrainConfig
 ) -> Dataset:
-    """`input_ids` of each document that is not blank, the end-of-text token last; kept on disk."""
+    """`input_ids` of each document that is not blank, the end-of-text token last; kept on disk.
+
+    Raises ValueError for a tokenizer without such a token.
+    """
+    end = tokenizer.eos_token_id
+    if end is None:
+        raise ValueError(
+            f"The tokenizer {tokenizer.name_or_path!r} has no end-of-text token, which is put "
+            "between documents; give it an eos_token, or choose another tokenizer."
+        )
 
     def encode(texts: list[str]) -> dict[str, Any]:
-        end = tokenizer.eos_token_id
-        kept = [text for text in texts if text and not text.isspace()]
+        kept = [text for text in texts if not _is_blank(text)]
         rows = tokenizer(kept, verbose=False)["input_ids"] if kept else []
         return {"input_ids": [r if r and r[-1] == end else [*r, end] for r in rows]}
 
-    key = Hasher.hash([documents._fingerprint, tokenizer, config.text_column])
-    folder = Path(config.cache_dir).expanduser() / "tokenised"
-    folder.mkdir(parents=True, exist_ok=True)
+    # A tokenizer is the same wherever it was loaded from.
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    same = tokenizer if backend is None else backend.to_str()
+    found = document_digests(documents, config)
+    key = Hasher.hash([found[found != 0].tobytes(), same, end])
+    return _kept(documents, encode, {"input_ids": List(Value("int32"))}, "tokenised", key, config)
+
+
+def document_digests(documents: Dataset, config: TrainConfig) -> np.ndarray:
+    """uint64 `[documents]`, `fingerprint.digests` of each; 0 where it is blank."""
+
+    def digest(texts: list[str]) -> dict[str, Any]:
+        is_blank = [_is_blank(text) for text in texts]
+        return {"digest": np.where(is_blank, np.uint64(0), digests(text or "" for text in texts))}
+
+    key = Hasher.hash([documents._fingerprint, config.text_column])
+    found = _kept(documents, digest, {"digest": Value("uint64")}, "digests", key, config)
+    return found.data.column("digest").to_numpy()
+
+
+def _is_blank(text: str | None) -> bool:
+    return not text or text.isspace()
+
+
+def _kept(
+    documents: Dataset,
+    function: Callable[[list[str]], dict[str, Any]],
+    features: dict[str, Any],
+    folder: str,
+    key: str,
+    config: TrainConfig,
+) -> Dataset:
+    """A function of batches of documents, its rows kept on disk under a name that says of what."""
+    path = Path(config.cache_dir).expanduser() / folder / f"{key}.arrow"
+    path.parent.mkdir(parents=True, exist_ok=True)
     return documents.map(
-        encode,
+        function,
         batched=True,
         input_columns=[config.text_column],
         remove_columns=documents.column_names,
-        features=Features({"input_ids": List(Value("int32"))}),
-        cache_file_name=str(folder / f"{key}.arrow"),
+        features=Features(features),
+        cache_file_name=str(path),
         new_fingerprint=key,
-        desc="tokenising",
+        desc=folder,
     )
 
 
@@ -202,10 +257,17 @@ class PackedText(Sequence[np.ndarray]):
     """Blocks of equal length of a token stream that stays where it is (memory-mapped Arrow)."""
 
     def __init__(self, tokenised: Dataset, length: int):
-        columns = tokenised.data.column("input_ids").chunks
-        self.chunks = [chunk.flatten().to_numpy(zero_copy_only=False) for chunk in columns]
+        self.documents = tokenised.data.column("input_ids")
+        self.chunks = [c.flatten().to_numpy(zero_copy_only=False) for c in self.documents.chunks]
         self.ends = np.cumsum([0] + [len(chunk) for chunk in self.chunks])
         self.length = length
+
+    def save(self, path: Path) -> None:
+        """Write the tokenised documents to an Arrow file, from which `Dataset.from_file` maps them
+        into memory."""
+        table = pa.table({"input_ids": self.documents})
+        with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, table.schema) as stream:
+            stream.write_table(table)
 
     def __len__(self) -> int:
         return int(self.ends[-1]) // self.length

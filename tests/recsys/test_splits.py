@@ -7,6 +7,7 @@ from support.data import shared_data
 from sce_lm.recsys import (
     build_item_tokenizer,
     catalogue,
+    last_items,
     last_n,
     leave_one_out,
     read_interactions,
@@ -206,3 +207,13 @@ def test_a_temporal_split_of_a_real_log_agrees_with_its_definition():
     }
     assert found == expected
     assert split.summary()["test_targets_unseen_in_training"] == 0
+
+
+def test_last_items_are_asked_of_users_with_a_known_past():
+    sequences = pl.DataFrame(
+        {"user": ["a", "b", "c", "d"], "items": [[2, 1, 3, 4], [5, 1], [1, 3], [6]]},
+        schema={"user": pl.String, "items": pl.List(pl.Int32)},
+    )
+    questions, counts = last_items(sequences, range(2, 7))
+    assert questions.rows() == [("a", [2, 3], 4), ("b", [5], 1)]
+    assert counts == {"unknown_events": 3, "users_without_history": 2}

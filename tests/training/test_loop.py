@@ -57,7 +57,7 @@ def test_a_run_leaves_a_stock_model_metrics_report_and_a_summary(corpus, tmp_pat
 
     records = read_metrics(tmp_path / "metrics.jsonl")
     assert [r["step"] for r in records if "loss" in r] == [1, 2, 3, 4, 5, 6]
-    assert [r["step"] for r in records if "nll" in r] == [5, 6]
+    assert [r["step"] for r in records if "validation/nll" in r] == [5, 6]
     assert {"objective/coverage", "seconds_per_step", "tokens_per_second"} <= records[0].keys()
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["steps"] == 6

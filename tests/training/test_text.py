@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from transformers import AutoTokenizer
 
 from sce_lm.training.config import TrainConfig
 from sce_lm.training.language_model import LanguageModelTask
-from sce_lm.training.text import PackedText, read, read_documents, tokenise
+from sce_lm.training.text import PackedText, hold_out, read, read_documents, tokenise
 
 
 @given(
@@ -49,9 +50,22 @@ def test_documents_are_joined_by_the_end_of_text_token(corpus):
     assert joined == f"First document.{END_OF_TEXT}Second one.{END_OF_TEXT}"
 
 
+def test_text_is_tokenised_once_wherever_it_and_its_tokenizer_are(tmp_path, corpus):
+    texts = ["One.", "Two."]
+    Dataset.from_dict({"text": texts}).to_parquet(tmp_path / "a.parquet")
+    Dataset.from_dict({"text": ["", *texts]}).to_json(tmp_path / "b.jsonl")
+    shutil.copytree(corpus / "tokenizer", tmp_path / "tokenizer")
+    for name, tokenizer in (("a.parquet", corpus), ("b.jsonl", tmp_path)):
+        fields = lm_fields(corpus, data=str(tmp_path / name), cache_dir=str(tmp_path / "cache"))
+        config = TrainConfig(**fields)
+        documents, _ = read_documents(config)
+        tokenise(documents, AutoTokenizer.from_pretrained(tokenizer / "tokenizer"), config)
+    assert len(list((tmp_path / "cache" / "tokenised").iterdir())) == 1
+
+
 def test_held_out_documents_are_not_trained_on(corpus):
     config = TrainConfig(**lm_fields(corpus))
-    train, held_out = read_documents(config)
+    train, held_out = hold_out(read_documents(config)[0], config)
     assert (len(train), len(held_out)) == (7, 1)
     assert not set(train["text"]) & set(held_out["text"])
     named = TrainConfig(**lm_fields(corpus, held_out=config.data))
@@ -71,10 +85,10 @@ def test_local_files_of_each_kind_are_read(tmp_path, corpus, kind):
     elif kind == "jsonl":
         path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     else:
-        path.write_text("\n\n".join(texts))
+        path.write_text("\n" + "\n\n\n".join(texts) + "\n")
     fields = lm_fields(corpus, data=str(path), held_out=str(path), cache_dir=str(tmp_path))
     train, _ = read_documents(TrainConfig(**fields))
-    assert [text.strip() for text in train["text"]] == texts
+    assert train["text"][:] == texts
 
 
 @pytest.mark.parametrize(
@@ -94,9 +108,11 @@ def test_data_that_cannot_be_used_are_refused(tmp_path, corpus, name, content, c
     path = tmp_path / name
     if content is not None:
         path.write_text(content)
-    fields = lm_fields(corpus, data=str(path), cache_dir=str(tmp_path / "cache"), **changes)
+    config = TrainConfig(
+        **lm_fields(corpus, data=str(path), cache_dir=str(tmp_path / "cache"), **changes)
+    )
     with pytest.raises(ValueError, match=message) as caught:
-        read_documents(TrainConfig(**fields))
+        hold_out(read_documents(config)[0], config)
     assert "\n" not in str(caught.value)
 
 
