@@ -16,7 +16,7 @@ from pathlib import Path
 from accelerate import Accelerator
 
 from sce_lm.training.evaluation import evaluate_run, print_evaluation
-from sce_lm.training.launch import start_missing_processes
+from sce_lm.training.launch import check_processes, start_missing_processes
 
 
 def main() -> None:
@@ -26,6 +26,7 @@ def main() -> None:
     try:
         start_missing_processes()
         accelerator = Accelerator()
+        check_processes(accelerator)
         rows = evaluate_run(folder, accelerator)
     except (ValueError, OSError) as error:
         sys.exit(f"evaluate.py: {error}")

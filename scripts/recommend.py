@@ -15,9 +15,10 @@ import sys
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sce_lm import recsys
+from sce_lm.files import read_json
+from sce_lm.training.models import load_model, load_tokenizer
 
 
 def read_arguments() -> argparse.Namespace:
@@ -55,15 +56,15 @@ def run(arguments: argparse.Namespace) -> None:
     folder = arguments.run
     trained_with: dict = {}
     if (folder / "model").is_dir():
-        folder, trained_with = folder / "model", json.loads(config_file.read_text())
+        folder, trained_with = folder / "model", read_json(config_file)
     if not (folder / "config.json").exists():
         raise ValueError(
             f"{arguments.run} holds no model; give the folder of a finished run, or one written by "
             "save_pretrained."
         )
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = AutoModelForCausalLM.from_pretrained(folder, device_map=device).eval()
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = load_model(folder, device_map=device).eval()
+    tokenizer = load_tokenizer(folder)
     options = {
         "exclude_seen": not arguments.keep_seen,
         "candidates": read_ids(arguments.candidates),

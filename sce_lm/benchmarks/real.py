@@ -9,14 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 from sce_lm import objectives
 from sce_lm.benchmarks.problem import Problem
 from sce_lm.hf.adapter import apply_sce
+from sce_lm.training import models
 from sce_lm.training.comparison import save_loss_inputs
 from sce_lm.training.config import TrainConfig
 from sce_lm.training.embedded.text import embedded_text
+from sce_lm.training.resuming import stored_fields
 from sce_lm.training.sources import build_task
 
 ROW_LENGTH = 512
@@ -58,7 +60,7 @@ def real_problem(
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(model.config, dtype=getattr(torch, dtype))
     if is_run and text is None:
-        task = build_task(TrainConfig(**json.loads((source / "config.json").read_text())))
+        task = build_task(TrainConfig(**stored_fields(source)))
         batch_of, num_rows = task.batch, task.num_rows
     else:
         rows = text_rows(model, load_tokenizer(path, gguf), text)
@@ -74,12 +76,12 @@ def real_problem(
 
 def load_model(path: Path, dtype: str, gguf: str | None) -> Any:
     """The model of a folder, or of a GGUF file in it."""
-    return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **_file(gguf))
+    return models.load_model(path, dtype=dtype, **_file(gguf))
 
 
 def load_tokenizer(path: Path, gguf: str | None) -> Any:
     """The tokenizer beside :func:`load_model`'s model."""
-    return AutoTokenizer.from_pretrained(path, **_file(gguf))
+    return models.load_tokenizer(path, **_file(gguf))
 
 
 def _file(gguf: str | None) -> dict[str, Any]:

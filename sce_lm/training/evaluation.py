@@ -1,6 +1,5 @@
 """The final evaluation of a run, made again from its folder, beside methods without training."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -8,13 +7,14 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoModelForCausalLM
 
 from sce_lm import objectives
 from sce_lm.files import write_json
 from sce_lm.hf.adapter import apply_sce
 from sce_lm.training.config import TrainConfig
+from sce_lm.training.models import load_model
 from sce_lm.training.plots import draw_popularity
+from sce_lm.training.resuming import stored_fields
 from sce_lm.training.sources import build_task
 
 MODEL = "model"
@@ -41,11 +41,11 @@ def evaluate_run(folder: Path, accelerator: Accelerator) -> dict[str, dict[str, 
                 f"{folder} has no {needed}; expected the folder of a finished run of "
                 "scripts/train.py; check the path, or let the run come to its end."
             )
-    config = TrainConfig(**json.loads((folder / "config.json").read_text()))
+    config = TrainConfig(**stored_fields(folder))
     set_seed(config.seed)
     with accelerator.main_process_first():
         task = build_task(config)
-    model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=config.dtype)
+    model = load_model(folder / "model", dtype=config.dtype)
     apply_sce(model, objectives.get("exact"))
     model = accelerator.prepare_model(model, evaluation_mode=True)
     trained = task.evaluate(accelerator.unwrap_model(model).eval(), accelerator, final=True)
