@@ -22,7 +22,7 @@ import statistics
 import time
 import warnings
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -238,10 +238,9 @@ class Run:
         and OSError or SafetensorError if something cannot be written; `how_to_go_on` says what is
         left then, as after a KeyboardInterrupt.
         """
-        try:
-            return self._train()
-        finally:
-            self.lock.release()
+        with ExitStack() as at_the_end:
+            at_the_end.callback(self.lock.release)
+            return self._train(at_the_end)
 
     def how_to_go_on(self) -> str:
         """What has been kept of a run that was stopped, and how it goes on, in one sentence."""
@@ -253,7 +252,7 @@ class Run:
             )
         return f"{newest} is complete; the same command goes on from there."
 
-    def _train(self) -> dict[str, Any]:
+    def _train(self, at_the_end: ExitStack) -> dict[str, Any]:
         config = self.config
         if self.is_finished:
             return read_json(self.folder / "summary.json")
@@ -271,6 +270,7 @@ class Run:
             unit="step",
             disable=not self.is_main,
         )
+        at_the_end.callback(bar.close)
         shown: dict[str, str] = {}
         window_seconds, window_steps, in_loss = 0.0, 0, loss_seconds(self.model)
         if self._is_over() and self.best.last_step != self.step:
