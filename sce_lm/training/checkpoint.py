@@ -243,17 +243,17 @@ def _random_states(device: torch.device) -> tuple[dict[str, torch.Tensor], dict[
         tensors[device.type] = torch.get_device_module(device).get_rng_state()
     name, key, *rest = np.random.get_state()
     numpy = [name, np.asarray(key).tolist(), *rest]
-    return tensors, {"python": json.dumps(random.getstate()), "numpy": json.dumps(numpy)}
+    return tensors, {"others": json.dumps({"python": random.getstate(), "numpy": numpy})}
 
 
 def _restore_random_states(path: Path, device: torch.device) -> None:
     """Set them again; a kind of device that the checkpoint does not know keeps its own."""
     with safe_open(path, "pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        texts = file.metadata()
-    version, key, gauss = json.loads(texts["python"])
+        others = json.loads(file.metadata()["others"])
+    version, key, gauss = others["python"]
     random.setstate((version, tuple(key), gauss))
-    np.random.set_state(tuple(json.loads(texts["numpy"])))
+    np.random.set_state(tuple(others["numpy"]))
     torch.set_rng_state(tensors["cpu"])
     if device.type != "cpu" and device.type in tensors:
         torch.get_device_module(device).set_rng_state(tensors[device.type])
