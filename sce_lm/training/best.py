@@ -74,7 +74,7 @@ class BestModel:
         """
         path = self._weights(self.step)
         try:
-            load_model(model, path, device=str(model.device))
+            load_model(model, path)
         except (RuntimeError, SafetensorError) as error:
             reason = " ".join(str(error).split())[:300].rstrip(".")
             raise ValueError(

@@ -158,8 +158,7 @@ class Checkpoints:
 
     def _read(self, checkpoint: Path, manifest: dict[str, Any]) -> None:
         rank = self.accelerator.process_index
-        device = self.accelerator.device
-        load_model(self.model, checkpoint / MODEL, device=str(device))
+        load_model(self.model, checkpoint / MODEL)
         _restore_optimizer(self.optimizer, load_file(checkpoint / OPTIMIZER))
         # One step back and one forward, which sets the rates of that step on this run's schedule.
         place = {"last_epoch": manifest["schedule"] - 1, "_step_count": manifest["schedule"]}
@@ -171,7 +170,7 @@ class Checkpoints:
         if state.exists() and self.objective.state is not None:
             self.objective.state.load(state)
         if manifest["processes"] == self.accelerator.num_processes:
-            _restore_random_states(_random_file(checkpoint, rank), device)
+            _restore_random_states(_random_file(checkpoint, rank), self.accelerator.device)
 
 
 def verify(checkpoint: Path) -> None:
