@@ -48,6 +48,23 @@ def data_files(folder: Path) -> list[Path]:
     )
 
 
+def read_json(path: Path) -> Any:
+    """The value of a JSON file.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is not JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(
+            f"{path} cannot be read as JSON ({reason}); it was damaged or is another file; put the "
+            "one back that was written."
+        ) from None
+
+
 def write_json(path: Path, value: Any, *, allow_nan: bool = True) -> None:
     """Write a JSON file, on the disk when this returns.
 

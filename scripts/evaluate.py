@@ -27,7 +27,7 @@ from sce_lm.training.evaluation import (
     is_saved_model,
     print_evaluation,
 )
-from sce_lm.training.launch import start_missing_processes
+from sce_lm.training.launch import check_processes, start_missing_processes
 
 COLUMNS = ("user_column", "item_column", "time_column", "text_column")
 
@@ -65,6 +65,7 @@ def main() -> None:
         asked = arguments.split or "test"
         start_missing_processes()
         accelerator = Accelerator()
+        check_processes(accelerator)
         if arguments.data is None:
             rows = evaluate_run(arguments.folder, accelerator, asked, arguments.k)
         else:

@@ -25,9 +25,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from sce_lm import recsys
+from sce_lm.files import read_json
+from sce_lm.training.models import load_model, load_tokenizer
 
 NOTHING_KNOWN = 3
 """The exit code where no list is the model's."""
@@ -106,15 +108,15 @@ def run(arguments: argparse.Namespace) -> int:
     folder = arguments.run
     trained_with: dict = {}
     if (folder / "model").is_dir():
-        folder, trained_with = folder / "model", json.loads(config_file.read_text())
+        folder, trained_with = folder / "model", read_json(config_file)
     if not (folder / "config.json").exists():
         raise ValueError(
             f"{arguments.run} holds no model; give the folder of a finished run, or one written by "
             "save_pretrained."
         )
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = AutoModelForCausalLM.from_pretrained(folder, device_map=device).eval()
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = load_model(folder, device_map=device).eval()
+    tokenizer = load_tokenizer(folder)
     options = {
         "exclude_seen": not arguments.keep_seen,
         "candidates": read_ids(arguments.candidates, tokenizer),

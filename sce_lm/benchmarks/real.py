@@ -9,14 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 from sce_lm import objectives
 from sce_lm.benchmarks.problem import Problem
 from sce_lm.hf.adapter import apply_sce
+from sce_lm.training import models
 from sce_lm.training.comparison import save_loss_inputs
 from sce_lm.training.config import TrainConfig
 from sce_lm.training.embedded.text import embedded_text
+from sce_lm.training.resuming import stored_fields
 from sce_lm.training.sources import resume_task
 
 ROW_LENGTH = 512
@@ -54,7 +56,7 @@ def real_problem(
     """
     is_run = (source / "model").is_dir()
     path = source / "model" if is_run else source
-    config = json.loads((source / "config.json").read_text()) if is_run else {}
+    config = stored_fields(source) if is_run else {}
     if text is not None and config.get("task") == "items":
         raise ValueError(
             f"{source} is a recommender, whose tokens are items, and --text gives it a text; leave "
@@ -86,19 +88,12 @@ def load_model(path: Path, dtype: str, gguf: str | None) -> Any:
             f"{path} has no {gguf or 'config.json'}; expected the folder of a finished run of "
             "scripts/train.py, or one written by save_pretrained; check the path."
         )
-    return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **_file(gguf))
+    return models.load_model(path, dtype=dtype, **_file(gguf))
 
 
 def load_tokenizer(path: Path, gguf: str | None) -> Any:
     """The tokenizer beside :func:`load_model`'s model; ValueError if there is none."""
-    try:
-        return AutoTokenizer.from_pretrained(path, **_file(gguf))
-    except Exception as error:  # several parsers stand behind this
-        raise ValueError(
-            f"{path} has a model but no tokenizer that can be read "
-            f"({str(error).strip().splitlines()[0].rstrip('.')}), which its text needs; save the "
-            "tokenizer beside the model."
-        ) from error
+    return models.load_tokenizer(path, **_file(gguf))
 
 
 def _file(gguf: str | None) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from sce_lm import objectives
 from sce_lm.files import write_json
@@ -22,6 +22,7 @@ from sce_lm.training.config import TrainConfig
 from sce_lm.training.loop import Run
 from sce_lm.training.loss_cost import LossCost
 from sce_lm.training.metrics import with_costs
+from sce_lm.training.models import load_model
 from sce_lm.training.plots import draw_curves
 from sce_lm.training.task import DataOrder, Task, on_device
 
@@ -224,7 +225,7 @@ def compare(
         runs[label], summaries[label] = folders, found
     assert task is not None
 
-    trained = AutoModelForCausalLM.from_pretrained(next(iter(runs.values()))[0] / "model")
+    trained = load_model(next(iter(runs.values()))[0] / "model")
     apply_sce(trained, objectives.get("exact"))
     order = DataOrder(task.num_rows, config.per_device_batch_size, 1, config.seed)
     inputs = folder / "loss_inputs.safetensors"

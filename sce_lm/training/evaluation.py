@@ -1,7 +1,6 @@
 """A run's model evaluated on what the run stored, or any model on data that are named."""
 
 import dataclasses
-import json
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,18 +10,19 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sce_lm import objectives, recsys
-from sce_lm.files import write_json
+from sce_lm.files import read_json, write_json
 from sce_lm.hf.adapter import apply_sce
 from sce_lm.recsys.data import TIE_RULE
 from sce_lm.training import text
 from sce_lm.training.config import TrainConfig
 from sce_lm.training.items import rank_questions
 from sce_lm.training.language_model import LanguageModelTask
-from sce_lm.training.models import load_tokenizer
+from sce_lm.training.models import load_model, load_tokenizer
 from sce_lm.training.plots import draw_popularity
+from sce_lm.training.resuming import stored_fields
 from sce_lm.training.sources import changed_since, stored_task
 from sce_lm.training.task import HeldOut
 
@@ -153,7 +153,7 @@ def _last_items(
 def is_saved_model(folder: Path) -> bool:
     """Whether a folder is one of save_pretrained rather than a run's."""
     path = folder / "config.json"
-    return path.exists() and "model_type" in json.loads(path.read_text())
+    return path.exists() and "model_type" in read_json(path)
 
 
 def evaluation_file(folder: Path, on: HeldOut = "test", data: str | None = None) -> Path:
@@ -170,7 +170,7 @@ def _run_config(run: Path) -> TrainConfig:
                 f"{run} has no {needed}; expected the folder of a finished run of "
                 "scripts/train.py; check the path, or let the run come to its end."
             )
-    return TrainConfig(**json.loads((run / "config.json").read_text()))
+    return TrainConfig(**stored_fields(run))
 
 
 def _with_lengths(config: TrainConfig, k: Sequence[int] | None) -> TrainConfig:
@@ -185,7 +185,7 @@ def _with_lengths(config: TrainConfig, k: Sequence[int] | None) -> TrainConfig:
 
 def _prepared(path: Path, dtype: str, accelerator: Accelerator) -> PreTrainedModel:
     """The model of a folder, exact, on its device and ready to be evaluated."""
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+    model = load_model(path, dtype=dtype)
     apply_sce(model, objectives.get("exact"))
     model = accelerator.prepare_model(model, evaluation_mode=True)
     return accelerator.unwrap_model(model).eval()

@@ -6,7 +6,6 @@ users to a row; validation questions are asked in the course of training, and te
 end.
 """
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sce_lm import recsys
+from sce_lm.files import read_json
 from sce_lm.recsys.histories import TrainingHistories, can_pack, training_rows
 from sce_lm.recsys.metrics import popularity_profile
 from sce_lm.training.config import TrainConfig
@@ -93,7 +93,7 @@ class ItemsTask(Task):
         with stored(run) as folder:
             split = read_split(folder)
             tokenizer = load_tokenizer(str(folder / "tokenizer"))
-            description = json.loads((run / "data.json").read_text())
+            description = read_json(run / "data.json")
         return cls(split, tokenizer, description, read_source(run), config)
 
     def store(self, folder: Path) -> None:

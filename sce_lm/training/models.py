@@ -1,6 +1,7 @@
 """The model and tokenizer of a run: loaded, or from scratch, and checked to fit each other."""
 
 import difflib
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,12 +17,33 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from sce_lm.training.config import TrainConfig
 
 
-def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of a hub id or folder; ValueError if there is none."""
+def load_tokenizer(source: str | Path, **options: Any) -> PreTrainedTokenizerBase:
+    """The tokenizer of a hub id or folder; ValueError if there is none, or it is code.
+
+    Args:
+        options: further ones of `AutoTokenizer.from_pretrained`.
+    """
     try:
-        return AutoTokenizer.from_pretrained(source)
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=False, **options)
     except Exception as error:  # the hub, the file system and several parsers stand behind this
         raise _unreadable("tokenizer", source, error) from error
+
+
+def load_model(folder: str | Path, **options: Any) -> PreTrainedModel:
+    """The causal language model of a run's or another saved folder, of which no code is run.
+
+    Args:
+        options: further ones of `AutoModelForCausalLM.from_pretrained`.
+
+    Raises ValueError if there is none, if its weights are not safetensors (or, with `gguf_file`,
+    GGUF), or if it needs code that lies in the folder.
+    """
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            folder, use_safetensors=True, trust_remote_code=False, **options
+        )
+    except Exception as error:  # the hub, the file system and several parsers stand behind this
+        raise _unreadable("model", folder, error) from error
 
 
 def build_model(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
@@ -33,7 +55,10 @@ def build_model(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> PreT
     dtype = getattr(torch, config.dtype)
     if config.model is not None:
         try:
-            model = AutoModelForCausalLM.from_pretrained(config.model, dtype=dtype)
+            # From the hub also older files of weights than safetensors: read as numbers only.
+            model = AutoModelForCausalLM.from_pretrained(
+                config.model, dtype=dtype, weights_only=True, trust_remote_code=False
+            )
         except Exception as error:  # as above
             raise _unreadable("model", config.model, error) from error
     else:
@@ -115,10 +140,10 @@ def _number_like(default: Any, value: Any) -> Any:
     return float(value) if type(default) is float and type(value) is int else value
 
 
-def _unreadable(what: str, source: str, error: Exception) -> ValueError:
+def _unreadable(what: str, source: str | Path, error: Exception) -> ValueError:
     return ValueError(
-        f"The {what} {source!r} cannot be loaded ({_first_line(error)}); expected a hub id or a "
-        "folder written by save_pretrained; check the name and that its files are complete."
+        f"The {what} {str(source)!r} cannot be loaded ({_first_line(error)}); expected a hub id or "
+        "a folder written by save_pretrained; check the name and that its files are complete."
     )
 
 

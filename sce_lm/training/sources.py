@@ -33,6 +33,7 @@ SOURCE_FIELDS = (
     "user_column",
     "item_column",
     "time_column",
+    "time_format",
 )
 """Where the data are and how they are read: fields that may change when a run is resumed, since the
 fingerprints say whether the data are the same."""

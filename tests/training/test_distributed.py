@@ -219,7 +219,9 @@ def test_processes_that_cannot_share_a_step_do_not_resume(corpus, tmp_path):
     three = SimpleNamespace(
         is_main_process=True, num_processes=3, process_index=0, wait_for_everyone=lambda: None
     )
-    checkpoints: Any = Checkpoints(tmp_path / "checkpoints", three, run.objective, 1)
+    three.unwrap_model = lambda model: model
+    parts = run.model, run.optimizer, run.scheduler, run.objective
+    checkpoints: Any = Checkpoints(tmp_path / "checkpoints", three, *parts, 1)
     with pytest.raises(
         ValueError, match="by 1 processes, whose steps take 1 batches, and this run"
     ):

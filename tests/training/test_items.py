@@ -257,7 +257,8 @@ def test_the_best_model_is_kept_and_a_run_without_improvement_stops(tmp_path):
     assert summary["model_of_step"] == best
     assert summary["steps"] == best + 3 * 5 < 200
     assert summary["validation"]["ndcg@5"] == validation[best]
-    assert not (run.folder / "best").exists()
+    kept = [path.parent.name for path in (run.folder / "best").rglob("model.safetensors")]
+    assert kept == [f"step-{best:08d}"]  # beside the checkpoints, from which the run could go on
 
     model = AutoModelForCausalLM.from_pretrained(run.folder / "model")
     assert run.task.evaluate(model, run.accelerator, "validation")["ndcg@5"] == validation[best]
