@@ -97,7 +97,7 @@ def test_settings_of_reports_may_change_and_are_recorded(copied, capsys):
     records = read_metrics(folder / "metrics.jsonl")
     (change,) = [record["changed"] for record in records if "changed" in record]
     assert set(change) == set(changes) - {"process_timeout", "checkpoints_to_keep"}
-    assert [r["step"] for r in records if "nll" in r] == [2, 4, 5, 6]
+    assert [r["step"] for r in records if "validation/nll" in r] == [2, 4, 5, 6]
 
 
 def test_another_way_to_evaluate_starts_a_new_search_for_the_best(copied, capsys):
@@ -111,10 +111,10 @@ def test_another_way_to_evaluate_starts_a_new_search_for_the_best(copied, capsys
     assert run.best.step == 0
     summary = run.train()
     assert (summary["steps"], summary["model_of_step"]) == (4, 4)
-    evaluated = [r for r in read_metrics(folder / "metrics.jsonl") if "nll" in r]
+    evaluated = [r for r in read_metrics(folder / "metrics.jsonl") if "validation/nll" in r]
     assert [r["step"] for r in evaluated] == [2, 4, 4]
-    assert summary["held_out"]["nll"] == evaluated[-1]["nll"]
-    assert evaluated[-1]["nll"] != evaluated[-2]["nll"]
+    assert summary["validation"]["nll"] == evaluated[-1]["validation/nll"]
+    assert evaluated[-1]["validation/nll"] != evaluated[-2]["validation/nll"]
 
 
 def test_the_best_of_a_finished_run_is_still_there_when_it_goes_on(copied):
@@ -201,4 +201,4 @@ def test_tensorboard_shows_a_step_once(corpus, tmp_path):
     events = EventAccumulator(str(folder / "sce_lm"))
     events.Reload()
     assert [event.step for event in events.Scalars("loss")] == [1, 2, 3, 4, 5, 6]
-    assert [event.step for event in events.Scalars("nll")] == [5, 6]
+    assert [event.step for event in events.Scalars("validation/nll")] == [5, 6]
