@@ -18,7 +18,7 @@ def test_every_block_runs_as_it_stands(tmp_path):
     """Each in a namespace of its own, all in one process: importing takes longer than running."""
     write_files(tmp_path)
     program = "\n".join(
-        f"exec(compile({block.replace(HUB_MODEL, 'model')!r}, '{page_id(page)}, {n}', 'exec'), {{}})"
+        f"exec(compile({block.replace(HUB_MODEL, 'model')!r}, '{page_id(page)} {n}', 'exec'), {{}})"
         for page in PAGES
         for n, block in enumerate(code_blocks(page), 1)
     )
