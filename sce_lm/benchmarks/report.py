@@ -5,25 +5,21 @@ from __future__ import annotations
 import math
 import os
 import platform
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
 from sce_lm import files
 from sce_lm.figures import png
 
-WIDTH = 150
-"""Characters of a table's line where the output is no terminal."""
-
 
 def progress(message: str) -> None:
     """Text on standard error."""
-    Console(stderr=True, highlight=False, markup=False, soft_wrap=True).print(message)
+    print(message, file=sys.stderr, flush=True)
 
 
 def machine(device: str) -> dict[str, Any]:
@@ -52,22 +48,19 @@ def print_heading(described: Mapping[str, Any], what: object) -> None:
 
 def print_line(text: str) -> None:
     """Text on standard output."""
-    _console().print(text)
+    print(text, flush=True)
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """A table whose first column is text and whose others are figures."""
-    table = Table(title=title, title_justify="left")
-    for i, column in enumerate(columns):
-        table.add_column(column, justify="right" if i else "left", overflow="fold")
-    for row in rows:
-        table.add_row(*row)
-    _console().print(table)
-
-
-def _console() -> Console:
-    console = Console(highlight=False, markup=False)
-    return console if console.is_terminal else Console(width=WIDTH, highlight=False, markup=False)
+    lines = [columns, *rows]
+    widths = [max(map(len, cells)) for cells in zip(*lines)]
+    shown = [
+        "  ".join(cell.rjust(w) if i else cell.ljust(w) for i, (cell, w) in enumerate(pairs))
+        for pairs in (list(zip(line, widths)) for line in lines)
+    ]
+    print_line("
+".join(["", title, shown[0], "-" * len(shown[0]), *shown[1:]]))
 
 
 def figures(values: Mapping[str, float | None], forms: Mapping[str, str]) -> list[str]:
