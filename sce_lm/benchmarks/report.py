@@ -59,8 +59,7 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
         "  ".join(cell.rjust(w) if i else cell.ljust(w) for i, (cell, w) in enumerate(pairs))
         for pairs in (list(zip(line, widths)) for line in lines)
     ]
-    print_line("
-".join(["", title, shown[0], "-" * len(shown[0]), *shown[1:]]))
+    print_line("\n".join(["", title, shown[0], "-" * len(shown[0]), *shown[1:]]))
 
 
 def figures(values: Mapping[str, float | None], forms: Mapping[str, str]) -> list[str]:
