@@ -13,10 +13,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from accelerate import Accelerator
-
-from sce_lm.training.evaluation import evaluate_run, print_evaluation
-from sce_lm.training.launch import start_missing_processes
+from sce_lm.requirements import require
 
 
 def main() -> None:
@@ -24,10 +21,16 @@ def main() -> None:
     parser.add_argument("run", type=Path, help="folder of a run of scripts/train.py")
     folder = parser.parse_args().run
     try:
+        require("evaluate.py", "accelerate", "psutil", "rich")
+        from accelerate import Accelerator
+
+        from sce_lm.training.evaluation import evaluate_run, print_evaluation
+        from sce_lm.training.launch import start_missing_processes
+
         start_missing_processes()
         accelerator = Accelerator()
         rows = evaluate_run(folder, accelerator)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         sys.exit(f"evaluate.py: {error}")
     if accelerator.is_main_process:
         print_evaluation(rows)

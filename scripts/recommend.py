@@ -17,8 +17,6 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from sce_lm import recsys
-
 
 def read_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Recommend items for raw histories.")
@@ -51,6 +49,8 @@ def read_arguments() -> argparse.Namespace:
 
 
 def run(arguments: argparse.Namespace) -> None:
+    from sce_lm import recsys
+
     config_file = arguments.run / "config.json"
     folder = arguments.run
     trained_with: dict = {}
@@ -100,7 +100,7 @@ def main() -> None:
     arguments = read_arguments()
     try:
         run(arguments)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         sys.exit(f"recommend.py: {error}")
 
 

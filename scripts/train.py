@@ -9,16 +9,16 @@ A run that was stopped goes on when the same command is given again. `--help` li
 import json
 import sys
 
-from sce_lm.training.config import parse_config
-from sce_lm.training.launch import start_missing_processes
-from sce_lm.training.loop import Run
-
 
 def main() -> None:
     try:
+        from sce_lm.training.config import parse_config
+        from sce_lm.training.launch import start_missing_processes
+        from sce_lm.training.loop import Run
+
         start_missing_processes()
         run = Run(parse_config(sys.argv[1:]))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         sys.exit(f"train.py: {error}")
     if run.is_main:
         print("Data:", json.dumps(run.task.describe(), indent=2))

@@ -54,12 +54,14 @@ def print_line(text: str) -> None:
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """A table whose first column is text and whose others are figures."""
     lines = [columns, *rows]
-    widths = [max(map(len, cells)) for cells in zip(*lines)]
-    shown = [
-        "  ".join(cell.rjust(w) if i else cell.ljust(w) for i, (cell, w) in enumerate(pairs))
-        for pairs in (list(zip(line, widths)) for line in lines)
-    ]
-    print_line("\n".join(["", title, shown[0], "-" * len(shown[0]), *shown[1:]]))
+    first, *others = (max(map(len, cells)) for cells in zip(*lines))
+
+    def shown(line: Sequence[str]) -> str:
+        cells = (cell.rjust(width) for cell, width in zip(line[1:], others))
+        return "  ".join([line[0].ljust(first), *cells])
+
+    rule = "-" * len(shown(columns))
+    print_line("\n".join(["", title, shown(columns), rule, *map(shown, rows)]))
 
 
 def figures(values: Mapping[str, float | None], forms: Mapping[str, str]) -> list[str]:

@@ -4,6 +4,10 @@ language model.
 Importing this package makes the model type ``sasrec`` known to transformers.
 """
 
+from sce_lm.requirements import require
+
+require("sce_lm.recsys", "datasets", "polars", "tqdm")
+
 from sce_lm.recsys.baselines import markov_scorer, popularity_scorer
 from sce_lm.recsys.data import read_interactions
 from sce_lm.recsys.evaluation import (

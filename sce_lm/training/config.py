@@ -13,6 +13,10 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
+from sce_lm.requirements import require
+
+require("sce_lm.training", "accelerate", "datasets", "polars", "psutil", "rich", "tqdm", "yaml")
+
 import yaml
 from transformers import HfArgumentParser
 
