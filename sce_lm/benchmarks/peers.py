@@ -102,6 +102,18 @@ def _liger(post: LogitTransform, device: str) -> Loss:
     return loss
 
 
+def _quack(post: LogitTransform, device: str) -> Loss:
+    _refuse_soft_cap(post, "quack's chunked_linear_cross_entropy")
+    quack = importlib.import_module("quack.linear_cross_entropy")
+
+    def loss(hidden_states, weight, labels, bias=None):
+        if bias is not None:
+            raise ValueError("quack's chunked_linear_cross_entropy takes no bias.")
+        return quack.chunked_linear_cross_entropy(_scaled(hidden_states, post), weight, labels)
+
+    return loss
+
+
 def _trl(post: LogitTransform, device: str) -> Loss:
     kernels = importlib.import_module("trl.kernels")
     temperature, classes_a_chunk = 1.0, 32768  # as in trl.trainer.utils.add_fused_lm_head
@@ -139,6 +151,7 @@ PEERS = {
     "torch_fused": Peer(_torch_fused, function="linear_cross_entropy"),
     "cce": Peer(_cut_cross_entropy, {"cpu": 2}, "cut-cross-entropy", "cut_cross_entropy"),
     "liger": Peer(_liger, {}, "liger-kernel", "liger_kernel", devices=("cuda",)),
+    "quack": Peer(_quack, {}, "quack-kernels", "quack", devices=("cuda",)),
     "trl": Peer(_trl, {}, "trl", "trl"),
 }
 """By the name in a method's specification."""

@@ -6,7 +6,16 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-NOT_IN_THE_CORE = ("accelerate", "datasets", "matplotlib", "peft", "polars", "psutil", "rich", "trl")
+NOT_IN_THE_CORE = (
+    "accelerate",
+    "datasets",
+    "matplotlib",
+    "peft",
+    "polars",
+    "psutil",
+    "rich",
+    "trl",
+)
 """What the losses, apply_sce and the benchmarks of the loss run without."""
 
 NO_NETWORK = """
