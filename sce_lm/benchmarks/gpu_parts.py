@@ -193,8 +193,8 @@ def loss_row(
         return {"skipped": reason}
     inputs, past = _inputs(sizes, dtype, device)
     if specification["name"] != "compile":  # it would be compiled for the small shapes too
-        warm_up(lambda: _build(specification, device, None), inputs)
-    loss = _build(specification, device, past)
+        warm_up(lambda: _build(specification, device), inputs)
+    loss = _build(specification, device, past, sizes[1])
     cost = cost_of(loss, inputs, repeats=repeats, budget=10.0)
     host = _host_seconds(loss, inputs, device, repeats)
     result: Result = asdict(cost) | {"sizes": sizes, "dtype": dtype, "host_seconds": host}
@@ -215,15 +215,16 @@ def _inputs(sizes: tuple[int, int, int], dtype: str, device: str) -> tuple[Input
     return random_inputs(*sizes, getattr(torch, dtype), generator)
 
 
-def _build(specification: dict[str, Any], device: str, past: torch.Tensor | None) -> Loss:
-    """A new loss; an objective's state has counted the labels of the past."""
+def _build(
+    specification: dict[str, Any], device: str, past: torch.Tensor | None = None, classes: int = 0
+) -> Loss:
+    """A new loss; an objective's state has counted the labels of the past, if there is one."""
     peer = PEERS.get(specification["name"])
     if peer is not None:
         return peer.build(POST, device)
     objective = objectives.get(**specification)
     if past is not None and isinstance(objective.state, SCEState):
-        objective.state.counts = torch.zeros(0)
-        objective.state.counts = None
+        objective.state.begin_call(past, classes, seed=0)
     return loss_of(objective, POST)
 
 
@@ -276,7 +277,7 @@ def profiled(
 ) -> Result:
     """The kernels of one forward and backward pass by their time, and the host beside them."""
     inputs, past = _inputs(sizes, dtype, device)
-    loss = _build(specification, device, past)
+    loss = _build(specification, device, past, sizes[1])
     leaves = [inputs[name].requires_grad_() for name in ("hidden_states", "weight")]
     for _ in range(3):
         loss(**inputs).backward()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import platform
@@ -74,6 +75,11 @@ def write_json(path: Path | None, value: Any) -> None:
     """Write a JSON file; infinities become null. None: write nothing."""
     if path is not None:
         files.write_json(path, _finite(value), allow_nan=False)
+
+
+def read_json(path: Path) -> Any:
+    """What :func:`write_json` wrote."""
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def _finite(value: Any) -> Any:
