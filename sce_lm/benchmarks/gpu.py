@@ -15,6 +15,7 @@ import argparse
 import os
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -258,10 +259,13 @@ def main() -> None:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     start_server("sce_lm.benchmarks.gpu_parts", "sce_lm.hf")
     todo = parts(REHEARSAL, "cpu") if arguments.rehearse else parts(CARD, "cuda")
-    try:
-        found = run(todo, arguments.json)
-    except OSError as error:
-        sys.exit(f"gpu.sh: {error}")
+    # A process that is ended may leave half of a file in the compiler's cache.
+    with tempfile.TemporaryDirectory(prefix="sce_lm-gpu-") as cache:
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache
+        try:
+            found = run(todo, arguments.json)
+        except OSError as error:
+            sys.exit(f"gpu.sh: {error}")
     print_summary(found)
     report.print_line(f"\nResults: {arguments.json}")
     if any("failed" in result for result in found):
