@@ -8,6 +8,7 @@ import time
 import pytest
 import torch
 from support import parts as planted
+from support.launch import ONE_THREAD
 from support.missing import NOT_IN_THE_CORE, environment
 
 from sce_lm.benchmarks import gpu, prediction
@@ -125,9 +126,7 @@ def test_without_a_gpu_it_says_so(tmp_path):
     if torch.cuda.is_available():
         pytest.skip("there is one here")
     command = ["bash", "scripts/gpu.sh", "--json", str(tmp_path / "found")]
-    result = subprocess.run(
-        command, env={**os.environ}, capture_output=True, text=True, check=False
-    )
+    result = subprocess.run(command, env=ONE_THREAD, capture_output=True, text=True, check=False)
     assert result.returncode == 1
     assert result.stderr.startswith("gpu.sh: torch finds no GPU here")
     assert not (tmp_path / "found").exists()

@@ -184,9 +184,10 @@ def test_head_with_hooks_breaks_the_graph_and_stays_right():
     stock, patched = exact_pair("llama")
     seen = []
     patched.lm_head.register_forward_hook(lambda module, inputs, output: seen.append(output.shape))
-    with pytest.raises(torch._dynamo.exc.Unsupported):
-        in_one_graph(patched)(**tiny_batch())
-    torch._dynamo.reset()
+    if ONE_GRAPH:
+        with pytest.raises(torch._dynamo.exc.Unsupported):
+            in_one_graph(patched)(**tiny_batch())
+        torch._dynamo.reset()
     loss = torch.compile(patched, backend="aot_eager")(**tiny_batch()).loss
     torch.testing.assert_close(loss, stock(**tiny_batch()).loss)
     assert seen == [()]  # the loss was computed inside the head's own call
@@ -218,7 +219,7 @@ def test_lora(options):
     torch.testing.assert_close(losses[1], losses[0], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("strict", [False, pytest.param(True, marks=one_graph)])
 def test_export_refuses_labels_only(strict):
     _, patched = exact_pair("llama")
     batch = tiny_batch()
