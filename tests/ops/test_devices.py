@@ -11,6 +11,7 @@ from sce_lm.candidates.buckets import kmeans_buckets, random_centers
 from sce_lm.candidates.center_softmax import center_softmax
 from sce_lm.candidates.hashing import hash_chunks
 from sce_lm.candidates.kernel_sampler import KernelSampler, fit_projection, mean_kernel_proposal
+from sce_lm.candidates.prior import log_label_prior
 from sce_lm.candidates.proposals import Categorical, LogUniform, draw_rows
 from sce_lm.candidates.resampling import multinomial_counts
 from sce_lm.candidates.state import SCEState

@@ -1,6 +1,9 @@
+import pytest
+
+pytest.importorskip("sce_lm.recsys.sasrec", exc_type=ImportError)
+
 import math
 
-import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, LlamaConfig
 

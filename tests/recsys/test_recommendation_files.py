@@ -1,10 +1,13 @@
+import pytest
+
+pytest.importorskip("sce_lm.recsys.sasrec", exc_type=ImportError)
+
 import json
 import subprocess
 import sys
 from pathlib import Path
 
 import polars as pl
-import pytest
 import torch
 from support.launch import ONE_THREAD
 from transformers import AutoModelForCausalLM, AutoTokenizer

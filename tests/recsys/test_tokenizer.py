@@ -1,4 +1,7 @@
 import pytest
+
+pytest.importorskip("sce_lm.recsys.sasrec", exc_type=ImportError)
+
 import torch
 from transformers import AutoTokenizer, DataCollatorForSeq2Seq
 
