@@ -20,9 +20,14 @@ NOT_IN_THE_CORE = (
 
 NO_NETWORK = """
 import socket
+connect = socket.socket.connect
+def only_here(self, address):
+    if self.family != socket.AF_UNIX:
+        raise OSError("there is no network here")
+    return connect(self, address)
 def refuse(*_, **__):
     raise OSError("there is no network here")
-socket.socket.connect = socket.socket.connect_ex = socket.getaddrinfo = refuse
+socket.socket.connect, socket.getaddrinfo = only_here, refuse
 """
 
 
