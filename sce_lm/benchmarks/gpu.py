@@ -91,7 +91,7 @@ def parts(sizes: Sizes, device: str) -> list[Part]:
                     **{"specification": methods[name].specification, "sizes": (n, v, d)},
                     **{"dtype": dtype, "repeats": sizes.repeats, **on},
                 },
-                limit=45.0,
+                limit=100.0 if name == "compile" else 45.0,
             )
             for name in names
             for n, v, d, dtype in sizes.shapes
