@@ -10,7 +10,7 @@ cd "$(dirname "$0")/.."
 source scripts/environment.sh
 
 # The lower bounds of pyproject.toml, with peers of their time.
-oldest=('torch==2.8.0' 'transformers==4.57.1' 'accelerate==1.11.0' 'peft==0.17.1' 'datasets==5.0.1')
+oldest=('torch==2.8.0' 'transformers==4.57.1' 'accelerate==1.11.0' 'peft==0.21.0' 'datasets==5.0.1')
 newest=('torch' 'transformers' 'accelerate' 'peft' 'datasets')
 others=('polars>=2.1' 'matplotlib>=3.9' 'pytest>=8.2' numpy hypothesis psutil pytest-xdist pyyaml
     rich safetensors tensorboard tqdm)

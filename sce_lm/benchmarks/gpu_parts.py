@@ -28,6 +28,7 @@ from sce_lm.benchmarks.peers import PEERS
 from sce_lm.benchmarks.problem import random_inputs
 from sce_lm.benchmarks.step import time_steps
 from sce_lm.candidates.state import SCEState
+from sce_lm.objectives import SCE
 from sce_lm.objectives.base import HeadInputs
 from sce_lm.ops.candidate_cross_entropy import candidate_cross_entropy
 from sce_lm.ops.exact_cross_entropy import exact_cross_entropy
@@ -132,16 +133,15 @@ def correctness(sizes: tuple[int, int, int], dtype: str, device: str) -> Result:
     double = {k: _double(t) for k, t in low.items()}
     state = SCEState()
     state.begin_call(past, sizes[1], seed=0)
-    sce = objectives.get("sce")
-    sce.state = state
-    head = HeadInputs(*low.values(), None, POST, None, None, False)
-    candidates = sce.choose(head, 1, sizes[1]).candidates  # pyright: ignore
+    hidden, weight, labels = low.values()
+    head = HeadInputs(hidden, weight, labels, None, POST, None, None, want_statistics=False)
+    candidates = SCE(state=state).choose(head, 1, sizes[1]).candidates
 
     def exact(backend, x):
-        return exact_cross_entropy(*x.values(), backend=backend).loss
+        return exact_cross_entropy(**_named(x), backend=backend).loss
 
     def chosen(backend, x):
-        return candidate_cross_entropy(*x.values(), candidates, backend=backend).loss
+        return candidate_cross_entropy(**_named(x), candidates=candidates, backend=backend).loss
 
     def stock(backend, x):
         logits = x["hidden_states"] @ x["weight"].T
@@ -163,6 +163,10 @@ def correctness(sizes: tuple[int, int, int], dtype: str, device: str) -> Result:
     if not worst < bound:
         result["failed"] = f"an error of {worst:.2e} is more than {bound:.2e}"
     return result
+
+
+def _named(x: Inputs) -> dict[str, Any]:
+    return {"hidden": x["hidden_states"], "weight": x["weight"], "labels": x["labels"]}
 
 
 def _double(tensor: torch.Tensor) -> torch.Tensor:

@@ -54,7 +54,10 @@ def milliseconds(
         found = [s for s in steps(shape(shared=v), choice) if s.kernel not in NOT_EXACT]
     else:
         sizes = objective.config.resolve(n, v)
-        lists = {"buckets": sizes.num_buckets, "bucket_size": sizes.bucket_candidates}
+        lists: dict[str, Any] = {
+            "buckets": sizes.num_buckets,
+            "bucket_size": sizes.bucket_candidates,
+        }
         if objective.config.assignment == "topk":  # all pairs once, then each position's best
             pairs = Shape(
                 sizes.num_buckets * sizes.bucket_positions, v, d, item_bytes=dtype.itemsize, **lists
