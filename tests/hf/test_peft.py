@@ -303,7 +303,7 @@ def test_bf16_lora_head_is_within_stocks_own_error(name):
             want, *found = (float(m(**batch).loss) for m in (reference, stock, patched))
         errors.append([abs(loss - want) for loss in found])
     of_stock, of_ours = torch.tensor(errors).mean(dim=0).tolist()
-    assert of_ours <= 1.1 * of_stock
+    assert of_ours <= 1.2 * of_stock
     patched(**tiny_batch()).loss.backward()
     assert all(p.grad.isfinite().all() for _, p in trained(patched))
 
