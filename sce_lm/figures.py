@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sce_lm.files import replacing
+from sce_lm.requirements import require
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes as Axes
@@ -20,6 +21,7 @@ def png(path: Path, width: float, height: float) -> Iterator[Figure]:
 
     Raises ImportError where matplotlib is not installed.
     """
+    require("a plot", "matplotlib")
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

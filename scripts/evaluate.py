@@ -18,16 +18,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from accelerate import Accelerator
-
-from sce_lm.training.evaluation import (
-    evaluate_on,
-    evaluate_run,
-    evaluation_file,
-    is_saved_model,
-    print_evaluation,
-)
-from sce_lm.training.launch import check_processes, start_missing_processes
+from sce_lm.requirements import require
 
 COLUMNS = ("user_column", "item_column", "time_column", "text_column")
 
@@ -53,6 +44,18 @@ def main() -> None:
     arguments = read_arguments()
     columns = {name: getattr(arguments, name) for name in COLUMNS if getattr(arguments, name)}
     try:
+        require("evaluate.py", "accelerate", "psutil", "rich")
+        from accelerate import Accelerator
+
+        from sce_lm.training.evaluation import (
+            evaluate_on,
+            evaluate_run,
+            evaluation_file,
+            is_saved_model,
+            print_evaluation,
+        )
+        from sce_lm.training.launch import check_processes, start_missing_processes
+
         if arguments.data is None and is_saved_model(arguments.folder):
             raise ValueError(
                 f"{arguments.folder} is a saved model, beside which there are no data; give a log "
@@ -72,7 +75,7 @@ def main() -> None:
             rows = evaluate_on(
                 arguments.folder, arguments.data, accelerator, arguments.k, **columns
             )
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         sys.exit(f"evaluate.py: {error}")
     if accelerator.is_main_process:
         print_evaluation(rows, arguments.data or asked)

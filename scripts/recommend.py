@@ -27,9 +27,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from sce_lm import recsys
 from sce_lm.files import read_json
-from sce_lm.training.models import load_model, load_tokenizer
 
 NOTHING_KNOWN = 3
 """The exit code where no list is the model's."""
@@ -104,6 +102,9 @@ def spelled_out(arguments: Sequence[str]) -> list[str]:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    from sce_lm import recsys
+    from sce_lm.training.models import load_model, load_tokenizer
+
     config_file = arguments.run / "config.json"
     folder = arguments.run
     trained_with: dict = {}
@@ -182,7 +183,7 @@ def main() -> None:
     arguments = read_arguments()
     try:
         sys.exit(run(arguments))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         sys.exit(f"recommend.py: {error}")
 
 

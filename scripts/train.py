@@ -11,19 +11,19 @@ import sys
 
 from safetensors import SafetensorError
 
-from sce_lm.training.config import parse_config
-from sce_lm.training.launch import start_missing_processes
-from sce_lm.training.loop import Run
-
 INTERRUPTED = 130
 """Exit status of a program that Ctrl-C ended: 128 and the number of the signal."""
 
 
 def main() -> None:
     try:
+        from sce_lm.training.config import parse_config
+        from sce_lm.training.launch import start_missing_processes
+        from sce_lm.training.loop import Run
+
         start_missing_processes()
         run = Run(parse_config(sys.argv[1:]))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         sys.exit(f"train.py: {error}")
     except KeyboardInterrupt:
         print("train.py: Interrupted before the first step; nothing is lost.", file=sys.stderr)

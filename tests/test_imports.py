@@ -11,14 +11,16 @@ MAY_IMPORT = {
     "ops": set(),
     "config": {"ops"},
     "files": set(),
-    "figures": {"files"},
+    "requirements": set(),
+    "figures": {"files", "requirements"},
     "candidates": {"config", "files", "ops"},
     "objectives": {"candidates", "config", "ops"},
     "distributed": {"objectives", "candidates", "config", "ops"},
     "hf": {"distributed", "objectives", "candidates", "config", "files", "ops"},
-    "recsys": {"hf", "objectives", "candidates", "config", "files", "ops"},
+    "recsys": {"hf", "objectives", "candidates", "config", "files", "ops", "requirements"},
     "training": {
-        *("recsys", "hf", "objectives", "candidates", "config", "files", "figures", "ops")
+        *("recsys", "hf", "objectives", "candidates", "config", "files", "figures", "ops"),
+        "requirements",
     },
     "benchmarks": {
         *("training", "hf", "distributed", "objectives", "candidates"),

@@ -37,6 +37,7 @@ def methods(candidates: int) -> list[Method]:
         Method("torch_fused", "F.linear_cross_entropy", {"name": "torch_fused"}),
         Method("cce", "Cut Cross-Entropy", {"name": "cce"}),
         Method("liger", "Liger", {"name": "liger"}),
+        Method("quack", "quack, chunked", {"name": "quack"}),
         Method("trl", "TRL, chunked", {"name": "trl"}),
         Method("exact", "exact (ours)", {"name": "exact"}),
         Method("published", "published SCE", {"name": "sce", "published": True}),

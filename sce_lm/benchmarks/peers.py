@@ -10,12 +10,11 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
 
-import psutil
 import torch
-from torch.nn.functional import linear_cross_entropy
 
 from sce_lm.ops.logits import LogitTransform
 from sce_lm.training.loss_cost import STOCK, Loss, stock
+from sce_lm.training.measure import available_bytes
 
 
 @dataclass(frozen=True)
@@ -30,6 +29,8 @@ class Peer:
     """The package that pip installs; None: torch itself."""
     module: str | None = None
     """What it is imported as."""
+    function: str | None = None
+    """Of ``torch.nn.functional``, which older versions lack."""
     devices: tuple[str, ...] = ("cpu", "cuda")
     """Where it runs."""
 
@@ -42,6 +43,8 @@ class Peer:
         """Why it cannot run on ``num_logits = N·V`` logits, and what to do; None if it can."""
         if self.module and importlib.util.find_spec(self.module) is None:
             return f"not installed: pip install {self.package}"
+        if self.function and not hasattr(torch.nn.functional, self.function):
+            return f"torch {torch.__version__} has no {self.function}; install a newer one"
         if device not in self.devices:
             return f"runs on {' and '.join(self.devices)} only"
         free = free_memory(device)
@@ -60,7 +63,7 @@ def _torch_fused(post: LogitTransform, device: str) -> Loss:
     options = torch.nn.LinearCrossEntropyOptions()
 
     def loss(hidden_states, weight, labels, bias=None):
-        return linear_cross_entropy(
+        return torch.nn.functional.linear_cross_entropy(
             hidden_states * post.scale,
             weight,
             labels,
@@ -99,6 +102,18 @@ def _liger(post: LogitTransform, device: str) -> Loss:
     return loss
 
 
+def _quack(post: LogitTransform, device: str) -> Loss:
+    _refuse_soft_cap(post, "quack's chunked_linear_cross_entropy")
+    quack = importlib.import_module("quack.linear_cross_entropy")
+
+    def loss(hidden_states, weight, labels, bias=None):
+        if bias is not None:
+            raise ValueError("quack's chunked_linear_cross_entropy takes no bias.")
+        return quack.chunked_linear_cross_entropy(_scaled(hidden_states, post), weight, labels)
+
+    return loss
+
+
 def _trl(post: LogitTransform, device: str) -> Loss:
     kernels = importlib.import_module("trl.kernels")
     temperature, classes_a_chunk = 1.0, 32768  # as in trl.trainer.utils.add_fused_lm_head
@@ -133,9 +148,10 @@ def _scaled(tensor: Any, post: LogitTransform) -> Any:
 PEERS = {
     STOCK: Peer(lambda post, device: stock(post), {"cpu": 3, "cuda": 3}),
     "compile": Peer(_compiled_stock, {"cpu": 2, "cuda": 2}),
-    "torch_fused": Peer(_torch_fused),
+    "torch_fused": Peer(_torch_fused, function="linear_cross_entropy"),
     "cce": Peer(_cut_cross_entropy, {"cpu": 2}, "cut-cross-entropy", "cut_cross_entropy"),
-    "liger": Peer(_liger, {}, "liger-kernel", "liger_kernel", ("cuda",)),
+    "liger": Peer(_liger, {}, "liger-kernel", "liger_kernel", devices=("cuda",)),
+    "quack": Peer(_quack, {}, "quack-kernels", "quack", devices=("cuda",)),
     "trl": Peer(_trl, {}, "trl", "trl"),
 }
 """By the name in a method's specification."""
@@ -143,4 +159,4 @@ PEERS = {
 
 def free_memory(device: str) -> int:
     """Bytes that can still be allocated on a device."""
-    return torch.cuda.mem_get_info()[0] if device == "cuda" else psutil.virtual_memory().available
+    return torch.cuda.mem_get_info()[0] if device == "cuda" else available_bytes()

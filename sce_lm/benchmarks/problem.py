@@ -18,7 +18,7 @@ from safetensors import safe_open
 
 from sce_lm.candidates.state import SCEState
 from sce_lm.ops.logits import LogitTransform
-from sce_lm.training.loss_cost import load_inputs, save_inputs
+from sce_lm.training.loss_cost import Inputs, load_inputs, save_inputs
 
 LOGIT_SPREAD = 1.5
 """Standard deviation of drawn logits."""
@@ -65,16 +65,24 @@ def random_problem(
 ) -> Problem:
     """Gaussian hidden states and weights, Zipf labels: costs are real, quality means little."""
     generator = torch.Generator().manual_seed(seed)
-    weight = torch.randn(vocab_size, width, generator=generator).mul_(LOGIT_SPREAD / width**0.5)
-    hidden = torch.randn(positions, width, generator=generator)
+    inputs, past = random_inputs(positions, vocab_size, width, getattr(torch, dtype), generator)
+    save_inputs(folder / "inputs.safetensors", inputs, LogitTransform())
+    return Problem.of(folder, "Random data", past)
+
+
+def random_inputs(
+    positions: int, vocab_size: int, width: int, dtype: torch.dtype, generator: torch.Generator
+) -> tuple[Inputs, torch.Tensor]:
+    """What enters the loss, and labels of the past, on the generator's device."""
+    options = {"generator": generator, "device": generator.device}
+    weight = torch.randn(vocab_size, width, **options).mul_(LOGIT_SPREAD / width**0.5)
+    hidden = torch.randn(positions, width, **options)
     inputs = {
-        "hidden_states": hidden.to(getattr(torch, dtype)),
-        "weight": weight.to(getattr(torch, dtype)),
+        "hidden_states": hidden.to(dtype),
+        "weight": weight.to(dtype),
         "labels": zipf_labels(positions, vocab_size, generator),
     }
-    save_inputs(folder / "inputs.safetensors", inputs, LogitTransform())
-    past = zipf_labels(PAST * positions, vocab_size, generator)
-    return Problem.of(folder, "Random data", past)
+    return inputs, zipf_labels(PAST * positions, vocab_size, generator)
 
 
 def scale_logits(folder: Path, factor: float) -> None:
@@ -86,5 +94,5 @@ def scale_logits(folder: Path, factor: float) -> None:
 
 def zipf_labels(count: int, vocab_size: int, generator: torch.Generator) -> torch.Tensor:
     """int64 ``[count]``; class j has probability log((j+2) / (j+1)) / log(V+1), close to Zipf."""
-    uniform = torch.rand(count, generator=generator, dtype=torch.float64)
+    uniform = torch.rand(count, generator=generator, dtype=torch.float64, device=generator.device)
     return ((vocab_size + 1) ** uniform).long().sub_(1).clamp_(0, vocab_size - 1)

@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import platform
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
 from sce_lm import files
 from sce_lm.figures import png
 
-WIDTH = 150
-"""Characters of a table's line where the output is no terminal."""
-
 
 def progress(message: str) -> None:
     """Text on standard error."""
-    Console(stderr=True, highlight=False, markup=False, soft_wrap=True).print(message)
+    print(message, file=sys.stderr, flush=True)
 
 
 def machine(device: str) -> dict[str, Any]:
@@ -52,22 +49,20 @@ def print_heading(described: Mapping[str, Any], what: object) -> None:
 
 def print_line(text: str) -> None:
     """Text on standard output."""
-    _console().print(text)
+    print(text, flush=True)
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """A table whose first column is text and whose others are figures."""
-    table = Table(title=title, title_justify="left")
-    for i, column in enumerate(columns):
-        table.add_column(column, justify="right" if i else "left", overflow="fold")
-    for row in rows:
-        table.add_row(*row)
-    _console().print(table)
+    lines = [columns, *rows]
+    first, *others = (max(map(len, cells)) for cells in zip(*lines))
 
+    def shown(line: Sequence[str]) -> str:
+        cells = (cell.rjust(width) for cell, width in zip(line[1:], others))
+        return "  ".join([line[0].ljust(first), *cells])
 
-def _console() -> Console:
-    console = Console(highlight=False, markup=False)
-    return console if console.is_terminal else Console(width=WIDTH, highlight=False, markup=False)
+    rule = "-" * len(shown(columns))
+    print_line("\n".join(["", title, shown(columns), rule, *map(shown, rows)]))
 
 
 def figures(values: Mapping[str, float | None], forms: Mapping[str, str]) -> list[str]:
@@ -80,6 +75,11 @@ def write_json(path: Path | None, value: Any) -> None:
     """Write a JSON file; infinities become null. None: write nothing."""
     if path is not None:
         files.write_json(path, _finite(value), allow_nan=False)
+
+
+def read_json(path: Path) -> Any:
+    """What :func:`write_json` wrote."""
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def _finite(value: Any) -> Any:

@@ -34,11 +34,13 @@ class Device:
     """Dense bf16 operations a second."""
     memory_rate: float
     """Bytes a second."""
+    single_rate: float = math.nan
+    """fp32 operations a second, without the matrix unit."""
 
 
 DEVICES = (
-    Device("H100 SXM", "sm_90", 989e12, 3.35e12),
-    Device("A100 SXM 80 GB", "sm_80", 312e12, 2.04e12),
+    Device("H100 SXM", "sm_90", 989e12, 3.35e12, 67e12),
+    Device("A100 SXM 80 GB", "sm_80", 312e12, 2.04e12, 19.5e12),
 )
 
 PUBLISHED_CCE_MS = 92.6

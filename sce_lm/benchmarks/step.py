@@ -108,7 +108,6 @@ def measure_step(
     """Seconds and memory of a training step, in this process."""
     # transformers and its friends take some seconds.
     from sce_lm.benchmarks.real import load_model, load_tokenizer, text_rows
-    from sce_lm.hf.adapter import apply_sce, loss_seconds
     from sce_lm.training.models import add_lora
 
     torch.manual_seed(0)
@@ -120,37 +119,58 @@ def measure_step(
             f"the text has {blocks.numel():,} tokens and {tokens:,} a step were asked for; give "
             "more text by --text, or fewer --tokens."
         )
-    parameters = trained.num_parameters()
-    vocab_size = len(trained.get_output_embeddings().weight)
+    sizes = {
+        "positions": count * (blocks.shape[1] - 1),
+        "vocab_size": len(trained.get_output_embeddings().weight),
+        "parameters": trained.num_parameters(),
+    }
     if lora:
         trained = add_lora(trained, lora)
+    batches = blocks.split(count)[: len(blocks) // count]
+    return sizes | time_steps(trained, batches, specification, repeats, budget, device)
+
+
+def time_steps(
+    model: Any,
+    batches: Sequence[torch.Tensor],
+    specification: dict[str, Any],
+    repeats: int,
+    budget: float,
+    device: str,
+) -> dict[str, float]:
+    """Seconds and memory of a training step of a model of transformers, in this process.
+
+    Args:
+        batches: token ids, ``[rows, length]`` each, taken in turn.
+        specification: a :class:`~sce_lm.benchmarks.methods.Method`'s; a peer's leaves the model's
+            own loss in place.
+    """
+    from sce_lm.hf.adapter import apply_sce, loss_seconds
+
     if specification["name"] not in PEERS:
-        apply_sce(trained, objectives.get(**specification))
-    trained.to(device).train()
+        apply_sce(model, objectives.get(**specification))
+    model.to(device).train()
     optimizer = torch.optim.AdamW(
-        [p for p in trained.parameters() if p.requires_grad], lr=LEARNING_RATE
+        [p for p in model.parameters() if p.requires_grad], lr=LEARNING_RATE
     )
-    batches = cycle(blocks.split(count)[: len(blocks) // count])
+    turns = cycle(batches)
 
     def step() -> None:
-        rows = next(batches).to(device)
-        trained(input_ids=rows, labels=rows, use_cache=False).loss.backward()
+        rows = next(turns).to(device)
+        model(input_ids=rows, labels=rows, use_cache=False).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
 
     step()  # makes AdamW's moments and sets up libraries
-    held, in_loss = held_bytes(device), loss_seconds(trained)
+    held, in_loss = held_bytes(device), loss_seconds(model)
     read_peak = start_peak(device)
     seconds = time_calls(step, device, repeats, budget=budget)
     peak = read_peak()
     return {
         "seconds": statistics.median(seconds),
-        "loss_seconds": (loss_seconds(trained) - in_loss) / len(seconds),
+        "loss_seconds": (loss_seconds(model) - in_loss) / len(seconds),
         "held_mib": held / MIB,
         "peak_mib": peak / MIB,
-        "positions": count * (blocks.shape[1] - 1),
-        "vocab_size": vocab_size,
-        "parameters": parameters,
     }
 
 

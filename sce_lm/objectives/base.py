@@ -377,5 +377,12 @@ def check_inputs(hidden_states, columns: HeadColumns, labels, reduction) -> None
             f"bias has shape {tuple(bias.shape)}; [{num_rows}], one number for each row of "
             "weight, is needed."
         )
+    named = {"weight": weight, "low_rank": low_rank, "bias": bias, "labels": labels}
+    for name, tensor in named.items():
+        if tensor is not None and tensor.device != hidden_states.device:
+            raise ValueError(
+                f"{name} is on {tensor.device} and hidden_states is on {hidden_states.device}; "
+                "move them to one device."
+            )
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f'reduction is {reduction!r}; choose "mean", "sum" or "none".')

@@ -25,6 +25,10 @@ import torch
 from sce_lm.ops.exact_cross_entropy import compute_dtype
 from sce_lm.ops.logits import LogitTransform
 
+ONE_GRAPH = torch.__version__ >= "2.13"
+"""Whether this torch's compiler takes an objective as a constant of its graph. An older one breaks
+its graph at the loss, which is then eager code: the same numbers, state and memory."""
+
 outside_graphs: Any = torch.compiler.disable
 """Decorates code that a compiler leaves as it is, breaking its graph there."""
 
@@ -50,7 +54,7 @@ def can_trace(
     """Whether a call can be an operator: generators, statistics and sparse gradients cannot go
     through one, and such a call is made outside the graph."""
     is_sparse = getattr(config, "sparse_grad", False)
-    return generator is None and not (is_sparse or return_stats)
+    return ONE_GRAPH and generator is None and not (is_sparse or return_stats)
 
 
 def register(get_loss: Callable[[], Loss | None]) -> int:

@@ -10,7 +10,7 @@ import torch
 from sce_lm.candidates.state import SCEState
 from sce_lm.config import SCEConfig
 from sce_lm.objectives.base import Reduction
-from sce_lm.objectives.compiled import can_trace, head_loss, register
+from sce_lm.objectives.compiled import can_trace, head_loss, outside_graphs, register
 from sce_lm.objectives.sce import SCE
 from sce_lm.ops.logits import LogitTransform
 
@@ -52,9 +52,13 @@ def sce_loss(
     }
     if torch.compiler.is_compiling() and can_trace(config, generator, return_stats):
         return head_loss(_number_of(config, state), hidden_states, weight, labels, **options)
-    return SCE(config, state)(
-        hidden_states, weight, labels, generator=generator, return_stats=return_stats, **options
-    )
+    options |= {"generator": generator, "return_stats": return_stats}
+    return _eagerly(config, state, hidden_states, weight, labels, **options)
+
+
+@outside_graphs
+def _eagerly(config: SCEConfig, state: SCEState | None, *inputs: Any, **options: Any) -> Any:
+    return SCE(config, state)(*inputs, **options)
 
 
 @torch.compiler.assume_constant_result

@@ -1,8 +1,15 @@
 """Item-token recommenders: items are tokens, histories are sequences, the model is any causal
 language model.
 
-Importing this package makes the model type ``sasrec`` known to transformers.
+Importing this package makes the model type ``sasrec`` known to transformers, from version 5 on.
 """
+
+from importlib.metadata import version
+from typing import Any
+
+from sce_lm.requirements import require
+
+require("sce_lm.recsys", "datasets", "polars", "tqdm")
 
 from sce_lm.recsys.baselines import markov_scorer, popularity_scorer
 from sce_lm.recsys.data import read_interactions
@@ -16,7 +23,6 @@ from sce_lm.recsys.evaluation import (
 from sce_lm.recsys.events import filter_interactions
 from sce_lm.recsys.recommendation import Recommendations, recommend
 from sce_lm.recsys.recommendation_files import read_histories, recommend_file
-from sce_lm.recsys.sasrec import SASRecConfig, SASRecForCausalLM
 from sce_lm.recsys.scoring import Scorer
 from sce_lm.recsys.sequences import catalogue, statistics, training_dataset, user_sequences
 from sce_lm.recsys.splits import Split, last_items, last_n, leave_one_out, temporal_split
@@ -28,6 +34,19 @@ from sce_lm.recsys.tokenizer import (
     item_counts,
     item_tokens,
 )
+
+if int(version("transformers").split(".")[0]) >= 5:
+    from sce_lm.recsys.sasrec import SASRecConfig, SASRecForCausalLM
+else:
+
+    def __getattr__(name: str) -> Any:
+        """Says which version SASRec needs."""
+        if name not in ("SASRecConfig", "SASRecForCausalLM"):
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        from sce_lm.recsys import sasrec
+
+        return getattr(sasrec, name)
+
 
 __all__ = [
     "ItemRanking",

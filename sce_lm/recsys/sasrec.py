@@ -25,6 +25,14 @@ by ``position_ids`` that start again at 0, with or without an attention mask.
 from collections.abc import Callable
 from typing import Literal
 
+import transformers
+
+if int(transformers.__version__.split(".")[0]) < 5:
+    raise ImportError(
+        f"SASRec needs transformers 5 or newer, and this is {transformers.__version__}; take "
+        "another model type, for instance llama."
+    )
+
 import torch
 from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn

@@ -10,8 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from transformers import PreTrainedModel
 
 from sce_lm import objectives
@@ -60,6 +58,9 @@ class Comparison:
     def print(self, title: str, figures: Mapping[str, str]) -> None:
         """Print the table; ``figures`` maps test figures to their headings. With several seeds
         they are means and standard deviations."""
+        from rich.console import Console
+        from rich.table import Table
+
         table = Table(title=title, title_justify="left")
         table.add_column("method")
         headings = ("s / step", "s in the loss", "peak MiB of the loss", *figures.values())

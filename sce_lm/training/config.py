@@ -14,6 +14,11 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, NoReturn, get_origin, get_type_hints
 
+from sce_lm.requirements import require
+
+require("sce_lm.training", "accelerate", "datasets", "polars", "psutil", "rich", "tqdm", "yaml")
+
+
 from sce_lm import objectives
 from sce_lm.recsys.events import Duplicates
 from sce_lm.recsys.splits import ColdItems, Past

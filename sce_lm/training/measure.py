@@ -76,11 +76,20 @@ def start_peak(device: str) -> Callable[[], int]:
     return lambda: max(0, _status_bytes("VmHWM") - held)
 
 
+def available_bytes() -> int:
+    """Memory of the machine that can still be allocated without swapping."""
+    return _bytes_in(Path("/proc/meminfo"), "MemAvailable")
+
+
 def _status_bytes(field: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
+    return _bytes_in(Path("/proc/self/status"), field)
+
+
+def _bytes_in(path: Path, field: str) -> int:
+    for line in path.read_text().splitlines() if path.exists() else ():
         if line.startswith(f"{field}:"):
             return int(line.split()[1]) * 1024
-    raise OSError(f"/proc/self/status has no {field}; measure on Linux or on a GPU.")
+    raise OSError(f"{path} has no {field}; measure on Linux or on a GPU.")
 
 
 def time_calls(

@@ -14,6 +14,7 @@ from transformers import (
 )
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from sce_lm.requirements import require
 from sce_lm.training.config import TrainConfig
 
 
@@ -85,6 +86,7 @@ def build_model(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> PreT
 
 def add_lora(model: PreTrainedModel, rank: int) -> Any:
     """The model, frozen, with LoRA adapters of that rank on all linear layers."""
+    require("LoRA", "peft")
     from peft import LoraConfig, TaskType, get_peft_model  # takes seconds, and is seldom needed
 
     adapters = LoraConfig(r=rank, target_modules="all-linear", task_type=TaskType.CAUSAL_LM)

@@ -12,6 +12,7 @@ from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from support import conformance
 from support.allocations import VocabularySized
 from support.models import NAMES, VOCAB_SIZE, tiny_batch, tiny_config, tiny_model
+from support.versions import TRANSFORMERS_5
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from transformers import AutoModel, GPT2DoubleHeadsModel, LlamaForCausalLM
@@ -102,6 +103,8 @@ def test_evaluation_and_generation_equal_stock(name):
         assert torch.equal(last_statistics(patched).correct, hits)
     del batch["labels"]
     assert type(patched(**batch).logits) is torch.Tensor
+    if name == "mixtral" and not TRANSFORMERS_5:
+        pytest.skip("Mixtral of transformers 4 cannot generate while it returns router logits")
     options = {"max_new_tokens": 4, "do_sample": False, "num_beams": 2}
     assert torch.equal(patched.generate(**batch, **options), stock.generate(**batch, **options))
 
@@ -285,7 +288,7 @@ def test_other_dtypes(dtype):
 
 def test_gradient_checkpointing_equals_stock():
     stock, patched = exact_pair("qwen3")
-    patched.activation_checkpointing_enable()
+    patched.gradient_checkpointing_enable({"use_reentrant": False})
     for model in (stock, patched):
         model(**tiny_batch()).loss.backward()
     assert_same_gradients(patched, stock)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from support.allocations import VocabularySized
 from support.models import NAMES, VOCAB_SIZE, tiny_batch, tiny_model
+from support.versions import TRANSFORMERS_5
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from sce_lm import SCEConfig, objectives
@@ -93,7 +94,9 @@ def test_trainer_equals_stock_step_by_step(name, tmp_path):
         {"bf16": True},
         {"gradient_checkpointing": True},
         {"average_tokens_across_devices": False},
-        {"train_sampling_strategy": "group_by_length"},
+        {"train_sampling_strategy": "group_by_length"}
+        if TRANSFORMERS_5
+        else {"group_by_length": True},
         {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4},
         {"max_grad_norm": 0.01},
         {"optim": "adamw_torch", "learning_rate": 1e-3},

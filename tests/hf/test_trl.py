@@ -14,14 +14,9 @@ from sce_lm.hf import SCECallback, apply_sce, objective_of
 trl = pytest.importorskip("trl")
 datasets = pytest.importorskip("datasets")
 
-from peft import (  # noqa: E402
-    LoraConfig,
-    PrefixTuningConfig,
-    PromptEncoderConfig,
-    PromptTuningConfig,
-)
+from peft import LoraConfig, PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig
 
-from sce_lm.hf.trl import SCESFTTrainer  # noqa: E402
+from sce_lm.hf.trl import SCESFTTrainer
 
 CONFIG = SCEConfig(num_buckets=4, bucket_candidates=16, shared_frequent=32, tail_candidates=64)
 METRICS = ("loss", "entropy", "mean_token_accuracy", "num_tokens")

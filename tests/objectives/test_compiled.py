@@ -5,6 +5,7 @@ import weakref
 
 import pytest
 import torch
+from support.versions import one_graph
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -46,7 +47,9 @@ def loss_and_gradients(step, loss_of, num_positions, **options):
 
 
 def compile_step(**options):
-    return torch.compile(step, **{"backend": "aot_eager", "fullgraph": True, **options})
+    return torch.compile(
+        step, **{"backend": "aot_eager", "fullgraph": compiled.ONE_GRAPH, **options}
+    )
 
 
 @pytest.mark.parametrize("name", objectives.names())
@@ -78,6 +81,7 @@ def test_reductions(specification, options):
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
 
 
+@one_graph
 def test_one_operator_and_no_graph_break():
     for loss_of in (objectives.get("sce"), sce_loss):
         tensors, labels = problem(15)
@@ -87,6 +91,7 @@ def test_one_operator_and_no_graph_break():
         assert len(nodes) == 1
 
 
+@one_graph
 def test_new_lengths_are_compiled_once():
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     compiled_step, objective = compile_step(backend=counter), objectives.get("sce")
@@ -129,7 +134,7 @@ def test_function_with_a_state_and_a_configuration():
         return sce_loss(hidden * 1.0, weight, labels, config=config, state=state)
 
     (hidden, weight, _), labels = problem(30)
-    run = torch.compile(one_call, backend="aot_eager", fullgraph=True)
+    run = torch.compile(one_call, backend="aot_eager", fullgraph=compiled.ONE_GRAPH)
     for config in (SCEConfig(tail_candidates=7), SCEConfig.published()):
         states = SCEState(), SCEState()
         for seed in (3, 4):
@@ -183,6 +188,7 @@ def test_backward_pass_does_not_need_the_memory_of_the_forward_pass(name, reduct
     assert all(g.any() for g in want)
 
 
+@one_graph
 def test_what_awaits_a_backward_pass_is_freed_with_the_loss():
     gc.collect()
     before = len(compiled._calls)
@@ -224,7 +230,7 @@ def test_recomputed_forward_pass_draws_the_same():
         return checkpoint(part, hidden, use_reentrant=False)
 
     found = []
-    for run in (whole, torch.compile(whole, backend="aot_eager", fullgraph=True)):
+    for run in (whole, torch.compile(whole, backend="aot_eager", fullgraph=compiled.ONE_GRAPH)):
         objective = objectives.get("sce", tail_candidates=9)
         (hidden, weight, _), labels = problem(15)
         torch.manual_seed(7)
@@ -245,6 +251,7 @@ class WithLoss(nn.Module):
         return self.objective(hidden, self.head.weight, labels)
 
 
+@one_graph
 @pytest.mark.parametrize("strict", [True, False])
 def test_export_refuses(strict):
     (hidden, _, _), labels = problem(9)

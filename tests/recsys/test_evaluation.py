@@ -1,9 +1,12 @@
+import pytest
+
+pytest.importorskip("sce_lm.recsys.sasrec", exc_type=ImportError)
+
 import json
 import math
 
 import numpy as np
 import polars as pl
-import pytest
 import torch
 import transformers as tf
 from hypothesis import given, settings

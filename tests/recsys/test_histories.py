@@ -1,6 +1,9 @@
+import pytest
+
+pytest.importorskip("sce_lm.recsys.sasrec", exc_type=ImportError)
+
 import numpy as np
 import polars as pl
-import pytest
 import torch
 from support.models import tiny_model
 from transformers import AutoModelForCausalLM, MambaConfig

@@ -1,10 +1,13 @@
+import pytest
+
+pytest.importorskip("sce_lm.recsys.sasrec", exc_type=ImportError)
+
 import math
 
 import numpy as np
 import pandas as pd
 import polars as pl
 import pyarrow as pa
-import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, LlamaConfig
 

@@ -1,3 +1,7 @@
+import pytest
+
+pytest.importorskip("sce_lm.recsys.sasrec", exc_type=ImportError)
+
 import gzip
 import json
 import runpy
@@ -10,7 +14,6 @@ from pathlib import Path
 
 import pandas as pd
 import polars as pl
-import pytest
 import torch
 from support.launch import ONE_THREAD
 from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -1,7 +1,10 @@
+import pytest
+
+pytest.importorskip("sce_lm.recsys.sasrec", exc_type=ImportError)
+
 import subprocess
 import sys
 
-import pytest
 import torch
 from support.launch import ONE_THREAD
 from torch.nn.functional import gelu, layer_norm, linear, relu, softmax

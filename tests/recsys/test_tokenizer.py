@@ -3,6 +3,9 @@ import json
 import numpy as np
 import polars as pl
 import pytest
+
+pytest.importorskip("sce_lm.recsys.sasrec", exc_type=ImportError)
+
 import torch
 from transformers import AutoTokenizer, DataCollatorForSeq2Seq
 

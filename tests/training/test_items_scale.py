@@ -1,5 +1,9 @@
 """Recommenders on real catalogues and on large ones, from the log to lists in a file."""
 
+import pytest
+
+pytest.importorskip("sce_lm.recsys.sasrec", exc_type=ImportError)
+
 import json
 import subprocess
 import sys
@@ -9,7 +13,6 @@ import numpy as np
 import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
-import pytest
 import torch
 from support.data import shared_data
 from support.launch import ONE_THREAD

@@ -61,7 +61,7 @@ def backward_pass(
     num_positions = len(hidden)
     pieces, widest = [], 1
     for members, target in lists:
-        block = column_block(members, hidden)
+        block = column_block(members, hidden, weight)
         length = max(WORKSPACE_ELEMENTS // num_positions // block, 1) * block
         stops = range(0, max(members.num_columns, 1), length)
         for start in stops:

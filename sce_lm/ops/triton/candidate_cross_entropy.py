@@ -36,7 +36,7 @@ from sce_lm.ops.triton.logit_gradient import LossGradient
 from sce_lm.ops.triton.merge_rows import merge_rows, touched_rows
 from sce_lm.ops.triton.row_dot import row_dot
 from sce_lm.ops.triton.row_gradient import RowTarget
-from sce_lm.ops.triton.supported import inputs_supported
+from sce_lm.ops.triton.supported import contiguous, inputs_supported
 
 
 def candidate_cross_entropy_supported(
@@ -65,16 +65,19 @@ def candidate_cross_entropy(
 ) -> CandidateLoss:
     """As :func:`sce_lm.ops.candidate_cross_entropy.candidate_cross_entropy`, for inputs that
     :func:`candidate_cross_entropy_supported` accepts."""
+    c = candidates
+    labels, bias = contiguous(labels, bias)
+    shared, tail, items, bucket_of = contiguous(c.shared, c.tail, c.bucket_items, c.bucket_of)
     result = _forward(
         hidden.to(weight.dtype),
         weight,
         bias,
         labels,
-        candidates.shared,
-        candidates.tail,
+        shared,
+        tail,
         candidates.tail_log_weights,
-        candidates.bucket_items,
-        candidates.bucket_of,
+        items,
+        bucket_of,
         candidates.bucket_log_weights,
         candidates.row_sum,
         candidates.left_out,

@@ -191,7 +191,7 @@ def list_sums(
         best: keep the label's column, and also return the largest logit and its class.
     """
     num_positions, width = hidden.shape
-    blocks = configuration(_kind(members), hidden)
+    blocks = configuration(_kind(members), hidden, weight)
     tiles = position_tiles(members, blocks.block_positions)
     column_tiles = triton.cdiv(members.num_columns, blocks.block_columns)
     tiles_per_split = max(1, triton.cdiv(column_tiles, MAX_SPLITS))

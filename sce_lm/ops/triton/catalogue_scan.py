@@ -18,7 +18,7 @@ from torch import Tensor
 
 from sce_lm.ops.triton.configurations import configuration
 from sce_lm.ops.triton.logit_math import grouped, raw_logits
-from sce_lm.ops.triton.supported import inputs_supported
+from sce_lm.ops.triton.supported import contiguous, inputs_supported
 
 GROUP_SIZE = 16
 """Classes of a group."""
@@ -107,7 +107,7 @@ def catalogue_topk(
     excluded: Tensor | None = None,
 ) -> Tensor:
     """As :func:`sce_lm.ops.catalogue_scan.catalogue_topk`; scores are kept in fp32."""
-    return _topk(queries, weight, bias, excluded, size)
+    return _topk(queries, weight, *contiguous(bias, excluded), size)
 
 
 @torch.library.custom_op("sce_lm::catalogue_topk", mutates_args=())
@@ -144,7 +144,7 @@ def _(queries, weight, bias, excluded, size):
 def _scan(queries, weight, bias, is_excluded, rank, out) -> None:
     """Group maxima into ``[Q, G]``, or with ``rank [Q, G]`` scores into ``[Q, R·GROUP_SIZE]``."""
     width = queries.shape[1]
-    blocks = configuration("catalogue_scan", queries)
+    blocks = configuration("catalogue_scan", queries, weight)
     query_tiles = triton.cdiv(len(queries), blocks.block_positions)
     class_tiles = triton.cdiv(len(weight), blocks.block_columns)
     blocks.launch(

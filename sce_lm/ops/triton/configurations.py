@@ -43,8 +43,9 @@ class Configuration:
                 kind = "a power of two" if power else "positive"
                 raise ValueError(f"Configuration.{field.name} is {value}; it must be {kind}.")
 
-    def launch(self, kernel: Any, grid: tuple[int, ...], *arguments: Any, **flags: bool | int):
-        """Launch a kernel with this tile and schedule."""
+    def launch(self, kernel: Any, grid: tuple[int], *arguments: Any, **flags: bool | int):
+        """Launch a kernel with this tile and schedule, on the device of its first argument. A grid
+        has one dimension: the others end at 65,535 programs."""
         blocks = {
             "BLOCK_POSITIONS": self.block_positions,
             "BLOCK_COLUMNS": self.block_columns,
@@ -52,7 +53,9 @@ class Configuration:
         }
         tile = {name: size for name, size in blocks.items() if name in kernel.arg_names}
         schedule = {"num_warps": self.num_warps, "num_stages": self.num_stages}
-        kernel[grid](*arguments, **flags, **tile, **schedule)
+        # Triton launches on the current device, whichever holds the tensors.
+        with torch.cuda.device_of(arguments[0]):
+            kernel[grid](*arguments, **flags, **tile, **schedule)
 
     def __str__(self) -> str:
         blocks = f"{self.block_positions}x{self.block_columns}x{self.block_width}"
@@ -120,16 +123,18 @@ def replaced(kernel: str, by: Configuration) -> Iterator[None]:
         del _instead[kernel]
 
 
-def configuration(kernel: str, like: torch.Tensor) -> Configuration:
-    """The tile of a kernel for tensors of this device and dtype."""
+def configuration(kernel: str, *operands: torch.Tensor) -> Configuration:
+    """The tile of a kernel for operands of one device and dtype."""
+    like = operands[0]
     if kernel in _instead:
         return _instead[kernel]
     if _target is None and like.device.type == "cpu":
         return _INTERPRETED.get(kernel, INTERPRETER)
-    architecture = _target or architecture_of(like.device)
+    architecture = architecture_of(like.device)
     if architecture is None:
         raise ValueError(f'{like.device} has no launch configurations; use backend="torch".')
-    return choose(kernel, architecture, like.dtype, aligned=like.stride(0) % 16 == 0)
+    aligned = all(x.stride(0) % 16 == 0 and x.storage_offset() % 16 == 0 for x in operands)
+    return choose(kernel, architecture, like.dtype, aligned=aligned)
 
 
 def choose(
@@ -147,13 +152,18 @@ def choose(
     return _HALF[kernel][architecture.name] if aligned else _UNALIGNED[kernel]
 
 
-@lru_cache
 def architecture_of(device: torch.device) -> Architecture | None:
-    """The architecture whose configurations a device takes; None: there are none.
+    """The architecture whose configurations a device takes, or that of :func:`compiling_for`; None:
+    there are none.
 
     CUDA devices of other compute capabilities from 8.0 up take those of sm_86, which need the least
     shared memory.
     """
+    return _target or _found(device)
+
+
+@lru_cache
+def _found(device: torch.device) -> Architecture | None:
     if torch.version.hip is not None:
         name = torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
         return ARCHITECTURES.get(name)

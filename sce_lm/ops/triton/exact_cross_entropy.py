@@ -19,7 +19,7 @@ from sce_lm.ops.triton.candidate_lists import whole_catalogue
 from sce_lm.ops.triton.logit_gradient import LossGradient
 from sce_lm.ops.triton.row_dot import row_dot
 from sce_lm.ops.triton.row_gradient import RowTarget
-from sce_lm.ops.triton.supported import inputs_supported
+from sce_lm.ops.triton.supported import contiguous, inputs_supported
 
 exact_cross_entropy_supported = inputs_supported
 
@@ -35,7 +35,7 @@ def exact_cross_entropy(
 ) -> ExactLoss:
     """As :func:`sce_lm.ops.exact_cross_entropy.exact_cross_entropy`, for inputs that
     :func:`exact_cross_entropy_supported` accepts."""
-    h = hidden.to(weight.dtype)
+    h, (labels, bias) = hidden.to(weight.dtype), contiguous(labels, bias)
     loss, *found, _ = _forward(h, weight, bias, labels, post.scale, post.soft_cap)
     return ExactLoss(loss if position_weight is None else (loss * position_weight).sum(), *found)
 

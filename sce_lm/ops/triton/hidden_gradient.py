@@ -56,6 +56,7 @@ def hidden_gradient_kernel(
     first_column,
     end_column,
     num_columns,
+    num_width_tiles,
     width,
     stride_gradient,
     stride_weight,
@@ -66,7 +67,7 @@ def hidden_gradient_kernel(
     BLOCK_COLUMNS: tl.constexpr,
     BLOCK_WIDTH: tl.constexpr,
 ):
-    tile = tl.program_id(1)
+    tile = tl.program_id(0) // num_width_tiles
     segment = tl.load(tile_segment + tile)
     start = tl.load(tile_start + tile)
     end = tl.load(bounds + segment + 1)
@@ -75,7 +76,7 @@ def hidden_gradient_kernel(
     place = start + tl.arange(0, BLOCK_POSITIONS)
     is_position = place < end
     position = tl.load(order + place, mask=is_position, other=0)
-    lane = tl.program_id(0) * BLOCK_WIDTH + tl.arange(0, BLOCK_WIDTH)
+    lane = tl.program_id(0) % num_width_tiles * BLOCK_WIDTH + tl.arange(0, BLOCK_WIDTH)
     is_lane = lane < width
     inside = is_position[:, None] & is_lane[None, :]
     at = position[:, None] * width + lane[None, :]
@@ -145,9 +146,10 @@ def hidden_gradient(
     width = weight.shape[1]
     blocks = configuration("hidden_gradient", weight)
     tiles = position_tiles(members, blocks.block_positions)
+    width_tiles = triton.cdiv(width, blocks.block_width)
     blocks.launch(
         hidden_gradient_kernel,
-        (triton.cdiv(width, blocks.block_width), tiles.count),
+        (width_tiles * tiles.count,),
         gradient,
         weight,
         members.ids,
@@ -163,6 +165,7 @@ def hidden_gradient(
         columns.start,
         columns.stop,
         members.num_columns,
+        width_tiles,
         width,
         gradient.stride(0),
         weight.stride(0),

@@ -157,7 +157,7 @@ def logit_gradient(
         loss: the loss as a function of the logits.
     """
     width = hidden.shape[1]
-    blocks = configuration(_kind(members), hidden)
+    blocks = configuration(_kind(members), hidden, weight)
     tiles = position_tiles(members, blocks.block_positions)
     column_tiles = triton.cdiv(len(columns), blocks.block_columns)
     blocks.launch(
@@ -195,9 +195,9 @@ def logit_gradient(
     )
 
 
-def column_block(members: CandidateList, like: torch.Tensor) -> int:
+def column_block(members: CandidateList, *operands: torch.Tensor) -> int:
     """Columns of a tile: workspaces are padded to a multiple of it."""
-    return configuration(_kind(members), like).block_columns
+    return configuration(_kind(members), *operands).block_columns
 
 
 def _kind(members: CandidateList) -> str:

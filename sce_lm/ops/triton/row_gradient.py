@@ -47,6 +47,8 @@ def row_gradient_kernel(
     first_column,
     end_column,
     num_columns,
+    num_column_tiles,
+    num_width_tiles,
     width,
     stride_gradient,
     stride_hidden,
@@ -54,13 +56,15 @@ def row_gradient_kernel(
     BLOCK_COLUMNS: tl.constexpr,
     BLOCK_WIDTH: tl.constexpr,
 ):
-    segment = tl.program_id(2).to(tl.int64)
+    width_tile = tl.program_id(0) % num_width_tiles
+    tile = tl.program_id(0) // num_width_tiles
+    segment = (tile // num_column_tiles).to(tl.int64)
     start = tl.load(bounds + segment)
     end = tl.load(bounds + segment + 1)
-    local = tl.program_id(1) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+    local = tile % num_column_tiles * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
     column = first_column + local
     is_column = column < end_column
-    lane = tl.program_id(0) * BLOCK_WIDTH + tl.arange(0, BLOCK_WIDTH)
+    lane = width_tile * BLOCK_WIDTH + tl.arange(0, BLOCK_WIDTH)
     is_lane = lane < width
 
     total = tl.zeros([BLOCK_COLUMNS, BLOCK_WIDTH], tl.float32)
@@ -93,7 +97,7 @@ def row_gradient_kernel(
         mask=is_column[:, None] & is_lane[None, :],
     )
     if bias_out is not None:  # noqa: SIM102
-        if tl.program_id(0) == 0:
+        if width_tile == 0:
             count = tl.zeros([BLOCK_COLUMNS], tl.float32)
             for place_start in range(start, end, BLOCK_POSITIONS):
                 place = place_start + tl.arange(0, BLOCK_POSITIONS)
@@ -124,14 +128,11 @@ def row_gradient(
     """
     width = hidden.shape[1]
     blocks = configuration("row_gradient", hidden)
-    grid = (
-        triton.cdiv(width, blocks.block_width),
-        triton.cdiv(len(columns), blocks.block_columns),
-        members.num_segments,
-    )
+    width_tiles = triton.cdiv(width, blocks.block_width)
+    column_tiles = triton.cdiv(len(columns), blocks.block_columns)
     blocks.launch(
         row_gradient_kernel,
-        grid,
+        (width_tiles * column_tiles * members.num_segments,),
         gradient,
         hidden,
         members.order,
@@ -144,6 +145,8 @@ def row_gradient(
         columns.start,
         columns.stop,
         members.num_columns,
+        column_tiles,
+        width_tiles,
         width,
         gradient.stride(0),
         hidden.stride(0),

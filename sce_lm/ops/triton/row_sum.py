@@ -19,15 +19,16 @@ def row_sum_kernel(
     bounds,
     coefficient,
     out,
+    num_width_tiles,
     width,
     stride_rows,
     BLOCK_COLUMNS: tl.constexpr,
     BLOCK_WIDTH: tl.constexpr,
 ):
-    segment = tl.program_id(1).to(tl.int64)
+    segment = (tl.program_id(0) // num_width_tiles).to(tl.int64)
     start = tl.load(bounds + segment)
     end = tl.load(bounds + segment + 1)
-    lane = tl.program_id(0) * BLOCK_WIDTH + tl.arange(0, BLOCK_WIDTH)
+    lane = tl.program_id(0) % num_width_tiles * BLOCK_WIDTH + tl.arange(0, BLOCK_WIDTH)
     is_lane = lane < width
     total = tl.zeros([BLOCK_WIDTH], tl.float32)
     for entry_start in range(start, end, BLOCK_COLUMNS):
@@ -62,14 +63,16 @@ def row_sum(
     width, segments = rows.shape[1], len(bounds) - 1
     blocks = configuration("row_sum", rows)
     out = rows.new_empty(segments, width, dtype=torch.float32)
+    width_tiles = triton.cdiv(width, blocks.block_width)
     blocks.launch(
         row_sum_kernel,
-        (triton.cdiv(width, blocks.block_width), segments),
+        (width_tiles * segments,),
         rows,
         index,
         bounds,
         coefficient,
         out,
+        width_tiles,
         width,
         rows.stride(0),
     )

@@ -50,3 +50,8 @@ def inputs_supported(
     if len(weight) >= 2**31:
         return f"{len(weight)} classes do not fit an int32 id"
     return None
+
+
+def contiguous(*tensors: torch.Tensor | None) -> list:
+    """Lists and vectors as the kernels read them, which know no stride of theirs."""
+    return [tensor if tensor is None else tensor.contiguous() for tensor in tensors]

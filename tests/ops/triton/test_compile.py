@@ -39,7 +39,12 @@ def test_each_kernel_compiles(architecture):
         chosen[launch.name] = launch
     assert len(KERNELS) >= 9
     assert set(chosen) == KERNELS
-    assert not faults(chosen.values(), BF16)
+    try:
+        assert not faults(chosen.values(), BF16)
+    except Exception as error:
+        if "ld.lld not found" in str(error):
+            pytest.skip("this Triton has no linker for AMD devices of its own")
+        raise
 
 
 @pytest.mark.slow

@@ -60,13 +60,17 @@ def test_the_order_of_programs_does_not_matter(results):
 @pytest.mark.parametrize(
     ("old", "new", "conflict"),
     [
-        ("tl.program_id(1) * BLOCK_COLUMNS", "tl.program_id(1) * (BLOCK_COLUMNS // 2)", "two"),
+        (
+            "tile % num_column_tiles * BLOCK_COLUMNS",
+            "tile % num_column_tiles * (BLOCK_COLUMNS // 2)",
+            "two",
+        ),
         (
             "slot = segment * num_columns + column",
             "slot = segment * num_columns + 0 * column",
             "twice",
         ),
-        ("local = tl.program_id(1) * BLOCK_COLUMNS + ", "local = 0 * tl.program_id(1) + ", "two"),
+        ("local = tile % num_column_tiles * BLOCK_COLUMNS + ", "local = 0 * tile + ", "two"),
     ],
     ids=["overlapping tiles", "one slot for a tile", "one tile for all"],
 )
