@@ -1,4 +1,4 @@
-"""Bad configurations and commands: each ends in one sentence, and nothing was written or lost.
+"""Bad configurations, data and commands: each ends in one sentence, nothing was written or lost.
 
 A row is a command, what its message says (a regular expression), and the text of `a.yaml`, behind a
 model. It runs in a folder that holds another run in the default `output_dir`.
@@ -57,6 +57,26 @@ MESSAGES = [
     (TRAIN + "--objective_options '{\"alpha\": 1, \"alpha\": 2}'",
      r"the command line: objective_options\.alpha is given twice; keep one", ""),
     (TRAIN + "--objective_options {oops", "objective_options is '{oops' and cannot be read", ""),
+    # Logs and texts.
+    (TRAIN, r"row that begins on line 3 of open\.csv does not end: a quotation mark",
+     "task: items\ndata: open.csv"),
+    (TRAIN, r"Line 3 of short\.csv and its header differ in their numbers of fields",
+     "task: items\ndata: short.csv"),
+    (TRAIN, r"dates\.csv has times in column 't' .*'04/02/2024'.*time_format",
+     "task: items\ndata: dates.csv\ntime_column: t"),
+    (TRAIN, r"time_format '%H:%M' names no year",
+     "task: items\ndata: dates.csv\ntime_column: t\ntime_format: '%H:%M'"),
+    (TRAIN, r"columns\.json is one JSON object that holds whole columns",
+     "task: items\ndata: columns.json"),
+    (TRAIN, r"cut\.jsonl cannot be read as jsonl: line 2 is no JSON object",
+     "task: items\ndata: cut.jsonl"),
+    (TRAIN, r"dates\.csv has no column 'who' for the user",
+     "task: items\ndata: dates.csv\nuser_column: who"),
+    (TRAIN, "patterns are not read; give the folder", "task: items\ndata: '*.csv'"),
+    (TRAIN, r"empty\.csv is empty", "task: items\ndata: empty.csv"),
+    (TRAIN, r"There is no data file none\.txt", "data: none.txt"),
+    (TRAIN, r"data_options are given \(packages\)",
+     "data: dates.csv\ndata_options: {packages: [a]}"),
     # Other commands.
     ("benchmark.py loss --text a.yaml", "--text goes with a model and none is named", ""),
     ("benchmark.py loss --real none", r"none has no config\.json; expected the folder of a", ""),
@@ -65,8 +85,22 @@ MESSAGES = [
     ("benchmark.py train a.yaml --fields '{\"max_step\": 3}'", "'max_step', which is no field", ""),
     ("benchmark.py train a.yaml --fields 3", "--fields is '3'; expected a mapping of fields", ""),
     ("evaluate.py none", "none has no config.json; expected the folder of a finished run", ""),
+    ("evaluate.py saved", "saved is a saved model, beside which there are no data; give a log", ""),
+    ("evaluate.py saved --data dates.csv --split test", "--split chooses from a run's own", ""),
     ("recommend.py none --history a", "none holds no model; give the folder of a finished run", ""),
+    ("recommend.py saved --history a", "The model 'saved' cannot be loaded", ""),
 ]  # fmt: skip
+
+FILES = {
+    "list.yaml": "- max_steps: 3\n",
+    "open.csv": 'user_id,item_id\nu,a\nu,"b\nv,c\n',
+    "short.csv": "user_id,item_id\nu,a\nu\n",
+    "dates.csv": "user_id,item_id,t\nu,a,04/02/2024\nu,b,05/02/2024\n",
+    "columns.json": '{"user_id": {"0": "u"}, "item_id": {"0": "a"}}',
+    "cut.jsonl": '{"user_id": "u", "item_id": "a"}\n{"user_id": "u", "it\n',
+    "empty.csv": "",
+    "saved/config.json": '{"model_type": "llama"}',
+}
 
 
 @pytest.fixture
@@ -75,7 +109,9 @@ def folder(tmp_path, monkeypatch):
     run = tmp_path / "runs" / "default"
     run.mkdir(parents=True)
     (run / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
-    (tmp_path / "list.yaml").write_text("- max_steps: 3\n")
+    for name, text in FILES.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
     (tmp_path / "latin.yaml").write_bytes("data: café\n".encode("latin-1"))
     monkeypatch.chdir(tmp_path)
     before = signal.getsignal(signal.SIGTERM)
