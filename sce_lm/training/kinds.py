@@ -99,4 +99,4 @@ def _word(part: Any) -> str:
         return " or ".join(map(repr, get_args(part)))
     if get_origin(part) is not None:
         return "a mapping"
-    return _WORDS.get(part, part.__name__)
+    return _WORDS.get(part) or part.__name__
