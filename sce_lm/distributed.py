@@ -15,7 +15,8 @@ Whatever is unbiased for each ``Z_tr`` is unbiased for their sum.
 What a call communicates does not depend on its data:
 
     forward    all-reduce (max) of log Z_tr, [N]; all-reduce (sum) of exp(log Z_tr - max), of the
-               label's logit, and of a 1 where the label's row is, [3, N]
+               label's logit, and of a 1 where the label's row is, [3, N]; with a bias that a
+               sampler must know the masks of, all-reduce (max) of the largest bias
     backward   all-reduce (sum) of dL/dh, [N, d]; logits are computed again, now with Z_t known
     statistics, if asked for: one more (relative error) or two (accuracy), [N]
 """
@@ -248,6 +249,9 @@ class VocabParallel(Objective):
         self.name, self.config, self.state = objective.name, objective.config, objective.state
         self.objective, self.shard = objective, shard
         self.vocab_size = shard.vocab_size
+
+    def largest_of(self, x: torch.Tensor) -> torch.Tensor:
+        return self.shard.reduce(x, dist.ReduceOp.MAX)
 
     def compute(self, inputs: HeadInputs) -> tuple[torch.Tensor, Statistics]:
         own = replace(inputs, labels=self.shard.own_labels(inputs.labels))

@@ -40,14 +40,18 @@ def draw_cache(
     vocab_size: int,
     *,
     among_drawn: bool,
+    left_out: torch.Tensor | None = None,
 ) -> Cache:
     """A cache of ``size`` draws.
 
     Args:
         asked: ids of further classes whose probability is wanted.
         among_drawn: take only classes that the latest call drew (any, before the first call).
+        left_out: ``[M]`` ids of classes that the cache may not hold; None: it may hold any.
     """
     occurrences = occurrences_of(state, vocab_size, asked.device)
+    if left_out is not None:
+        occurrences = occurrences.index_fill(0, left_out, 0.0)
     if among_drawn and DRAWN in state.memory:
         drawn = state.memory[DRAWN].to(asked.device)
         occurrences = torch.zeros_like(occurrences).index_copy_(0, drawn, occurrences[drawn])

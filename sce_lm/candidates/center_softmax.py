@@ -41,6 +41,7 @@ def center_softmax(
     post: LogitTransform,
     *,
     control_variate: bool,
+    left_out: torch.Tensor | None = None,
 ) -> CenterSoftmax:
     """One scan, ``C·V`` inner products.
 
@@ -50,6 +51,7 @@ def center_softmax(
         columns: of the head.
         post: g.
         control_variate: whether the tail has one.
+        left_out: ``[M]`` ids of classes without a share and outside the mean; None: there are none.
     """
     extended = columns.extend(centers, centers.dtype)
     vocab_size, width = columns.weight.shape
@@ -61,11 +63,15 @@ def center_softmax(
         ],
         dim=1,
     )
-    g_mean = post(scores.mean(dim=1))
+    counted = scores if left_out is None else scores.index_fill(1, left_out, 0.0)
+    num_counted = vocab_size - (0 if left_out is None else len(left_out))
+    g_mean = post(counted.sum(dim=1) / max(num_counted, 1))
     s = post.apply_(scores)
     slope = post.slope(s)
     log_z = torch.logsumexp(s, dim=1)
     share = s.sub_(log_z.unsqueeze(1)).exp_().mul_(slope)
     if control_variate:
         share -= ((g_mean - log_z).exp() * post.slope(g_mean)).unsqueeze(1)
+    if left_out is not None:
+        share.index_fill_(1, left_out, 0.0)
     return CenterSoftmax(centers, center_of, share)

@@ -11,7 +11,11 @@ TILE_ELEMENTS = 2**23
 
 
 def hash_chunks(
-    vectors: Sequence[torch.Tensor], directions: torch.Tensor, count: int
+    vectors: Sequence[torch.Tensor],
+    directions: torch.Tensor,
+    count: int,
+    kept: torch.Tensor | slice = slice(None),
+    elsewhere: int = -1,
 ) -> torch.Tensor:
     """Sort vectors by their nearest direction and cut the order into equal chunks.
 
@@ -19,6 +23,8 @@ def hash_chunks(
         vectors: ``[M, d]``, as one tensor or more whose columns stand side by side.
         directions: ``[n_b, d]``; a vector's hash is the direction of its largest inner product.
         count: chunks; at most M.
+        kept: which vectors are sorted and cut.
+        elsewhere: the chunk of the others.
 
     Returns:
         ``[M]`` int64, the chunk of each vector; sizes differ by at most 1.
@@ -29,6 +35,9 @@ def hash_chunks(
     for tiles in zip(*(part.split(tile) for part in vectors)):
         products = (part.to(d.dtype) @ d.T for part, d in zip(tiles, by_part))
         nearest.append(sum(products, torch.zeros((), device=directions.device)).argmax(dim=1))
-    order = torch.argsort(torch.cat(nearest), stable=True)
+    hashes = torch.cat(nearest)
+    order = torch.argsort(hashes[kept], stable=True)
     chunk = torch.arange(len(order), device=order.device) * count // len(order)
-    return torch.empty_like(order).index_copy_(0, order, chunk)
+    chunks = torch.full_like(hashes, elsewhere)
+    chunks[kept] = torch.empty_like(order).index_copy_(0, order, chunk)
+    return chunks

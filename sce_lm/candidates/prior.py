@@ -23,10 +23,16 @@ def label_prior(counts: torch.Tensor, power: float) -> torch.Tensor:
     return frequency / frequency.sum().clamp_min(1.0)
 
 
-def log_with_floor(prior: torch.Tensor, uniform_floor: float) -> torch.Tensor:
+def log_with_floor(
+    prior: torch.Tensor, uniform_floor: float, left_out: torch.Tensor | None = None
+) -> torch.Tensor:
     """``log((1 - floor) · prior_j + floor / V)``; the floor bounds the weights at
-    ``V / (floor · m)``."""
-    return torch.log((1.0 - uniform_floor) * prior + uniform_floor / prior.numel())
+    ``V / (floor · m)``. Classes of the ids ``left_out`` get -inf, and V does not count them."""
+    if left_out is None:
+        return torch.log((1.0 - uniform_floor) * prior + uniform_floor / prior.numel())
+    floor = uniform_floor / max(prior.numel() - len(left_out), 1)
+    density = (1.0 - uniform_floor) * prior + floor
+    return density.index_fill(0, left_out, 0.0).log()
 
 
 def log_label_prior(counts: torch.Tensor, power: float, uniform_floor: float) -> torch.Tensor:

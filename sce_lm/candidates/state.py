@@ -148,18 +148,26 @@ class SCEState:
             found[name] = read()
         return found[name]  # pyright: ignore[reportReturnType]
 
-    def most_frequent(self, counts: torch.Tensor, labels: torch.Tensor, size: int) -> torch.Tensor:
-        """The ``size`` classes with the largest ``counts``, those of :meth:`begin_call`.
+    def most_frequent(
+        self,
+        counts: torch.Tensor,
+        labels: torch.Tensor,
+        size: int,
+        left_out: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """The ``size`` classes with the largest ``counts``, those of :meth:`begin_call`; the ids
+        ``left_out`` come last.
 
         Only this call's labels have gained since the call before, so they and the classes that
         were frequent then are all that can be: no pass over the catalogue.
         """
         known = self._frequent
+        ranked = counts if left_out is None else counts.index_fill(0, left_out, -1)
         if known is None or len(known) != size:
-            found = torch.topk(counts, size).indices
+            found = torch.topk(ranked, size).indices
         else:
             pool = torch.unique(torch.cat([known.to(labels.device), labels]))
-            found = pool[torch.topk(counts[pool], size).indices]
+            found = pool[torch.topk(ranked[pool], size).indices]
         if counts is self.counts:
             self._frequent = found
         return found

@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 import weakref
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
 
+from sce_lm.candidates.masks import is_masked, within_reach
 from sce_lm.candidates.state import SCEState
 from sce_lm.config import ObjectiveConfig
 from sce_lm.objectives.compiled import can_trace, head_loss, outside_graphs, register
@@ -66,6 +67,20 @@ class HeadInputs:
     low_rank: torch.Tensor | None = None
     """``[V, r]`` or None."""
     backend: Backend = "auto"
+    masked: torch.Tensor | None = None
+    """``[M]`` int64 ids, ascending, of the classes that the bias keeps out of the softmax (module
+    :mod:`sce_lm.candidates.masks`); None: there are none."""
+    kept: torch.Tensor | slice = field(default_factory=lambda: slice(None))
+    """Index of all others, ascending, into anything ``[V, ...]``."""
+
+    @property
+    def num_classes(self) -> int:
+        """V without the masked ones."""
+        return len(self.weight) - (0 if self.masked is None else len(self.masked))
+
+    def named(self, places: torch.Tensor) -> torch.Tensor:
+        """Ids of the classes at these places among those that are not masked."""
+        return self.kept[places] if isinstance(self.kept, torch.Tensor) else places
 
     @property
     def columns(self) -> HeadColumns:
@@ -121,6 +136,11 @@ class Objective(ABC):
     def to_dict(self) -> dict[str, Any]:
         """Name and options as JSON-able values; ``objectives.get(**d)`` builds it again."""
         return {"name": self.name, **dataclasses.asdict(self.config)}
+
+    def largest_of(self, x: torch.Tensor) -> torch.Tensor:
+        """The largest of this and what other holders of the head's rows have; here there are
+        none."""
+        return x
 
     def advice(self) -> str | None:
         """One sentence on what should be changed, by the calls so far, or None."""
@@ -214,7 +234,13 @@ class Objective(ABC):
         check_inputs(hidden_states, columns, labels, reduction)
         dtype = compute_dtype(hidden_states, weight)
         flat_labels = labels.reshape(-1).long()
-        valid = valid_positions(flat_labels, ignore_index, self.vocab_size or len(weight))
+        is_out = None
+        if bias is not None and self.state is not None:  # without a state nothing is drawn
+            bias = within_reach(bias, post)
+            is_out = is_masked(bias, post, self.largest_of)
+        valid, num_masked = valid_positions(
+            flat_labels, ignore_index, self.vocab_size or len(weight), is_out
+        )
         num_valid = valid.numel()
         if num_valid == 0:
             none = hidden_states.reshape(-1, hidden_states.shape[-1])[:0]
@@ -249,6 +275,11 @@ class Objective(ABC):
             low_rank,
             self.config.backend,
         )
+        # A head whose classes are all masked has a loss of NaN, and is left to it.
+        if is_out is not None and 0 < num_masked < (self.vocab_size or len(weight)):
+            order = torch.argsort(is_out, stable=True)
+            kept, masked = order.tensor_split([len(order) - num_masked])
+            inputs = replace(inputs, masked=masked, kept=kept)
         # Autocast would round the logits; the losses choose their own dtype.
         with torch.autocast(hidden.device.type, enabled=False):
             loss, statistics = self.compute(inputs)
@@ -287,21 +318,28 @@ def connected_zero(hidden: torch.Tensor, columns: HeadColumns, is_sparse: bool) 
     return torch.stack([part.sum().float() for part in parts]).sum()
 
 
-def valid_positions(labels: torch.Tensor, ignore_index: int, vocab_size: int) -> torch.Tensor:
-    """Indices of the positions with a label, ascending. On a GPU this waits for the device once.
+def valid_positions(
+    labels: torch.Tensor,
+    ignore_index: int,
+    vocab_size: int,
+    is_masked: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, int]:
+    """Indices of the positions with a label, ascending, and the number of masked classes. On a GPU
+    this waits for the device once.
 
     Raises:
         ValueError: a label outside ``[0, vocab_size)``.
     """
     is_valid = labels != ignore_index
     outside = ((labels < 0) | (labels >= vocab_size)) & is_valid
-    num_valid, num_outside = torch.stack([is_valid.sum(), outside.sum()]).tolist()
+    flags = [is_valid, outside, is_valid[:0] if is_masked is None else is_masked]
+    num_valid, num_outside, num_masked = torch.stack([flag.sum() for flag in flags]).tolist()
     if num_outside:
         raise ValueError(
             f"labels holds {labels[outside][0].item()}, outside [0, {vocab_size}) and not "
             f"ignore_index={ignore_index}; check that tokenizer and head have the same size."
         )
-    return torch.argsort(is_valid, descending=True, stable=True)[:num_valid]
+    return torch.argsort(is_valid, descending=True, stable=True)[:num_valid], num_masked
 
 
 def check_inputs(hidden_states, columns: HeadColumns, labels, reduction) -> None:

@@ -78,18 +78,19 @@ class BCE(SampledObjective):
     config: BCEConfig
 
     def compute(self, inputs: HeadInputs) -> tuple[torch.Tensor, Statistics]:
-        config, num_positions, vocab_size = self.config, len(inputs.labels), len(inputs.weight)
+        config, num_positions, num_classes = self.config, len(inputs.labels), inputs.num_classes
         seed = draw_seed(inputs.generator)
-        counted = self.state.begin_call(inputs.labels, vocab_size, seed)[2]
+        counted = self.state.begin_call(inputs.labels, len(inputs.weight), seed)[2]
         generator = stream(seed, "negatives", inputs.labels.device)
         lists = 1 if config.shared else num_positions
-        ids = Uniform(vocab_size).draw((lists, config.num_negatives), generator)
+        ids = Uniform(num_classes).draw((lists, config.num_negatives), generator)
+        ids = inputs.named(ids)
         loss = position_binary_cross_entropy(
             *inputs.head,
             PositionCandidates(
                 ids, torch.zeros_like(ids[:1], dtype=torch.float32), sparse_grad=config.sparse_grad
             ),
-            positive_weight=config.positive_weight(vocab_size),
+            positive_weight=config.positive_weight(num_classes),
             **inputs.options,
         )
         return loss, self.statistics(

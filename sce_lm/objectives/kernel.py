@@ -132,9 +132,10 @@ class Kernel(SampledObjective):
         generator = stream(seed, "negatives", inputs.labels.device)
         if config.shared:
             ids, c = draw_with_replacement(self.proposal(inputs, seed, counted), m, generator)
+            ids = inputs.named(ids)
             candidates = Candidates(ids[:0], ids, c, sparse_grad=config.sparse_grad)
             loss = candidate_cross_entropy(*inputs.head, candidates, **inputs.options).loss
-            products = m + self.proposal_products(len(inputs.weight), width, num_positions)
+            products = m + self.proposal_products(inputs.num_classes, width, num_positions)
         else:
             queries, rows, shift, alpha = self._kernel(inputs, seed, counted)
             sampler = KernelSampler(
@@ -145,6 +146,7 @@ class Kernel(SampledObjective):
                 block_size=None if config.block_size == "auto" else config.block_size,
             )
             ids, log_q = sampler.draw(queries, m, generator, shift)
+            ids = inputs.named(ids)
             loss = position_cross_entropy(
                 *inputs.head,
                 PositionCandidates(ids, -log_q - math.log(m), sparse_grad=config.sparse_grad),
@@ -160,8 +162,9 @@ class Kernel(SampledObjective):
         )
 
     def proposal(self, inputs: HeadInputs, seed: int, counted: bool) -> Categorical:
-        """The mean of the positions' quadratic kernel distributions, one for all of them. After
-        the state's ``begin_call``, which has said whether the call is ``counted``."""
+        """The mean of the positions' quadratic kernel distributions, one for all of them, over the
+        classes that are not masked. After the state's ``begin_call``, which has said whether the
+        call is ``counted``."""
         queries, rows, shift, alpha = self._kernel(inputs, seed, counted)
         return mean_kernel_proposal(rows, queries, alpha, shift)
 
@@ -188,21 +191,23 @@ class Kernel(SampledObjective):
     def _features(
         self, inputs: HeadInputs, seed: int, counted: bool
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """``[N, r]`` queries and ``[V, r]`` rows whose inner products the kernel is taken of."""
+        """``[N, r]`` queries and the rows, ``[V, r]`` without those that are masked, whose inner
+        products the kernel is taken of."""
         dtype = compute_dtype(inputs.hidden, inputs.weight)
         queries = _extended_hidden(inputs, slice(None), dtype)
         wide = queries.shape[1]
         width = self._rank(wide)
         if width == wide:
-            return queries, inputs.columns.rows(slice(None), dtype)
+            return queries, inputs.columns.rows(inputs.kept, dtype)
         of_hidden, of_rows = self.state.once(
             seed, "projection", lambda: self._projection(inputs, queries, width, counted)
         )
-        rows = queries.new_empty(len(inputs.weight), width)
-        tile = max(1, TILE_ELEMENTS // wide)
+        rows = queries.new_empty(inputs.num_classes, width)
+        kept, tile = inputs.kept, max(1, TILE_ELEMENTS // wide)
         for start in range(0, len(rows), tile):
             part = slice(start, start + tile)
-            torch.mm(inputs.columns.rows(part, dtype), of_rows, out=rows[part])
+            some = part if isinstance(kept, slice) else kept[part]
+            torch.mm(inputs.columns.rows(some, dtype), of_rows, out=rows[part])
         return queries @ of_hidden, rows
 
     def _projection(self, inputs: HeadInputs, queries: torch.Tensor, width: int, counted: bool):
@@ -211,8 +216,8 @@ class Kernel(SampledObjective):
         is_due = counted and (self.state.step - 1) % self.config.projection_refresh == 0
         shape = (queries.shape[1], width)
         if is_due or "of_hidden" not in memory or memory["of_hidden"].shape != shape:
-            some = _spread(len(inputs.weight), PROJECTION_ROWS * queries.shape[1], queries.device)
-            rows = inputs.columns.rows(some, queries.dtype)
+            some = _spread(inputs.num_classes, PROJECTION_ROWS * queries.shape[1], queries.device)
+            rows = inputs.columns.rows(inputs.named(some), queries.dtype)
             fitted = fit_projection(queries, rows, width)
             if counted:
                 memory["of_hidden"], memory["of_rows"] = fitted
@@ -228,7 +233,7 @@ class Kernel(SampledObjective):
         positions = _spread(len(queries), AUTO_POSITIONS, queries.device)
         classes = _spread(len(rows), AUTO_ROWS, queries.device)
         exact = _extended_hidden(inputs, positions, queries.dtype)
-        x = exact @ inputs.columns.rows(classes, queries.dtype).T
+        x = exact @ inputs.columns.rows(inputs.named(classes), queries.dtype).T
         p = torch.softmax(inputs.post(x / inputs.post.scale), dim=1)
         kernel = queries[positions] @ rows[classes].T
         if shift is not None:

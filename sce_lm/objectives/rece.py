@@ -83,8 +83,8 @@ class RECE(SampledObjective):
         counted = self.state.begin_call(inputs.labels, vocab_size, seed)[2]
         chunks = self._chunks(inputs, stream(seed, "directions", inputs.labels.device))
         loss = chunk_cross_entropy(*inputs.head, chunks, **inputs.options)
-        buckets, count = self.config.resolve(num_positions, vocab_size)
-        met = min(1.0, (1 + 2 * chunks.reach) / count) * vocab_size
+        buckets, count = self.config.resolve(num_positions, inputs.num_classes)
+        met = min(1.0, (1 + 2 * chunks.reach) / count) * inputs.num_classes
         products = self.config.rounds * (met + buckets * (1 + vocab_size / num_positions))
         return loss, self.statistics(
             inputs, products, counted=counted, ids=None, candidates=self.config.rounds * met
@@ -92,8 +92,9 @@ class RECE(SampledObjective):
 
     @torch.no_grad()
     def _chunks(self, inputs: HeadInputs, generator: torch.Generator) -> Chunks:
-        (num_positions, width), vocab_size = inputs.hidden.shape, len(inputs.weight)
-        buckets, count = self.config.resolve(num_positions, vocab_size)
+        num_positions, width = inputs.hidden.shape
+        buckets, count = self.config.resolve(num_positions, inputs.num_classes)
+        nowhere = count + self.config.extra_chunks  # a chunk that no position reaches
         dtype = compute_dtype(inputs.hidden, inputs.weight)
         classes = [part for part in (inputs.weight, inputs.low_rank) if part is not None]
         chunks = []
@@ -102,7 +103,10 @@ class RECE(SampledObjective):
                 buckets, width, generator=generator, device=generator.device, dtype=dtype
             )
             chunks.append(
-                [hash_chunks(vectors, directions, count) for vectors in ([inputs.hidden], classes)]
+                [
+                    hash_chunks([inputs.hidden], directions, count),
+                    hash_chunks(classes, directions, count, inputs.kept, nowhere),
+                ]
             )
         of_position, of_class = (torch.stack(rounds) for rounds in zip(*chunks))
         return Chunks(of_position, of_class, count, self.config.extra_chunks)

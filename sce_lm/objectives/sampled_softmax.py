@@ -93,9 +93,10 @@ class SampledSoftmax(SampledObjective):
         seed = draw_seed(inputs.generator)
         counts, _, counted = self.state.begin_call(inputs.labels, len(inputs.weight), seed)
         generator = stream(seed, "negatives", inputs.labels.device)
-        proposal = self._proposal(counts)
+        proposal = self._proposal(counts[inputs.kept])
         if config.shared:
             ids, c = self._draw(proposal, generator, inputs.backend)
+            ids = inputs.named(ids)
             candidates = Candidates(ids[:0], ids, c, sparse_grad=config.sparse_grad)
             loss = candidate_cross_entropy(*inputs.head, candidates, **inputs.options).loss
         else:
@@ -103,6 +104,7 @@ class SampledSoftmax(SampledObjective):
             ids, c = draw_rows(
                 proposal, num_positions, config.num_negatives, generator, distinct=is_distinct
             )
+            ids = inputs.named(ids)
             candidates = PositionCandidates(ids, c, sparse_grad=config.sparse_grad)
             loss = position_cross_entropy(*inputs.head, candidates, **inputs.options).loss
         return loss, self.statistics(inputs, float(ids.shape[-1]), counted=counted, ids=[ids])

@@ -100,6 +100,8 @@ class SCE(SampledObjective):
     config: SCEConfig
     tail = 0
     """Size of the latest tail."""
+    covered = 0
+    """Classes of the latest call if its lists held them all, else 0."""
 
     def compute(self, inputs: HeadInputs) -> tuple[torch.Tensor, Statistics]:
         seed = draw_seed(inputs.generator)
@@ -110,7 +112,7 @@ class SCE(SampledObjective):
     # -- corrected ---------------------------------------------------------------------------
 
     def _corrected(self, inputs: HeadInputs, seed: int) -> tuple[torch.Tensor, Statistics]:
-        chosen = self.choose(inputs, seed, len(inputs.weight))
+        chosen = self.choose(inputs, seed, inputs.num_classes)
         result = candidate_cross_entropy(*inputs.head, chosen.candidates, **inputs.options)
         loss = result.loss
         if chosen.expected is not None:
@@ -124,10 +126,11 @@ class SCE(SampledObjective):
             inputs: ``weight`` holds all rows of the head, or those of one rank; ``labels`` are the
                 labels among them, in any number.
             seed: of this call.
-            vocab_size: V, rows of the whole head.
+            vocab_size: V, classes of the whole head.
         """
-        rows = len(inputs.weight)
-        counts, prefer, counted = self.state.begin_call(inputs.labels, rows, seed)
+        counts, prefer, counted = self.state.begin_call(inputs.labels, len(inputs.weight), seed)
+        # A rank's rows may all be masked.
+        rows = max(inputs.num_classes, 1)
         sizes = self.config.resolve(
             len(inputs.hidden), vocab_size, prefer, self.state.num_labels, rows
         )
@@ -225,7 +228,7 @@ class SCE(SampledObjective):
                 relative_error_p95=float(own.quantile(0.95).sqrt()),
             )
             if self.config.target_relative_error is not None:
-                self._set_tail(len(candidates.tail), float(own.mean()), len(inputs.weight))
+                self._set_tail(len(candidates.tail), float(own.mean()), inputs.num_classes)
         return own.sqrt() if wanted else None
 
     def _set_tail(self, size: int, variance: float, vocab_size: int) -> None:
@@ -256,13 +259,15 @@ class SCE(SampledObjective):
     ) -> tuple[Candidates, CenterSoftmax | None]:
         """The three strata of one call, and what the row control variate needs; a replay gets the
         lists of its first run."""
-        config, weight = self.config, inputs.weight
+        config = self.config
         proposal = TailProposal(config, self.state, inputs, sizes)
         shared, tail, log_weights = self.state.once(
             seed, "lists", lambda: self._draw(proposal, counts, seed, counted)
         )
         centers = items = bucket_of = bucket_weights = None
-        own = min(sizes.bucket_candidates, len(weight) - len(shared))
+        rest = inputs.num_classes - len(shared)
+        own = min(sizes.bucket_candidates, rest)
+        self.covered = inputs.num_classes if max(own, sizes.tail_candidates) >= rest else 0
         if own > 0:
             centers, bucket_of = kmeans_buckets(
                 inputs.hidden.to(compute_dtype(inputs.hidden)),
@@ -278,11 +283,11 @@ class SCE(SampledObjective):
             else:
                 items = catalogue_topk(
                     centers,
-                    weight,
+                    inputs.weight,
                     own,
                     bias=inputs.bias,
                     low_rank=inputs.low_rank,
-                    excluded=shared,
+                    excluded=_with_masked(shared, inputs),
                     backend=inputs.backend,
                 )
         has_control = sizes.control_variate and len(tail) > 0
@@ -295,8 +300,11 @@ class SCE(SampledObjective):
             bucket_of,
             bucket_log_weights=bucket_weights,
             row_sum=(
-                self.state.row_sum.of(inputs.columns) if has_control and not has_strata else None
+                self.state.row_sum.of(inputs.columns, inputs.masked)
+                if has_control and not has_strata
+                else None
             ),
+            left_out=inputs.masked,
             control_variate=sizes.control_variate,
             stratum_of=count_strata(counts, config.tail_strata) if has_strata else None,
             num_strata=config.tail_strata if has_strata else 1,
@@ -307,7 +315,12 @@ class SCE(SampledObjective):
         if centers is None or bucket_of is None:
             return candidates, proposal.at_centers(seed)
         at_buckets = center_softmax(
-            centers, bucket_of, inputs.columns, inputs.post, control_variate=sizes.control_variate
+            centers,
+            bucket_of,
+            inputs.columns,
+            inputs.post,
+            control_variate=sizes.control_variate,
+            left_out=inputs.masked,
         )
         return candidates, at_buckets
 
@@ -316,22 +329,25 @@ class SCE(SampledObjective):
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The shared list, and the tail with its log-weights."""
         config, inputs, sizes = self.config, proposal.inputs, proposal.sizes
-        labels, vocab_size = inputs.labels, len(inputs.weight)
+        labels, masked = inputs.labels, inputs.masked
         listed = [labels[:0]]
         if sizes.shared_frequent:
-            listed.append(self.state.most_frequent(counts, labels, sizes.shared_frequent))
+            size = sizes.shared_frequent
+            listed.append(self.state.most_frequent(counts, labels, size, masked))
         if config.shared_labels:
             listed.append(labels)
         shared = torch.unique(torch.cat(listed)) if len(listed) > 1 else listed[0]
+        if masked is not None:
+            shared = shared[~torch.isin(shared, masked)]
         noise = stream(seed, "tail", labels.device)
-        if not sizes.tail_candidates:
+        if not sizes.tail_candidates or len(shared) == inputs.num_classes:
             none = torch.zeros(0, dtype=torch.float64, device=labels.device)
             return shared, shared[:0], none
-        if vocab_size > LARGE_CATALOGUE and config.prior in ("labels", "uniform"):
+        if len(inputs.weight) > LARGE_CATALOGUE and config.prior in ("labels", "uniform"):
             tail, log_weights = self.state.weight_classes(counts).sample(
                 sizes.tail_candidates,
                 counts,
-                shared,
+                _with_masked(shared, inputs),
                 noise,
                 power=config.prior_power,
                 uniform_floor=1.0 if config.prior == "uniform" else sizes.uniform_floor,
@@ -350,6 +366,12 @@ class SCE(SampledObjective):
             merge_occurrences(self.state, device)
 
     def advice(self) -> str | None:
+        if self.covered:
+            return (
+                f"the lists of SCE hold all {self.covered} classes, so that its loss is the exact "
+                'one at a higher cost; use objective "exact", or smaller shared_frequent, '
+                "tail_candidates and bucket_candidates."
+            )
         error = self.state.summary().get("relative_error", 0.0)
         if error <= HIGH_ERROR or self.config.target_relative_error is not None or not self.tail:
             return None
@@ -367,7 +389,7 @@ class SCE(SampledObjective):
     def _published(self, inputs: HeadInputs, seed: int) -> tuple[torch.Tensor, Statistics]:
         num_positions, vocab_size = len(inputs.labels), len(inputs.weight)
         counted = self.state.begin_call(inputs.labels, vocab_size, seed)[2]
-        sizes = self.config.resolve(num_positions, vocab_size)
+        sizes = self.config.resolve(num_positions, inputs.num_classes)
         device = inputs.labels.device
         with torch.no_grad():
             hidden = inputs.hidden.to(compute_dtype(inputs.hidden))
@@ -385,6 +407,7 @@ class SCE(SampledObjective):
                 sizes.bucket_candidates,
                 bias=inputs.bias,
                 low_rank=inputs.low_rank,
+                excluded=inputs.masked,
                 backend=inputs.backend,
             )
             bucket = torch.arange(len(items), device=device)
@@ -454,6 +477,11 @@ class SCE(SampledObjective):
             position_weight=share,
         )
         return candidate_cross_entropy(*pairs.head, candidates, **pairs.options).loss
+
+
+def _with_masked(ids: torch.Tensor, inputs: HeadInputs) -> torch.Tensor:
+    """These classes and the masked ones, which are not among them."""
+    return ids if inputs.masked is None else torch.cat([ids, inputs.masked])
 
 
 def bucket_samples(

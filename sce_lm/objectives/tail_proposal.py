@@ -51,7 +51,7 @@ class TailProposal:
         self._at_centers: CenterSoftmax | None = None
 
     def log_density(self, counts: torch.Tensor, seed: int, *, counted: bool) -> torch.Tensor:
-        """log q, fp64 ``[V]``.
+        """log q, fp64 ``[V]``, -inf for masked classes.
 
         Args:
             counts: ``[V]`` label counts.
@@ -61,7 +61,7 @@ class TailProposal:
         mixture = torch.zeros(len(counts), dtype=torch.float64, device=counts.device)
         for name, share in self.config.prior_shares().items():
             mixture += share * self._component(name, counts, seed, counted)
-        return log_with_floor(mixture, self.sizes.uniform_floor)
+        return log_with_floor(mixture, self.sizes.uniform_floor, self.inputs.masked)
 
     def _component(self, name: str, counts: torch.Tensor, seed: int, counted: bool) -> torch.Tensor:
         inputs, vocab_size = self.inputs, len(counts)
@@ -71,14 +71,16 @@ class TailProposal:
             return label_prior(torch.bincount(inputs.labels, minlength=vocab_size), 1.0)
         if name == "cache":
             occurrences = occurrences_of(self.state, vocab_size, counts.device)
-            return occurrences / occurrences.sum()
+            return occurrences / occurrences[inputs.kept].sum()
         if name == "kernel":
-            everyone = torch.arange(vocab_size, device=counts.device)
+            everyone = torch.arange(inputs.num_classes, device=counts.device)
             kernel = Kernel(_KERNEL, self.state)
-            return kernel.proposal(inputs, seed, counted).log_prob(everyone).exp()
+            density = torch.zeros_like(counts, dtype=torch.float64)
+            density[inputs.kept] = kernel.proposal(inputs, seed, counted).log_prob(everyone).exp()
+            return density
         if name == "gradient":
             return gradient_prior(self.at_centers(seed))
-        return torch.full_like(counts, 1.0 / vocab_size, dtype=torch.float64)
+        return torch.full_like(counts, 1.0 / max(inputs.num_classes, 1), dtype=torch.float64)
 
     def at_centers(self, seed: int) -> CenterSoftmax:
         """The softmax at a few k-means centres of the positions; scanned once."""
@@ -96,6 +98,7 @@ class TailProposal:
                 inputs.columns,
                 inputs.post,
                 control_variate=self.sizes.control_variate,
+                left_out=inputs.masked,
             )
         return self._at_centers
 
@@ -108,7 +111,7 @@ class TailProposal:
             total += min(CENTERS, num_positions) * vocab_size / num_positions
         if "kernel" in shares:
             kernel = Kernel(_KERNEL, self.state)
-            total += kernel.proposal_products(vocab_size, width, num_positions)
+            total += kernel.proposal_products(self.inputs.num_classes, width, num_positions)
         return total
 
 

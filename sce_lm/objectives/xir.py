@@ -204,6 +204,7 @@ class XIR(BIR):
                 stream(seed, "cache", ids.device),
                 vocab_size,
                 among_drawn=config.cache_from == "drawn",
+                left_out=inputs.masked,
             ),
         )
         combine = self._one_pool if config.correction == "importance" else self._two_pools
@@ -297,4 +298,5 @@ def _resample(
         log_weights[block] = k.log()
         if corrected:
             log_weights[block] += torch.logsumexp(log_w, dim=1, keepdim=True) - s - math.log(draws)
+            log_weights[block].masked_fill_(k == 0, -torch.inf)  # whose logit may be -inf
     return log_weights, drawn

@@ -37,6 +37,9 @@ the products instead; the control's second term has rank one a bucket and is add
 gradient of W is summed in fp32 over the rows that were touched, and cast once. A low-rank operand
 and a bias are further columns of W (module :mod:`sce_lm.ops.rows`).
 
+Classes that are left out, because a bias keeps them out of every sum, are in none of the lists and
+no part of R. A label among them has its own term, exp(s_ty) = 0, and nothing else.
+
 Of a head that is cut by rows over several ranks, each rank has candidates among its own rows, and
 the sums of the ranks add up: Zhat = sum_r Zhat_r, with the label's term where its row is. A label
 that is elsewhere is -1 here. :class:`CandidatePasses` gives log Zhat_r first and the gradients once
@@ -91,8 +94,11 @@ class Candidates:
     """``[n_b, K_b]`` log-weights of ``bucket_items``; None: all 0. -inf marks an empty slot, whose
     id repeats that of the slot before it. Not with ``control_variate``."""
     row_sum: torch.Tensor | None = None
-    """``[D]`` sum of the head's rows, where the caller keeps it up to date; None: they are all read
-    for it. Used by the control variate with one stratum only."""
+    """``[D]`` sum of the head's rows that are not left out, where the caller keeps it up to date;
+    None: they are all read for it. Used by the control variate with one stratum only."""
+    left_out: torch.Tensor | None = None
+    """``[M]`` int64, ascending: classes outside every list and outside R; their logits are so low
+    that they are in nobody's sum, and there is no soft cap. None: there are none."""
     control_variate: bool = False
     """Take the known part of the tail out of the sample."""
     stratum_of: torch.Tensor | None = None
@@ -342,6 +348,7 @@ class _Problem:
         slot, found = _find(labels, ordered)
         self.label_column = torch.where(found, order[slot] if self.num_dense else slot, -1)
 
+        self.left_out = candidates.left_out
         self.order = self.own_tail = self.item_weight = None
         tail_weight = self.dense_weight[self.tail].unsqueeze(0)
         if candidates.bucket_items is None or candidates.bucket_of is None:
@@ -380,21 +387,24 @@ class _Problem:
         strata, num_buckets = candidates.num_strata, len(self.items)
         self.stratum_of = candidates.stratum_of
         self.tail_stratum = self.item_stratum = None
-        shared = self.dense[: self.num_shared]
+        shared, left_out = self.dense[: self.num_shared], candidates.left_out
         if self.stratum_of is None:
             total = candidates.row_sum
-            total = self.columns.row_sum() if total is None else total
+            total = self.columns.row_sum(left_out=left_out) if total is None else total
             self.rest_total = (total - self.dense_rows[: self.num_shared].sum(dim=0)).unsqueeze(0)
             rest = len(self.columns.weight) - self.num_shared - self.bucket_size
+            rest -= 0 if left_out is None else len(left_out)
             size = total.new_full((num_buckets,), rest)
         else:
-            total = self.columns.row_sums(self.stratum_of, strata)
+            total = self.columns.row_sums(self.stratum_of, strata, left_out=left_out)
             shared_stratum = self.stratum_of[shared]
             self.tail_stratum = self.stratum_of[candidates.tail]
             self.item_stratum = self.stratum_of[self.items]
             shared_rows = self.dense_rows[: self.num_shared].to(total.dtype)
             self.rest_total = total.index_add(0, shared_stratum, shared_rows, alpha=-1.0)
             size = torch.bincount(self.stratum_of, minlength=strata)
+            if left_out is not None:
+                size = size - torch.bincount(self.stratum_of[left_out], minlength=strata)
             size = size - torch.bincount(shared_stratum, minlength=strata)
             own = one_hot(self.item_stratum, strata).sum(dim=1)  # [n_b, S]
             size = (size - own).T.reshape(-1)
@@ -443,6 +453,12 @@ class _Problem:
         if self.item_stratum is None:
             return bucket.expand_as(self.items)
         return self.item_stratum * len(self.items) + bucket
+
+    def takes_part(self, ids: torch.Tensor) -> torch.Tensor:
+        """Which of these classes are not left out, bool in their shape."""
+        if self.left_out is None:
+            return torch.ones_like(ids, dtype=torch.bool)
+        return ~_find(ids, self.left_out)[1]
 
     def rows(self, ids: torch.Tensor) -> torch.Tensor:
         """``[n, D]`` rows of the head."""
@@ -569,7 +585,7 @@ def _block(p: _Problem, hidden, labels, span: _Span, x: torch.Tensor, with_mean:
     )
     is_here = y >= 0
     is_shared = (column >= 0) & (column < p.num_shared)
-    outside = (is_here & ~is_shared & ~is_own).to(p.dtype)
+    outside = (is_here & ~is_shared & ~is_own & p.takes_part(y)).to(p.dtype)
     drawn = (column >= p.num_shared) & ~is_own
     label_weight = p.column_weight[column.clamp_min(0)] * drawn if p.num_dense else 0.0 * outside
     label_rows = p.rows(y.clamp_min(0))  # any row does where the label is elsewhere
@@ -595,7 +611,8 @@ class _Control:
             self.label_share = self.label_share * (p.stratum_of[b.y] == stratum)
         self.a0 = p.of(p.tail_total, stratum, b.bucket) + self.label_share
         a1 = p.dot(b.h, p.tail_rows, stratum, b.bucket)
-        self.spread = a1 + self.label_share * b.label_raw - mean * self.a0
+        label_raw = b.label_raw.masked_fill(self.label_share == 0, 0.0)  # it may be infinite
+        self.spread = a1 + self.label_share * label_raw - mean * self.a0
         self.e0 = torch.zeros_like(mean)
 
     def least_shift(self) -> torch.Tensor:
@@ -700,12 +717,13 @@ class _Gradients:
             share = self.mean / p.rest_size.clamp_min(1.0).unsqueeze(1)
             self.everywhere = p.by_stratum(share).sum(dim=1)
             shared = p.dense[: p.num_shared]
-            if p.stratum_of is None:
-                self.rows += self.everywhere
-                self.rows[self.slots(shared)] -= self.everywhere
-            else:
-                self.rows += self.everywhere[p.stratum_of[self.ids]]
-                self.rows[self.slots(shared)] -= self.everywhere[p.stratum_of[shared]]
+            of_ids, of_shared = self.everywhere, self.everywhere
+            if p.stratum_of is not None:
+                of_ids, of_shared = (of_ids[p.stratum_of[at]] for at in (self.ids, shared))
+            if p.left_out is not None:
+                of_ids = of_ids * p.takes_part(self.ids).unsqueeze(1)
+            self.rows += of_ids
+            self.rows[self.slots(shared)] -= of_shared
             if p.bucket_size:
                 holds = share.new_zeros(len(self.ids), len(share))
                 holds[self.slots(p.items), p.cells()] = 1.0
@@ -732,6 +750,7 @@ class _Gradients:
                 everywhere,
                 sparse=candidates.sparse_grad,
                 stratum_of=candidates.stratum_of if candidates.control_variate else None,
+                left_out=candidates.left_out,
             )
         return grad_hidden, *of_head
 

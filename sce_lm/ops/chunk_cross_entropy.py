@@ -37,7 +37,7 @@ class Chunks:
     of_position: torch.Tensor
     """``[R, N]`` int64: the chunk of each position in each round."""
     of_class: torch.Tensor
-    """``[R, V]`` int64: the chunk of each class."""
+    """``[R, V]`` int64: the chunk of each class; ``count + reach``: no position meets it."""
     count: int
     """Chunks of a round."""
     reach: int

@@ -46,9 +46,14 @@ def gradient_memory(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return torch.from_numpy(memory).view(dtype).view(weight.shape)
 
 
-def row_sum(weight: torch.Tensor) -> torch.Tensor:
-    """Sum of the rows of ``weight [V, d]``, fp64 ``[d]``."""
-    return _tiled_product(weight, weight.new_ones(1, 1).expand(1, len(weight)))[0]
+def row_sum(weight: torch.Tensor, ids: torch.Tensor | None = None) -> torch.Tensor:
+    """Sum of the rows of ``weight [V, d]``, or of those at ``ids [M]``, fp64 ``[d]``."""
+    if ids is None:
+        return _tiled_product(weight, weight.new_ones(1, 1).expand(1, len(weight)))[0]
+    total = weight.new_zeros(weight.shape[1], dtype=torch.float64)
+    for some in ids.split(max(1, TILE_ELEMENTS // weight.shape[1])):
+        total += row_sum(weight.detach().index_select(0, some))
+    return total
 
 
 def row_sums(weight: torch.Tensor, stratum_of: torch.Tensor, num_strata: int) -> torch.Tensor:

@@ -60,20 +60,48 @@ class HeadColumns(NamedTuple):
         h = hidden.to(dtype)
         return h if self.bias is None else pad(h, (0, 1), value=1.0)
 
-    def row_sum(self, of_weight: torch.Tensor | None = None) -> torch.Tensor:
-        """fp64 ``[D]`` sum of the rows; ``of_weight [d]`` is that of the weight, where known."""
+    def row_sum(
+        self, of_weight: torch.Tensor | None = None, *, left_out: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """fp64 ``[D]`` sum of the rows.
+
+        Args:
+            of_weight: ``[d]`` sum of all rows of the weight, where it is known.
+            left_out: ``[M]`` distinct int64 ids of rows that are not in the sum; their bias may be
+                infinite. None: no row.
+        """
         parts = [row_sum(self.weight) if of_weight is None else of_weight]
         if self.low_rank is not None:
             parts.append(row_sum(self.low_rank))
+        if left_out is not None:
+            tables = (self.weight, self.low_rank)
+            parts = [p - row_sum(t, left_out) for p, t in zip(parts, tables) if t is not None]
         if self.bias is not None:
-            parts.append(self.bias.detach().sum(dtype=torch.float64).unsqueeze(0))
+            bias = self._bias_without(left_out)
+            parts.append(bias.sum(dtype=torch.float64).unsqueeze(0))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def row_sums(self, stratum_of: torch.Tensor, num_strata: int) -> torch.Tensor:
-        """fp64 ``[num_strata, D]`` sum of each stratum's rows; ``stratum_of`` is ``[V]`` int64."""
-        tables = (self.weight, self.low_rank, None if self.bias is None else self.bias[:, None])
-        parts = [row_sums(part, stratum_of, num_strata) for part in tables if part is not None]
+    def row_sums(
+        self, stratum_of: torch.Tensor, num_strata: int, *, left_out: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """fp64 ``[num_strata, D]`` sum of each stratum's rows; ``stratum_of`` is ``[V]`` int64,
+        ``left_out`` as for :meth:`row_sum`."""
+        counted = num_strata
+        if left_out is not None:  # they are a stratum of their own
+            stratum_of, counted = stratum_of.index_fill(0, left_out, num_strata), num_strata + 1
+        bias = None if self.bias is None else self._bias_without(left_out)[:, None]
+        parts = [
+            row_sums(part, stratum_of, counted)[:num_strata]
+            for part in (self.weight, self.low_rank, bias)
+            if part is not None
+        ]
         return torch.cat(parts, dim=1)
+
+    def _bias_without(self, left_out: torch.Tensor | None) -> torch.Tensor:
+        """``[V]`` bias, 0 where a row is left out."""
+        assert self.bias is not None
+        bias = self.bias.detach()
+        return bias if left_out is None else bias.index_fill(0, left_out, 0.0)
 
     def num_frozen(self, needs: tuple[bool, ...]) -> int:
         """How many columns lie before those of the first tensor that needs a gradient.
@@ -104,6 +132,7 @@ class HeadColumns(NamedTuple):
         *,
         sparse: bool = False,
         stratum_of: torch.Tensor | None = None,
+        left_out: torch.Tensor | None = None,
     ) -> list[torch.Tensor | None]:
         """Gradients of weight, low_rank and bias; None where it is not needed.
 
@@ -113,6 +142,7 @@ class HeadColumns(NamedTuple):
             rows: ``[U, D - num_frozen]`` gradient of the rows at ``ids``.
             everywhere: ``[S, D - num_frozen]`` that of all other rows, by stratum; None: 0.
             stratum_of: ``[V]`` int64; None: one stratum.
+            left_out: ``[M]`` int64 ids of rows that ``everywhere`` does not reach; None: no row.
             sparse: give that of the weight as a coalesced sparse tensor of ``rows`` alone.
         """
         others = [None] * 3 if everywhere is None else self.split(needs, everywhere)
@@ -123,7 +153,7 @@ class HeadColumns(NamedTuple):
             elif sparse and part is self.weight:
                 found.append(sparse_gradient(part, ids, mine))
             else:
-                found.append(dense_gradient(part, ids, mine, rest, stratum_of))
+                found.append(dense_gradient(part, ids, mine, rest, stratum_of, left_out))
         return found
 
     @property
@@ -137,9 +167,11 @@ def dense_gradient(
     rows: torch.Tensor,
     everywhere: torch.Tensor | None = None,
     stratum_of: torch.Tensor | None = None,
+    left_out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """``rows`` at ``ids`` and at all others ``everywhere`` (None: 0), whose first dimension is 1 or
-    what ``stratum_of [V]`` counts; cast to the dtype of ``like`` and in its shape."""
+    what ``stratum_of [V]`` counts, but 0 at ``left_out``; cast to the dtype of ``like`` and in its
+    shape."""
     full = gradient_memory(like, like.dtype)
     if everywhere is None:
         full.zero_()
@@ -147,6 +179,8 @@ def dense_gradient(
         full.copy_(everywhere[0])
     else:
         torch.index_select(everywhere.to(like.dtype), 0, stratum_of, out=full)
+    if left_out is not None and everywhere is not None:
+        full.index_fill_(0, left_out, 0.0)
     return full.index_copy_(0, ids, rows.to(like.dtype))
 
 

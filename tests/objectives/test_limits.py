@@ -1,7 +1,10 @@
 """With candidates that cover the catalogue every estimator is exact cross-entropy."""
 
+import dataclasses
+
 import pytest
 import torch
+from support.masks import MASKS, SCATTERED, make_pair, stock_loss
 from support.problems import gradients, make_problem, relative_error
 
 from sce_lm import LogitTransform, SCEConfig, objectives
@@ -106,6 +109,55 @@ def test_covering_candidates_are_exact(name, with_bias, post, dtype):
         )
         for actual, wanted in pairs:
             assert relative_error(actual, wanted) < tolerance
+
+
+POSTS = {
+    "": LogitTransform(),
+    "scale": LogitTransform(-0.7),
+    "cap": LogitTransform(1.7, 3.0),
+}
+
+
+@pytest.mark.parametrize(
+    ("mask", "post", "dtype"),
+    [
+        pytest.param(
+            mask,
+            post,
+            dtype,
+            marks=[]
+            if (mask, post, dtype)
+            in {
+                ("-inf", "", torch.float32),
+                ("-1e4", "scale", torch.float32),
+                ("-inf", "cap", torch.float64),
+            }
+            else pytest.mark.slow,
+        )
+        for mask in MASKS
+        for post in POSTS
+        for dtype in (torch.float32, torch.float64)
+    ],
+)
+@pytest.mark.parametrize("name", COVERING)
+def test_covering_candidates_are_exact_with_masked_classes(name, mask, post, dtype):
+    """Lists that hold what is not masked hold everything; under a cap masked classes count."""
+    transform, config = POSTS[post], COVERING[name]
+    double, _, kept = make_pair(MASKS[mask], SCATTERED, post=transform, spread=2.0)
+    exact = stock_loss(double, transform)
+    problem = make_pair(MASKS[mask], SCATTERED, dtype, transform, spread=2.0).masked
+    if config is not None and config.assignment == "topk":
+        config = dataclasses.replace(config, bucket_positions=len(problem.labels))
+    objective = objectives.get("exact") if config is None else objectives.from_config(config)
+    loss = objective(*problem[:3], bias=problem.bias, post=transform)
+    tolerance = 2e-5 if dtype == torch.float32 else 1e-10
+    assert relative_error(loss, exact) < tolerance
+    found = gradients(loss, problem)
+    for actual, wanted in zip(found, gradients(exact, double)):
+        assert relative_error(actual, wanted) < tolerance
+    for actual in found[1:]:  # under the cap it is flat there
+        actual[kept] = 0.0
+        assert (actual == 0).all()
 
 
 def test_published_never_exceeds_exact_on_covered_positions():

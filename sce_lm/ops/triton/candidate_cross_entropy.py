@@ -77,6 +77,7 @@ def candidate_cross_entropy(
         candidates.bucket_of,
         candidates.bucket_log_weights,
         candidates.row_sum,
+        candidates.left_out,
         post.scale,
         post.soft_cap,
         candidates.control_variate,
@@ -99,6 +100,7 @@ def _forward(
     bucket_of: Tensor | None,
     bucket_log_weights: Tensor | None,
     row_sum: Tensor | None,
+    left_out: Tensor | None,
     scale: float,
     soft_cap: float | None,
     control_variate: bool,
@@ -108,7 +110,9 @@ def _forward(
     position: the gradient at the label's raw logit, ``pull``, the gradient at the mean logit, and
     which were clamped; and the mean rows. The last four are empty without control variate."""
     post = LogitTransform(scale, soft_cap)
-    strata = Strata(shared, tail, tail_log_weights, bucket_items, bucket_of, bucket_log_weights)
+    strata = Strata(
+        shared, tail, tail_log_weights, bucket_items, bucket_of, bucket_log_weights, left_out
+    )
     label_raw = row_dot(hidden, weight, labels, bias)
     label_s = post(label_raw)
     sums = [
@@ -175,6 +179,7 @@ def _backward(
     bucket_items: Tensor | None,
     bucket_of: Tensor | None,
     bucket_log_weights: Tensor | None,
+    left_out: Tensor | None,
     scale: float,
     soft_cap: float | None,
     control_variate: bool,
@@ -184,7 +189,9 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of hidden states, weight and bias, empty where they are not needed; with
     ``sparse_grad`` the weight's are rows ``[U, d]``, and their ids come last."""
-    strata = Strata(shared, tail, tail_log_weights, bucket_items, bucket_of, bucket_log_weights)
+    strata = Strata(
+        shared, tail, tail_log_weights, bucket_items, bucket_of, bucket_log_weights, left_out
+    )
     lists = candidate_lists(strata, len(hidden))
     ratio, factor = normalised(grad_loss)
     grad_label = grad_label * ratio
@@ -262,6 +269,16 @@ def _backward(
         bias_everywhere=bias_everywhere,
         compact=sparse_grad,
     )
+    if left_out is not None and everywhere is not None and bias_everywhere is not None:
+        # The mean does not reach them; merging has brought it to those that are labels.
+        is_label = torch.zeros(len(weight), dtype=torch.bool, device=labels.device)
+        is_label.index_fill_(0, labels, True)
+        merged = left_out[is_label[left_out]]
+        labelled = grad_weight[merged] - (everywhere * factor).to(weight.dtype)
+        grad_weight.index_fill_(0, left_out, 0.0).index_copy_(0, merged, labelled)
+        if bias is not None:
+            labelled = grad_bias[merged] - (bias_everywhere * factor).to(bias.dtype)
+            grad_bias.index_fill_(0, left_out, 0.0).index_copy_(0, merged, labelled)
     return grad_hidden, grad_weight, grad_bias, ids
 
 
@@ -282,14 +299,14 @@ def _(grad_loss, *arguments):
 
 
 def _save(ctx, inputs, output):
-    ctx.options = inputs[11:]
-    ctx.save_for_backward(*inputs[:10], output[1], *output[3:])
+    ctx.options = inputs[12:]
+    ctx.save_for_backward(*inputs[:10], inputs[11], output[1], *output[3:])
     ctx.mark_non_differentiable(*output[1:])
 
 
 def _differentiate(ctx, grad_loss, *_):
     everything = ctx.saved_tensors  # may be read only once under gradient checkpointing
-    tensors, saved = everything[:10], everything[10:]
+    tensors, saved = everything[:11], everything[11:]
     weight, bias = tensors[1:3]
     needs_hidden, needs_row, needs_bias = ctx.needs_input_grad[:3]
     sparse_grad = ctx.options[-1]
@@ -302,7 +319,7 @@ def _differentiate(ctx, grad_loss, *_):
         grad_hidden if needs_hidden else None,
         grad_weight if needs_row else None,
         grad_bias if bias is not None and needs_bias else None,
-        *[None] * 12,
+        *[None] * 13,
     )
 
 

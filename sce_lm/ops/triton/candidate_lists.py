@@ -54,6 +54,7 @@ class Strata(NamedTuple):
     bucket_items: torch.Tensor | None
     bucket_of: torch.Tensor | None
     bucket_log_weights: torch.Tensor | None
+    left_out: torch.Tensor | None = None
 
 
 class PositionTiles(NamedTuple):
@@ -91,7 +92,7 @@ def whole_catalogue(num_positions: int, vocab_size: int, device: torch.device) -
 
 def candidate_lists(candidates: Strata, num_positions: int) -> list[CandidateList]:
     """Shared, tail and bucket lists of a call; at least one, which may be empty."""
-    shared, tail, c, items, bucket_of, bucket_c = candidates
+    shared, tail, c, items, bucket_of, bucket_c, _ = candidates
     order, bounds = _everyone(num_positions, shared.device)
     lists = []
     if len(shared):

@@ -42,7 +42,8 @@ class Rest:
 def rest_size(strata: Strata, vocab_size: int) -> int:
     """|R|: what neither the shared list nor a bucket's own holds."""
     own = 0 if strata.bucket_items is None else strata.bucket_items.shape[1]
-    return vocab_size - len(strata.shared) - own
+    left_out = 0 if strata.left_out is None else len(strata.left_out)
+    return vocab_size - len(strata.shared) - own - left_out
 
 
 def rest_of(
@@ -56,17 +57,19 @@ def rest_of(
 
     Args:
         labels: ``[N]``, for its size and device.
-        total: ``[d]``, with a bias ``[d + 1]``, sum of all rows; None: the weight is read.
+        total: ``[d]``, with a bias ``[d + 1]``, sum of all rows that are not left out; None: the
+            weight is read.
     """
-    shared, items = strata.shared, strata.bucket_items
+    shared, items, left_out = strata.shared, strata.bucket_items, strata.left_out
     width = weight.shape[1]
     if total is None:
         total = weight.sum(dim=0, dtype=torch.float32)
+        if left_out is not None:
+            total = total - _long_sum(weight, left_out)
         if bias is not None:
-            total = torch.cat([total, bias.sum(dtype=torch.float32).view(1)])
-    chunks = torch.arange(0, len(shared) + ROW_SUM_CHUNK, ROW_SUM_CHUNK, device=weight.device)
-    known = row_sum(weight, shared, chunks.clamp_max_(len(shared))).sum(dim=0)
-    rows = (total[:width] - known).float().unsqueeze(0)
+            finite = bias if left_out is None else bias.index_fill(0, left_out, 0.0)
+            total = torch.cat([total, finite.sum(dtype=torch.float32).view(1)])
+    rows = (total[:width] - _long_sum(weight, shared)).float().unsqueeze(0)
     biases = None
     if bias is not None:
         biases = (total[width:] - bias[shared].sum(dtype=torch.float32)).float()
@@ -82,9 +85,18 @@ def rest_of(
     return Rest(size, rows / divisor, None if biases is None else biases / divisor, bucket_of)
 
 
+def _long_sum(weight: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """``[d]`` fp32 sum of the rows at a long list of ids."""
+    chunks = torch.arange(0, len(ids) + ROW_SUM_CHUNK, ROW_SUM_CHUNK, device=weight.device)
+    return row_sum(weight, ids, chunks.clamp_max_(len(ids))).sum(dim=0)
+
+
 def outside_lists(labels: torch.Tensor, strata: Strata, vocab_size: int) -> torch.Tensor:
-    """``[N]`` fp32, 1 where the label lies in R: in neither the shared list nor its bucket's."""
+    """``[N]`` fp32, 1 where the label lies in R: in neither the shared list nor its bucket's, and
+    not left out."""
     known = _is_in(labels, strata.shared)
+    if strata.left_out is not None:
+        known |= _is_in(labels, strata.left_out)
     if strata.bucket_items is not None and strata.bucket_of is not None:
         bucket = torch.arange(len(strata.bucket_items), device=labels.device)
         keys = strata.bucket_items + bucket.unsqueeze(1) * vocab_size
@@ -116,7 +128,8 @@ class Control:
         self.g_mean = post(mean)
         self.slope, self.curvature = post.slope(self.g_mean), post.curvature(self.g_mean)
         self.outside = outside
-        self.a0, a1 = outside, outside * label_raw
+        # The logit of a label that is left out may be infinite.
+        self.a0, a1 = outside, outside * label_raw.masked_fill(outside == 0, 0.0)
         for s in sums:
             if s.a0 is not None and s.a1 is not None:
                 self.a0, a1 = self.a0 + s.a0.sum(dim=0), a1 + s.a1.sum(dim=0)

@@ -167,6 +167,7 @@ def test_operations_are_registered_for_the_compiler(case):
         c.bucket_of,
         None,
         None,
+        None,
         1.0,
         None,
         c.control_variate,
