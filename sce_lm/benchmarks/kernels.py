@@ -23,7 +23,7 @@ from triton import knobs
 
 from sce_lm.benchmarks import report, roofline, tune
 from sce_lm.config import SCEConfig
-from sce_lm.ops.candidate_cross_entropy import Candidates
+from sce_lm.ops.candidates import Candidates
 from sce_lm.ops.logits import LogitTransform
 from sce_lm.ops.triton.candidate_cross_entropy import candidate_cross_entropy
 from sce_lm.ops.triton.catalogue_scan import catalogue_topk

@@ -18,7 +18,7 @@ import torch
 
 from sce_lm.benchmarks import report
 from sce_lm.config import SCEConfig
-from sce_lm.ops.candidate_cross_entropy import Candidates
+from sce_lm.ops.candidates import Candidates
 from sce_lm.ops.triton.candidate_cross_entropy import candidate_cross_entropy
 from sce_lm.ops.triton.catalogue_scan import catalogue_topk
 from sce_lm.ops.triton.configurations import Configuration, configuration, replaced

@@ -11,6 +11,7 @@ from sce_lm.objectives.binary import BCE, GBCE, BCEConfig, GBCEConfig
 from sce_lm.objectives.exact import Exact, ExactConfig
 from sce_lm.objectives.in_batch import InBatch, InBatchConfig
 from sce_lm.objectives.kernel import Kernel, KernelConfig
+from sce_lm.objectives.published_sce import PublishedSCE
 from sce_lm.objectives.rece import RECE, RECEConfig
 from sce_lm.objectives.sampled_softmax import SampledSoftmax, SampledSoftmaxConfig
 from sce_lm.objectives.sce import SCE
@@ -33,6 +34,7 @@ __all__ = [
     "Kernel",
     "KernelConfig",
     "Objective",
+    "PublishedSCE",
     "RECEConfig",
     "SampledSoftmax",
     "SampledSoftmaxConfig",
@@ -59,6 +61,9 @@ _OBJECTIVES: dict[str, type[Objective]] = {
     )
 }
 
+_PUBLISHED: dict[str, type[Objective]] = {"sce": PublishedSCE}
+"""Published forms that are objectives of their own."""
+
 
 def names() -> list[str]:
     """Names that :func:`get` knows."""
@@ -70,7 +75,7 @@ def get(name: str, *, published: bool = False, **options: Any) -> Objective:
 
     Args:
         name: one of :func:`names`.
-        published: start from the published form's defaults instead of the corrected one's.
+        published: the published form instead of the corrected one; "sce" has both.
         options: fields of the objective's configuration: :class:`sce_lm.SCEConfig` for "sce",
             and for the others the one beside the objective, for instance ``SampledSoftmaxConfig``.
 
@@ -80,18 +85,17 @@ def get(name: str, *, published: bool = False, **options: Any) -> Objective:
     if name not in _OBJECTIVES:
         raise ValueError(f"unknown objective {name!r}; choose one of {', '.join(names())}.")
     objective_class: Any = _OBJECTIVES[name]
-    config_class = objective_class.config_class
-    known = [f.name for f in dataclasses.fields(config_class)]
-    if published and not hasattr(config_class, "published"):
+    if published and name not in _PUBLISHED:
         raise ValueError(f"objective {name!r} has no other published form; leave published out.")
     if published:
-        known.append("mix")
+        objective_class = _PUBLISHED[name]
+    known = [f.name for f in dataclasses.fields(objective_class.config_class)]
     for option in options:
         if option not in known:
             near = difflib.get_close_matches(option, known, 1)
             hint = f"did you mean {near[0]!r}?" if near else f"it takes {known}."
             raise ValueError(f"objective {name!r} has no option {option!r}; {hint}")
-    return objective_class((config_class.published if published else config_class)(**options))
+    return objective_class(objective_class.config_class(**options))
 
 
 def from_config(config: Any) -> Objective:
@@ -103,7 +107,7 @@ def from_config(config: Any) -> Objective:
     if isinstance(config, Objective):
         return config
     objective_class: Any
-    for objective_class in _OBJECTIVES.values():
+    for objective_class in (*_OBJECTIVES.values(), *_PUBLISHED.values()):
         if type(config) is objective_class.config_class:
             return objective_class(config)
     raise TypeError(

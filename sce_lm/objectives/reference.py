@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from sce_lm.ops.candidate_cross_entropy import Candidates
+from sce_lm.ops.candidates import Candidates
 from sce_lm.ops.logits import LogitTransform
 
 

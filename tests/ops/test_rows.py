@@ -7,7 +7,8 @@ import torch
 from support.problems import make_problem
 
 from sce_lm import LogitTransform
-from sce_lm.ops.candidate_cross_entropy import Candidates, candidate_cross_entropy
+from sce_lm.ops.candidate_cross_entropy import candidate_cross_entropy
+from sce_lm.ops.candidates import Candidates
 from sce_lm.ops.catalogue_scan import catalogue_topk
 from sce_lm.ops.chunk_cross_entropy import Chunks, chunk_cross_entropy
 from sce_lm.ops.exact_cross_entropy import exact_cross_entropy, exact_scores

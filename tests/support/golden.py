@@ -51,7 +51,6 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
     "sce plain tail": {"name": "sce", **TAIL, "control_variate": False},
     "sce control variate": {"name": "sce", **BUCKETS, "control_variate": True},
     "sce no tail": {"name": "sce", **BUCKETS, "tail_candidates": 0, "control_variate": False},
-    "sce uncorrected": {"name": "sce", **BUCKETS, "correction": "none", "tail_candidates": 0},
     "sce uniform": {"name": "sce", **TAIL, "prior": "uniform"},
     "sce gradient": {"name": "sce", **TAIL, "prior": "gradient"},
     "sce gradient rows": {"name": "sce", **TAIL, "prior": "gradient", "row_control_variate": True},

@@ -10,7 +10,7 @@ import torch
 
 import sce_lm.objectives.sce as sce
 import sce_lm.ops.candidate_cross_entropy as core
-from sce_lm.ops.candidate_cross_entropy import Candidates
+from sce_lm.ops.candidates import Candidates
 
 
 def wrong_threshold(proposal, size, generator, **options):

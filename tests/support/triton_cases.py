@@ -9,7 +9,7 @@ import torch
 from support.problems import Problem, make_problem
 
 from sce_lm.objectives.reference import raw_logits
-from sce_lm.ops.candidate_cross_entropy import Candidates
+from sce_lm.ops.candidates import Candidates
 from sce_lm.ops.logits import LogitTransform
 
 CAP = LogitTransform(1.5, 2.0)

@@ -13,7 +13,7 @@ from support.problems import Problem, make_problem, relative_error
 
 from sce_lm import objectives
 from sce_lm.objectives.reference import candidate_reference, exact_reference
-from sce_lm.ops.candidate_cross_entropy import Candidates
+from sce_lm.ops.candidates import Candidates
 from sce_lm.ops.triton.candidate_cross_entropy import candidate_cross_entropy
 from sce_lm.ops.triton.catalogue_scan import catalogue_topk
 from sce_lm.ops.triton.exact_cross_entropy import exact_cross_entropy

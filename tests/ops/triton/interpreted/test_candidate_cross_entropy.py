@@ -10,7 +10,7 @@ from support.triton_cases import CASES, Case, draw, weighted_bucket_reference
 import sce_lm.ops.triton.backward_pass as backward_pass
 import sce_lm.ops.triton.configurations as configurations
 from sce_lm.objectives.reference import candidate_reference
-from sce_lm.ops.candidate_cross_entropy import Candidates
+from sce_lm.ops.candidates import Candidates
 from sce_lm.ops.logits import LogitTransform
 from sce_lm.ops.triton.candidate_cross_entropy import (
     candidate_cross_entropy,

@@ -15,7 +15,7 @@ import sce_lm.ops.triton.logit_math as logit_math
 import sce_lm.ops.triton.merge_rows as merge_rows
 import sce_lm.ops.triton.row_gradient as row_gradient
 from sce_lm.objectives.reference import candidate_reference
-from sce_lm.ops.candidate_cross_entropy import Candidates
+from sce_lm.ops.candidates import Candidates
 from sce_lm.ops.triton.candidate_cross_entropy import candidate_cross_entropy
 
 CASE = Case("planted", bias=True, buckets=2, control=True, vocab=80, shared=35, tail=20, width=70)
