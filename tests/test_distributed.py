@@ -14,6 +14,7 @@ CHECKS = (
     "labels_first",
     "num_items",
     "collectives",
+    "masks",
     "scores",
     "dtensors",
     "refusals",

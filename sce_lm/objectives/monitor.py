@@ -90,9 +90,9 @@ def advice(config: SCEConfig, state: SCEState, tail: int, covered: int) -> str |
     """
     if covered:
         return (
-            f"the lists of SCE hold all {covered} classes, so that its loss is the exact "
-            'one at a higher cost; use objective "exact", or smaller shared_frequent, '
-            "tail_candidates and bucket_candidates."
+            f"the lists of SCE hold all {covered} classes, so that it is exact cross-entropy at a "
+            'higher cost; choose "exact" instead, or smaller shared_frequent, tail_candidates and '
+            "bucket_candidates."
         )
     error = state.summary().get("relative_error", 0.0)
     if error <= HIGH_ERROR or config.target_relative_error is not None or not tail:

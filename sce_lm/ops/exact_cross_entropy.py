@@ -172,7 +172,8 @@ class ExactScan:
                 best_class[rows] = torch.where(
                     value > before, index + classes.start, best_class[rows]
                 )
-                now = torch.maximum(before, value)
+                # All classes so far may be masked by -inf, from which nothing can be taken off.
+                now = torch.maximum(before, value).clamp_min_(torch.finfo(value.dtype).min)
                 shrink = (before - now).exp()
                 slope = self.post.slope(s) if grad is not None else 1.0
                 e = s.sub_(now.unsqueeze(1)).exp_()

@@ -375,5 +375,5 @@ def test_lists_that_hold_the_catalogue_are_said_once():
         advice = objective.advice()
         assert (advice is not None and "hold all 170 classes" in advice) == is_whole
         if is_whole:
-            assert 'objective "exact"' in advice
+            assert 'choose "exact" instead' in advice
             assert relative_error(loss, stock_loss(pair.masked)) < 1e-9

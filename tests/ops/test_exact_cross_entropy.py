@@ -85,3 +85,25 @@ def test_low_precision_is_as_good_as_stock(dtype, monkeypatch):
         assert mine.dtype == dtype
         limit = max(relative_error(theirs, want), torch.finfo(dtype).eps)
         assert relative_error(mine, want) <= limit + 2e-6
+
+
+@pytest.mark.parametrize("with_grad_hidden", [False, True])
+@pytest.mark.parametrize("mask", [-1e9, torch.finfo(torch.float32).min, -torch.inf])
+def test_a_whole_tile_of_masked_classes(mask, with_grad_hidden):
+    """The first tile has no class that counts."""
+    problem = make_problem(9, 2 * core.TILE_CLASSES + 5, 4, dtype=torch.float32)
+    bias = problem.bias.detach().clone()
+    bias[: core.TILE_CLASSES + 7] = mask
+    labels = problem.labels % core.TILE_CLASSES + core.TILE_CLASSES + 5
+    hidden, weight = problem.hidden, problem.weight.detach().requires_grad_(not with_grad_hidden)
+    share = torch.tensor(0.5) if with_grad_hidden else None
+    loss = core.exact_cross_entropy(
+        hidden, weight, labels, bias=bias, position_weight=share
+    ).loss.sum()
+    logits = hidden.double() @ weight.double().T + bias
+    want = torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
+    want = want * 0.5 if with_grad_hidden else want
+    leaves = [hidden] if with_grad_hidden else [hidden, weight]
+    torch.testing.assert_close(loss.double(), want, rtol=1e-5, atol=1e-5)
+    for actual, wanted in zip(torch.autograd.grad(loss, leaves), torch.autograd.grad(want, leaves)):
+        torch.testing.assert_close(actual, wanted, rtol=1e-4, atol=1e-5)

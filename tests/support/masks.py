@@ -99,17 +99,19 @@ def make_pair(
     dtype: torch.dtype = torch.float64,
     post: LogitTransform = LogitTransform(),
     spread: float = 1.0,
+    positions: int = N,
+    classes: int = V,
 ) -> Pair:
     """``value`` is the bias of the classes ``ids``, as the softmax sees it: under a negative scale
     it is the opposite."""
-    size = V + len(ids)
-    problem = make_problem(N, size, D, dtype=dtype, spread=spread)
+    size = classes + len(ids)
+    problem = make_problem(positions, size, D, dtype=dtype, spread=spread)
     hidden, weight, labels, bias = problem
     assert bias is not None
     kept = torch.ones(size, dtype=torch.bool)
     kept[ids] = False
     kept = kept.nonzero().squeeze(1)
-    places = labels * V // size
+    places = labels * classes // size
     masks = bias.detach().clone()
     masks[ids] = value * (1 if post.scale > 0 else -1)
     leaves = [hidden, weight, masks], [hidden, weight[kept], bias[kept]]

@@ -184,8 +184,10 @@ def collectives() -> None:
                     loss = loss[0] if return_stats else loss
                     loss.backward()
                 found.add(len(called))
+                # A sampler asks for the largest bias, by which it knows masked classes.
+                asked = [] if config is EXACT else [own.bias.element_size()]
                 if name == "spread" and not return_stats:
-                    assert called == collective_bytes(N, D)
+                    assert called == asked + collective_bytes(N, D)
                 assert loss.isfinite()
                 assert own.hidden.grad is not None
                 assert own.weight.grad is not None
@@ -195,7 +197,37 @@ def collectives() -> None:
                     assert not own.weight.grad.any()
             assert len(found) == 1, found
             extra = return_stats * (2 if config is EXACT else 1)
-            assert found.pop() == 3 + extra
+            assert found.pop() == 3 + extra + len(asked)
+
+
+def masks() -> None:
+    """Classes that a bias masks, in between or all that a rank has, are left out on every rank."""
+    last = V - V // dist.get_world_size() - 1
+    control = {"tail_candidates": 40, "control_variate": True, "uniform_floor": 0.5}
+    sampled = SCEConfig(num_buckets=2, bucket_candidates=10, shared_frequent=10, **control)
+    for value in (-1e9, torch.finfo(torch.float32).min, -torch.inf):
+        for gone in (torch.arange(0, V, 7), torch.arange(last, V)):
+            problem = make_problem(N, V, D)
+            kept = torch.ones(V, dtype=torch.bool).index_fill(0, gone, False)
+            labels = kept.nonzero().squeeze(1)[problem.labels % int(kept.sum())]
+            bias = problem.bias.detach().index_fill(0, gone, value).requires_grad_()
+            problem = Problem(problem.hidden, problem.weight, labels, bias)
+            logits = problem.hidden @ problem.weight.T + bias
+            exact = torch.nn.functional.cross_entropy(logits, labels)
+            wanted = torch.autograd.grad(exact, problem.parameters)
+            own, rows = shard(problem), own_rows(V)
+            for config in [*COVERING.values(), sampled]:
+                options = {"vocab_size": V, "bias": own.bias, "config": config}
+                loss = vocab_parallel_loss(*own[:3], **options)
+                tolerance = 0.1 if config is sampled else 1e-10
+                assert relative_error(loss, exact) < tolerance, (config, value, loss, exact)
+                found = gradients(loss, own)
+                for actual, want in zip(found, [wanted[0], *(g[rows] for g in wanted[1:])]):
+                    assert actual.isfinite().all()
+                    if config is not sampled:
+                        assert (actual - want).norm() <= 1e-10 * wanted[1].norm()
+                for actual in found[1:]:
+                    assert (actual[~kept[rows]] == 0).all()
 
 
 def scores() -> None:
