@@ -24,6 +24,7 @@ from typing import TypeVar
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from sce_lm.candidates.row_sum import RowSum
 from sce_lm.candidates.weight_classes import WeightClasses
@@ -94,6 +95,28 @@ class SCEState:
         plain, control = (self.averages.get(name) for name in _AVERAGES[:2])
         return plain is None or control is None or control <= plain
 
+    def resize(self, vocab_size: int) -> None:
+        """Go on after classes were added at the end of the vocabulary, or cut off there.
+
+        The counts of the classes that stay are kept, and so are the averages; a new class was no
+        label yet. What a method learned besides (``memory``) it learns again, and calls before this
+        one can no longer be replayed.
+        """
+        if self.counts is None:
+            return
+        kept = self.counts[:vocab_size]
+        self.counts = nn.functional.pad(kept, (0, vocab_size - len(kept)))
+        self.num_labels = int(kept.sum())
+        self.memory.clear()
+        self._frequent = self._classes = None
+        self.row_sum.forget()
+        self.forget_calls()
+
+    def forget_calls(self) -> None:
+        """No call so far will be replayed. A run that begins where another one began draws the same
+        seeds, and its calls are new ones."""
+        self._recent.clear()
+
     def begin_call(
         self, labels: torch.Tensor, vocab_size: int, seed: int
     ) -> tuple[torch.Tensor, bool, bool]:
@@ -108,7 +131,8 @@ class SCEState:
         if self.counts.numel() != vocab_size:
             raise ValueError(
                 f"this SCEState counts {self.counts.numel()} classes but weight has {vocab_size} "
-                "rows; give each vocabulary an SCEState of its own."
+                f"rows; call its resize({vocab_size}) if rows were added at the end of that "
+                "vocabulary or cut off there, else give each vocabulary an SCEState of its own."
             )
         self.counts = self.counts.to(labels.device)
         if seed in self._recent:

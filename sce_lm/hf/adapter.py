@@ -45,8 +45,16 @@ from transformers.loss.loss_utils import ForCausalLMLoss, ForMaskedLMLoss
 from sce_lm import objectives
 from sce_lm.config import SCEConfig
 from sce_lm.distributed import vocab_parallel_loss
-from sce_lm.hf.head import HeadProduct, call_inside, check_linear, merged_adapters
-from sce_lm.hf.lazy_logits import CrossEntropy, LazyLogits, RecordedLogits
+from sce_lm.hf.head import (
+    HeadProduct,
+    call_inside,
+    check_linear,
+    merged_adapters,
+    other_adapter,
+    vocab_size,
+)
+from sce_lm.hf.lazy_logits import LazyLogits
+from sce_lm.hf.recorded_logits import CrossEntropy, RecordedLogits
 from sce_lm.hf.traced_logits import TracedLogits, is_traceable
 from sce_lm.objectives import Objective, Statistics
 from sce_lm.objectives.compiled import (
@@ -70,8 +78,9 @@ def apply_sce(model: ModelT, config: SCEConfig | Objective) -> ModelT:
 
     Args:
         model: a ``PreTrainedModel`` whose output head is linear (causal, masked, encoder-decoder,
-            vision-language), or a wrapper around one (PEFT, DistributedDataParallel). PEFT may also
-            be applied afterwards.
+            vision-language), or a wrapper around one (PEFT, DistributedDataParallel). PEFT and
+            accelerate may also be applied afterwards. While the head carries an adapter other than
+            LoRA and trainable tokens (DoRA, IA3, ...) the loss is the stock one, with a warning.
         config: an :class:`~sce_lm.SCEConfig`, or an objective from ``objectives.get(...)``. On a
             patched model it replaces the objective.
 
@@ -80,8 +89,8 @@ def apply_sce(model: ModelT, config: SCEConfig | Objective) -> ModelT:
 
     Raises:
         TypeError: not a transformers model, or ``config`` is neither of the two.
-        ValueError: the model takes no labels, has no output head, a head that is not linear, an
-            adapter on its head other than LoRA and trainable tokens, or a loss of the user's own.
+        ValueError: the model takes no labels, has no output head, a head that is not linear, or a
+            loss of the user's own.
     """
     objective = objectives.from_config(config)
     attachment = _attachment_of(model)
@@ -175,6 +184,13 @@ def probe_loss(
     return probe
 
 
+def accept_new_state(model: nn.Module) -> None:
+    """Not warn that the state of ``model`` starts anew beside loaded weights: that was said."""
+    attachment = _attachment_of(model)
+    if attachment is not None:
+        attachment.weights_loaded = False
+
+
 def objective_figures(model: nn.Module) -> dict[str, float]:
     """What logs show of the objective: running averages of its state and the probe's latest
     figures. Warns once where they say that something should be changed."""
@@ -248,9 +264,12 @@ class _Attachment:
         self.always_lazy = False
         self.training = model.training
         self.weights_loaded = False
+        self.vocab_size = vocab_size(_find_head(model).module)
+        self.was_called = False
         self.in_forward = False
         self.is_lazy = False
         self.missing_loss = False
+        self.other_adapter: str | None = None
         self.warned: set[str] = set()
         self.head: _Head | None = None
         self.merged: tuple[Any, list[str]] = (None, [])
@@ -297,7 +316,7 @@ class _Attachment:
                 "GPU with accelerate launch or torchrun, or show this process a single GPU."
             )
         self.training = model.training
-        self.in_forward = True
+        self.was_called = self.in_forward = True
         self.missing_loss = self.given("labels", args, kwargs)
         self.is_lazy = (
             self.missing_loss or self.always_lazy or self.given("shift_labels", args, kwargs)
@@ -312,6 +331,9 @@ class _Attachment:
             head = _find_head(model)
             check_linear(head.module)
             self.head = head
+        self.other_adapter = other_adapter(self.head.module)
+        if self.other_adapter is not None:
+            return
         owner = model.get_submodule(self.head.owner)
         objective = self.objective if self.training else self.evaluation
         head = self.head.module
@@ -333,11 +355,19 @@ class _Attachment:
         if output is None or not self.training or not torch.is_grad_enabled():
             return
         if missing:
+            why = (
+                "its forward does something to the head's output that is no bias, scale or soft "
+                "cap, or a trainer has replaced its forward."
+            )
+            if self.other_adapter is not None:
+                why = (
+                    f"its output head carries an adapter ({self.other_adapter}) whose result is no "
+                    "product with the head's weight. LoRA without variants, trainable tokens and "
+                    "modules_to_save work there; or leave the head out of target_modules."
+                )
             self.warn_once(
                 f"{type(model).__name__} computed its loss from full logits, without the objective "
-                f"{self.objective.name!r}: its forward does something to the head's output that "
-                "is no bias, scale or soft cap, or a trainer has replaced its forward. The result "
-                "is the stock loss."
+                f"{self.objective.name!r}: {why} The result is the stock loss."
             )
         elif not self.is_lazy:
             self.warn_once(
@@ -383,6 +413,12 @@ class _Attachment:
             or targets.numel() != positions.numel()
             or vocab_size != logits.shape[-1]
         ):
+            if not self.was_called and logits.requires_grad:
+                self.warn_once(
+                    "the forward of this model was called past its hooks, as model.forward(...) "
+                    "instead of model(...), which PEFT's AdaLoRA does; its loss is the stock loss "
+                    f"of full logits and not the objective {self.objective.name!r}."
+                )
             # The stock loss is right for whatever this is, or says what is wrong with it.
             return self.stock_loss(
                 logits,
@@ -443,12 +479,14 @@ class _Attachment:
             )
 
         with self.timed(self.training):
-            return call_inside(logits.head, compute, logits.hidden_states)
+            loss = call_inside(logits.head, compute, logits.hidden_states)
+        return loss.to(logits.device)  # accelerate may have moved them since
 
     def compute_loss(self, training: bool, *inputs: Any, **options: Any) -> torch.Tensor:
         """A loss in one of the two modes, with what is noted about it."""
         if training:
             self.note_new_state()
+            self.note_vocabulary(inputs[1])
         objective = self.objective if training else self.evaluation
         if isinstance(inputs[1], DTensor):  # the weight of a tensor-parallel plan's head
             objective = partial(vocab_parallel_loss, config=objective)
@@ -475,6 +513,21 @@ class _Attachment:
         yield
         if training:
             self.seconds += time.perf_counter() - started
+
+    def note_vocabulary(self, weight: torch.Tensor) -> None:
+        """The state of this model alone follows a resizing of its embeddings; another model's
+        state is refused where it is used."""
+        before, self.vocab_size = self.vocab_size, len(weight)
+        state = self.objective.state
+        if before == self.vocab_size or state is None or state.counts is None:
+            return
+        if state.counts.numel() == before:
+            state.resize(self.vocab_size)
+            self.warn_once(
+                f"the vocabulary of this model went from {before} to {self.vocab_size} classes; "
+                "its SCEState keeps the counts of those that stayed, and what else it learned "
+                "about them it learns again."
+            )
 
     def note_new_state(self) -> None:
         state = self.objective.state

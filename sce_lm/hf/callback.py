@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from sce_lm.hf.adapter import loss_seconds, objective_figures, objective_of, probe_loss
+from sce_lm.hf.adapter import (
+    accept_new_state,
+    loss_seconds,
+    objective_figures,
+    objective_of,
+    probe_loss,
+)
 from sce_lm.hf.saving import save_objective, state_file
 from sce_lm.objectives import Objective
 
@@ -19,7 +27,8 @@ class SCECallback(TrainerCallback):
 
     Its options go into ``checkpoint-<step>/objective.json``, so that
     :func:`~sce_lm.hf.load_objective` builds it again. Every process has an SCEState of its own,
-    writes its own file there, and reads it when a run is resumed. Its running averages (coverage,
+    writes its own file there, and reads it when a run is resumed; in a hyper-parameter search they
+    lie in the folders of the trials. Its running averages (coverage,
     relative error of Zhat, candidates and products per position) and the seconds that the loss took
     in a step are added to the training logs as ``sce/...``; to have a tracker such as TensorBoard
     see them too, put the callback before it:
@@ -55,12 +64,16 @@ class SCECallback(TrainerCallback):
         self.logged_seconds, self.logged_steps = loss_seconds(model), state.global_step
         if self.probe_every:
             probe_loss(model, self.probe_every)
-        if objective.state is None or state.global_step == 0:
+        if objective.state is None:
+            return
+        objective.state.forget_calls()
+        if state.global_step == 0:
             return
         file = state_file(self._resumed_checkpoint(args, state), args.process_index)
         if file.is_file():
             objective.state.load(file)
         else:
+            accept_new_state(model)
             warnings.warn(
                 f"resuming at step {state.global_step} without {file}; the SCEState starts anew, "
                 "which is still unbiased. Give SCECallback(resume_from=...) the checkpoint folder "
@@ -91,7 +104,10 @@ class SCECallback(TrainerCallback):
         objective = _objective(model)
         if objective is None:
             return
-        folder = _checkpoint(args, state)
+        # Of two trials with the same history, or before another process has written it, the one
+        # that was written to last is this one.
+        folders = _checkpoints(args, state)
+        folder = max(folders, key=lambda f: (_has_history(f, state), _last_written(f)))
         # A folder that is not there must not be made: the Trainer would resume from an empty one.
         if folder.is_dir():
             save_objective(objective, folder, args.process_index)
@@ -125,11 +141,33 @@ class SCECallback(TrainerCallback):
         named = args.resume_from_checkpoint
         if isinstance(named, str) and Path(named).is_dir():
             return Path(named)
-        return _checkpoint(args, state)
+        folders = _checkpoints(args, state)
+        return next((f for f in folders if _has_history(f, state)), folders[0])
 
 
-def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
-    return Path(str(args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+def _checkpoints(args: TrainingArguments, state: TrainerState) -> list[Path]:
+    """Folders of this step's checkpoint: the one in ``output_dir``, or in a hyper-parameter search
+    those of all trials. They lie in folders whose names the Trainer does not tell its callbacks."""
+    root, name = Path(str(args.output_dir)), f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+    folders = [root / name]
+    if state.is_hyper_param_search:
+        folders += root.glob(f"*/{name}")
+        if state.trial_name is not None:  # with slashes, perhaps
+            folders.append(root / state.trial_name / name)
+    return folders
+
+
+def _has_history(folder: Path, state: TrainerState) -> bool:
+    """Whether the Trainer's own state in ``folder`` tells of the run so far."""
+    try:
+        saved = json.loads((folder / TRAINER_STATE_NAME).read_text())
+    except (OSError, ValueError):
+        return False
+    return json.dumps(saved.get("log_history")) == json.dumps(state.log_history)
+
+
+def _last_written(folder: Path) -> int:
+    return max((file.stat().st_mtime_ns for file in folder.glob("*")), default=0)
 
 
 def _objective(model: Any) -> Objective | None:

@@ -43,14 +43,18 @@ def base_layer(head: Any) -> Any:
     return head.original_module if _is_trainable_tokens(head) else head
 
 
+def vocab_size(head: Any) -> int:
+    """Rows of its weight, which a sharding engine may keep flat or empty between its uses."""
+    layer = base_layer(head)
+    return layer.weight.shape[0] if layer.weight.dim() == 2 else layer.out_features
+
+
 def check_linear(head: Any) -> None:
-    """Raise one sentence unless ``head(x)`` is a :class:`HeadProduct`."""
+    """Raise one sentence unless ``head(x)``, adapters aside, is a :class:`HeadProduct`."""
     for part in _parts(head):
-        if _is_lora(part):
-            _active_lora(part)
-        elif hasattr(type(part), "adapter_layer_names") and not _has_tokens(part):
-            _refuse(f"an adapter ({type(part).__name__})")
-        layer = part.base_layer if hasattr(type(part), "adapter_layer_names") else part
+        if other_adapter(part) is not None:
+            continue
+        layer = part.base_layer if _is_adapted(part) else part
         # The weight of a Linear may be flat or empty between its uses: ZeRO-3 shards it so.
         is_linear = type(layer).forward is nn.Linear.forward or _acts_as_linear(layer)
         if not (is_linear and layer.weight.is_floating_point()):
@@ -60,22 +64,67 @@ def check_linear(head: Any) -> None:
             )
 
 
+def other_adapter(head: Any) -> str | None:
+    """The kind of an adapter with which ``head(x)`` is no :class:`HeadProduct`, or None.
+
+    Of LoRA's variants (DoRA, ...) one that is switched off or merged does not count.
+    """
+    for part in _parts(head):
+        if not _is_adapted(part):
+            continue
+        if not (_is_lora(part) or _has_tokens(part)):
+            return _kind(part)
+        if _is_adapted(part.base_layer):  # one adapter around another
+            return f"{_kind(part.base_layer)} under a {_kind(part)}"
+        if _is_lora(part) and not (part.disable_adapters or part.merged):
+            for name in _lora_names(part):
+                if name in part.lora_variant:
+                    return type(part.lora_variant[name]).__name__.removesuffix("LinearVariant")
+    return None
+
+
 def merged_adapters(head: Any) -> list[str]:
     """Adapters that are merged into the head's weight, which PEFT writes without a new version."""
     return [name for part in _parts(head) for name in getattr(part, "merged_adapters", ())]
 
 
+def result_device(head: Any, hidden_states: torch.Tensor) -> torch.device:
+    """Where calling ``head`` leaves its result. A model that accelerate spread over devices sends
+    the input of each layer to where that layer is."""
+    parts = _parts(head)
+    for layer in (*map(base_layer, parts), *parts, head):
+        hook = getattr(layer, "_hf_hook", None)
+        for each in getattr(hook, "hooks", (hook,)):
+            device = getattr(each, "execution_device", None)
+            if device is not None and not getattr(each, "io_same_device", False):
+                return torch.empty(0, device=device).device
+    return hidden_states.device
+
+
 def call_inside(head: nn.Module, compute: Compute, hidden_states: torch.Tensor) -> Any:
     """``compute`` in place of the forward of the layers that ``head`` calls, so that everything
-    hung around those calls (gathering, casting, offloading) happens."""
+    hung around those calls (gathering, casting, offloading) happens.
+
+    FSDP also casts what a head gives (``output_dtype``). That is meant for logits: a loss that was
+    computed here keeps its dtype.
+    """
+    computed: list[Any] = []
+
+    def keep(product: HeadProduct) -> Any:
+        computed.append(compute(product))
+        return computed[-1]
+
     with ExitStack() as stack:
         for part in _parts(head):
-            stack.enter_context(_forward(part, _inside(part, compute)))
-        return head(hidden_states)
+            stack.enter_context(_forward(part, _inside(part, keep)))
+        result = head(hidden_states)
+    if isinstance(result, torch.Tensor) and result.dtype != computed[-1].dtype:
+        return computed[-1].to(result.device)
+    return result
 
 
 def _inside(part: Any, compute: Compute) -> Callable[..., Any]:
-    def forward(hidden: torch.Tensor, adapter_names: Any = None) -> Any:
+    def forward(hidden: torch.Tensor, adapter_names: Any = None, **for_variants: Any) -> Any:
         if adapter_names is not None:
             raise ValueError(
                 "adapter_names mixes several adapters in one batch, which a loss of apply_sce does "
@@ -118,17 +167,16 @@ def _lora(layer: Any, hidden: torch.Tensor, compute: Compute) -> Any:
 
 
 def _active_lora(layer: Any) -> list[str]:
-    """Names of the adapters that take part in ``layer(x)``; one sentence for unsupported kinds."""
+    """Names of the adapters that take part in ``layer(x)``."""
     if layer.disable_adapters or layer.merged:
         if layer.disable_adapters and layer.merged:
             layer.unmerge()  # as its own forward does
         return []
-    names = [name for name in layer.active_adapters if name in layer.lora_A]
-    for name in names:
-        if name in layer.lora_variant:
-            kind = type(layer.lora_variant[name]).__name__.removesuffix("LinearVariant")
-            _refuse(f"a {kind} adapter, whose result is no product with W + s·B A,")
-    return names
+    return _lora_names(layer)
+
+
+def _lora_names(layer: Any) -> list[str]:
+    return [name for name in layer.active_adapters if name in layer.lora_A]
 
 
 def _trainable_tokens(layer: Any, hidden: torch.Tensor, compute: Compute) -> Any:
@@ -199,29 +247,32 @@ def _parts(head: Any) -> list[Any]:
 
     PEFT's ModulesToSaveWrapper holds the original layer and a trained one for each adapter.
     """
-    if hasattr(type(head), "adapter_layer_names") and "modules_to_save" in head._modules:
+    if _is_adapted(head) and "modules_to_save" in head._modules:
         return [head.original_module, *head.modules_to_save.values()]
     return [head.token_adapter] if _is_trainable_tokens(head) else [head]
 
 
+def _is_adapted(layer: Any) -> bool:
+    return hasattr(type(layer), "adapter_layer_names")
+
+
 def _is_lora(layer: Any) -> bool:
-    return hasattr(type(layer), "adapter_layer_names") and "lora_A" in layer._modules
+    # AdaLoRA keeps bare parameters under this name, of another product.
+    return _is_adapted(layer) and isinstance(layer._modules.get("lora_A"), nn.ModuleDict)
 
 
 def _is_trainable_tokens(head: Any) -> bool:
-    return hasattr(type(head), "adapter_layer_names") and "token_adapter" in head._modules
+    return _is_adapted(head) and "token_adapter" in head._modules
 
 
 def _has_tokens(layer: Any) -> bool:
     return "trainable_tokens_delta" in getattr(layer, "_modules", {})
 
 
-def _refuse(what: str) -> None:
-    raise ValueError(
-        f"the output head carries {what} which apply_sce does not support; LoRA (without DoRA and "
-        "other variants), trainable tokens and modules_to_save work there. Leave the head out of "
-        "target_modules, or merge the adapter."
-    )
+def _kind(layer: Any) -> str:
+    """The method of an adapter's layer. PEFT has about forty layers named Linear, each in a package
+    that is named by its method."""
+    return type(layer).__module__.removeprefix("peft.tuners.").split(".")[0]
 
 
 def _acts_as_linear(part: Any) -> bool:

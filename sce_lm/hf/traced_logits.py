@@ -21,16 +21,9 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_map_only
 
-from sce_lm.hf.lazy_logits import (
-    APPLY,
-    CrossEntropy,
-    LazyLogits,
-    Modes,
-    RecordedLogits,
-    Source,
-    Step,
-    answer,
-)
+from sce_lm.hf.lazy_logits import LazyLogits
+from sce_lm.hf.logit_operations import answer
+from sce_lm.hf.recorded_logits import APPLY, CrossEntropy, Modes, RecordedLogits, Source, Step
 
 
 def is_traceable(head: Any) -> bool:
@@ -65,9 +58,10 @@ class TracedLogits(RecordedLogits):
         steps: tuple[Step, ...],
         source: Source,
         dtype: torch.dtype,
+        device: torch.device,
         view_of: tuple[RecordedLogits, Step] | None = None,
     ) -> TracedLogits:
-        nan = hidden.new_full((), math.nan, dtype=dtype)
+        nan = hidden.new_full((), math.nan, dtype=dtype, device=device)
         self = TracedLogits(nan.expand(*hidden.shape[:-1], source.head.weight.shape[0]))
         self._source, self._hidden, self._steps = source, hidden, steps
         self._view_of, self._has_views, self._real, self._lazy = view_of, False, None, None
@@ -78,10 +72,11 @@ class TracedLogits(RecordedLogits):
         cls, head: nn.Linear, hidden_states: torch.Tensor, cross_entropy: CrossEntropy
     ) -> TracedLogits:
         """As :meth:`LazyLogits.from_head`, for a head that :func:`is_traceable`."""
-        modes = Modes.current(hidden_states.device.type)
+        device = hidden_states.device
+        modes = Modes.current(device.type)
         versions = tuple((p, p._version) for p in head.parameters())
-        source = Source(head, hidden_states, modes, versions, cross_entropy)
-        return cls._make(hidden_states, (), source, modes.head_dtype(hidden_states))
+        source = Source(head, hidden_states, device, modes, versions, cross_entropy)
+        return cls._make(hidden_states, (), source, modes.head_dtype(hidden_states), device)
 
     @property
     def is_materialised(self) -> bool:
@@ -121,7 +116,7 @@ class TracedLogits(RecordedLogits):
             source = self._source
             with torch._C.DisableTorchFunctionSubclass():
                 dtype = self.dtype
-            self._lazy = LazyLogits._make(self._hidden, self._steps, source, dtype)
+            self._lazy = LazyLogits._make(self._hidden, self._steps, source, dtype, source.device)
         return self._lazy
 
     @classmethod

@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import Trainer
 from trl import SFTTrainer  # pyright: ignore
 
@@ -85,6 +86,8 @@ class SCESFTTrainer(SFTTrainer):  # pyright: ignore
 
 def _probe(logits: torch.Tensor, labels: torch.Tensor, seed: int) -> torch.Tensor:
     """``[3]`` sums over sampled positions that have a label: entropy, top class is right, one."""
+    # PEFT's prompt tuning puts virtual tokens before those of the batch; they have no labels.
+    labels = nn.functional.pad(labels, (logits.shape[1] - labels.shape[1], 0), value=-100)
     logits, labels = logits[:, :-1], labels[:, 1:].contiguous().to(logits.device)
     labelled = (labels != -100).flatten().nonzero().squeeze(1)
     order = torch.randperm(len(labelled), generator=torch.Generator().manual_seed(seed))

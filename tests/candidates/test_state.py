@@ -55,6 +55,13 @@ def test_a_seed_that_comes_back_sees_the_past_it_saw():
     assert state.counts.tolist() == [0, 1, 1, 1, 0, 0]
 
 
+def test_a_run_that_begins_again_counts_again():
+    state = used_state()
+    state.forget_calls()
+    assert state.begin_call(torch.tensor([1, 1, 4]), 6, seed=1)[2]
+    assert state.counts.tolist() == [0, 4, 0, 0, 2, 0]
+
+
 def test_saved_and_loaded(tmp_path):
     state = used_state()
     path = tmp_path / "state.safetensors"
@@ -90,6 +97,31 @@ def test_bad_files_and_other_vocabularies(tmp_path):
         SCEState().load(path)
     with pytest.raises(FileNotFoundError):
         SCEState().load(tmp_path / "none")
+
+
+@pytest.mark.parametrize("size", [4, 6, 9])
+def test_resized(size, tmp_path):
+    """Counts of the classes that stay, also through a file and where nothing was counted yet."""
+    state = used_state()
+    state.most_frequent(state.counts, torch.tensor([1]), 2)
+    state.memory["drawn"] = torch.tensor([5])
+    state.resize(size)
+    assert state.counts.tolist() == [0, 2, 0, 0, 1, 0, 0, 0, 0][:size]
+    assert state.num_labels == int(state.counts.sum())
+    assert (state.step, state.summary()["coverage"]) == (1, 1.0)
+    assert not state.memory
+    labels = torch.tensor([0, size - 1])
+    counts, _, counted = state.begin_call(labels, size, seed=1)  # a seed from before counts anew
+    assert counted
+    assert state.most_frequent(counts, labels, 2).max() < size
+    state.save(tmp_path / "state.safetensors")
+    again = SCEState()
+    again.load(tmp_path / "state.safetensors")
+    assert torch.equal(again.counts, state.counts)
+    new = SCEState()
+    new.resize(size)
+    assert new.is_new
+    assert new.counts is None
 
 
 def test_what_a_call_read_is_read_again_by_its_replay_alone():

@@ -10,10 +10,10 @@ import pytest
 import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from support import conformance
+from support.allocations import VocabularySized
 from support.models import NAMES, VOCAB_SIZE, tiny_batch, tiny_config, tiny_model
 from torch import nn
 from torch.distributed.fsdp import fully_shard
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModel, GPT2DoubleHeadsModel, LlamaForCausalLM
 
 from sce_lm import SCEConfig, objectives
@@ -106,21 +106,6 @@ def test_evaluation_and_generation_equal_stock(name):
     assert torch.equal(patched.generate(**batch, **options), stock.generate(**batch, **options))
 
 
-class VocabularySizedTensors(TorchDispatchMode):
-    """Counts results of operations that hold a logit for every position."""
-
-    def __init__(self, positions):
-        super().__init__()
-        self.positions, self.count = positions, 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        for tensor in result if isinstance(result, (tuple, list)) else [result]:
-            if isinstance(tensor, torch.Tensor) and VOCAB_SIZE in tensor.shape:
-                self.count += tensor.numel() >= self.positions * VOCAB_SIZE
-        return result
-
-
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("training", [True, False])
 def test_no_logits_are_allocated(name, training, monkeypatch):
@@ -129,7 +114,7 @@ def test_no_logits_are_allocated(name, training, monkeypatch):
     batch = tiny_batch(batch=9, length=16)
     counts = []
     for model in exact_pair(name):
-        with VocabularySizedTensors(9 * 16) as counter, torch.set_grad_enabled(training):
+        with VocabularySized(9 * 16, VOCAB_SIZE) as counter, torch.set_grad_enabled(training):
             loss = model.train(training)(**batch).loss
             if training:
                 loss.backward()
@@ -419,6 +404,59 @@ def test_resizing_embeddings(name, size):
     assert type(remove_sce(model).lm_head) is nn.Linear
 
 
+@pytest.mark.filterwarnings("ignore:the vocabulary of this model")
+@pytest.mark.parametrize("name", ["gemma3", "llama"])
+@pytest.mark.parametrize("objective", ["sce", "xir", "in_batch", "kernel"])
+def test_resizing_embeddings_after_training(name, objective):
+    """Rows that stay keep their counts; what else a method remembers starts anew."""
+    model = apply_sce(tiny_model(name), objectives.get(objective))
+    for step in range(2):
+        model(**tiny_batch(step)).loss.backward()
+    state, batch = objective_of(model).state, tiny_batch(7)
+    for key in ("input_ids", "labels"):
+        batch[key].clamp_(max=119)
+    labels = batch["labels"][:, 1:]
+    for size in (VOCAB_SIZE + 9, 120, 400):
+        before = state.counts.clone()
+        model.zero_grad()
+        model.resize_token_embeddings(size, mean_resizing=False)
+        model(**batch).loss.backward()
+        assert objective_of(model).state is state
+        want = torch.zeros(size, dtype=torch.int64)
+        want[: len(before)] = before[:size]
+        want += torch.bincount(labels[labels >= 0], minlength=size)
+        assert torch.equal(state.counts, want)
+        assert state.num_labels == want.sum()
+
+
+def test_resizing_is_said_once_and_covers_the_new_vocabulary():
+    covering = SCEConfig(
+        num_buckets=3, bucket_candidates=20, shared_frequent=10, tail_candidates=VOCAB_SIZE
+    )
+    stock, model = tiny_model("llama"), apply_sce(tiny_model("llama"), covering)
+    model(**tiny_batch())
+    for m in (stock, model):
+        torch.manual_seed(3)
+        m.resize_token_embeddings(VOCAB_SIZE - 40)
+    batch = {name: x.clamp(max=100) for name, x in tiny_batch().items()}
+    losses = []
+    messages = warned(lambda: losses.extend(model(**batch).loss for _ in range(2)))
+    assert len(messages) == 1
+    assert f"went from {VOCAB_SIZE} to {VOCAB_SIZE - 40} classes" in messages[0]
+    torch.testing.assert_close(losses[0], stock(**batch).loss, rtol=0.05, atol=0)
+
+
+def test_a_state_of_another_model_is_not_resized():
+    objective = objectives.get("sce")
+    models = [apply_sce(tiny_model("llama", vocab_size=v), objective) for v in (163, 172)]
+    models[0](**tiny_batch())
+    with pytest.raises(ValueError, match=r"counts 163 classes .* call its resize\(172\)"):
+        models[1](**tiny_batch())
+    assert objective.state.counts.numel() == 163
+    objective.state.resize(172)
+    models[1](**tiny_batch())
+
+
 def test_new_head_is_used_from_the_next_forward_on():
     stock, model = exact_pair("llama")
     for m in (stock, model):
@@ -526,14 +564,6 @@ def test_one_model_and_its_copy_in_two_threads_draw_their_own_candidates():
         thread.join()
     assert [objective_of(m).state.step for m in models] == [6, 6]
     assert torch.equal(*(objective_of(m).state.counts for m in models))
-
-
-@pytest.fixture
-def process_group(tmp_path):
-    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
-    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
-    yield
-    torch.distributed.destroy_process_group()
 
 
 @pytest.mark.usefixtures("process_group")

@@ -2,16 +2,26 @@
 
 import copy
 import io
+import warnings
 
 import pytest
 import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from peft import (
+    AdaLoraConfig,
+    CPTConfig,
+    HiraConfig,
     IA3Config,
+    LoHaConfig,
+    LoKrConfig,
     LoraConfig,
+    OFTConfig,
+    PeftMixedModel,
     PeftModel,
     PrefixTuningConfig,
+    PromptEncoderConfig,
     PromptTuningConfig,
+    VeraConfig,
     get_peft_model,
 )
 from support.allocations import Sizes
@@ -120,19 +130,108 @@ def test_remove_through_the_wrapper():
     assert "lm_head" not in patched.base_model.model.__dict__
 
 
-def test_adapters_whose_result_is_no_low_rank_product_are_refused():
-    ids = {"input_ids": tiny_batch()["input_ids"]}
-    dora = head_lora(use_dora=True)
-    ia3 = IA3Config(
-        target_modules=["k_proj", "lm_head"], feedforward_modules=[], task_type="CAUSAL_LM"
-    )
-    for config, kind in ((dora, "a Dora adapter"), (ia3, "an adapter")):
-        with pytest.raises(ValueError, match=f"carries {kind}"):
-            apply_sce(get_peft_model(tiny_model("llama"), config), SCEConfig())
-        patched = get_peft_model(apply_sce(tiny_model("llama"), SCEConfig()), config)
-        with pytest.raises(ValueError, match=f"carries {kind}"):
-            patched(**tiny_batch())
-        assert type(patched(**ids).logits) is torch.Tensor
+ON_HEAD = {"target_modules": ["q_proj", "lm_head"], "task_type": "CAUSAL_LM"}
+NO_PRODUCTS = {
+    "Dora": LoraConfig(r=4, use_dora=True, **ON_HEAD),
+    "ALora": LoraConfig(r=4, alora_invocation_tokens=[5, 6], **ON_HEAD),
+    "ia3": IA3Config(feedforward_modules=[], **ON_HEAD),
+    "loha": LoHaConfig(r=4, **ON_HEAD),
+    "lokr": LoKrConfig(r=4, **ON_HEAD),
+    "oft": OFTConfig(oft_block_size=8, **ON_HEAD),
+    "vera": VeraConfig(r=4, **ON_HEAD),
+    "hira": HiraConfig(r=4, **ON_HEAD),
+}
+
+
+def moved_a_little(model):
+    """Adapters away from where they do nothing."""
+    generator = torch.Generator().manual_seed(2)
+    for _, parameter in trained(model):
+        parameter.data.add_(torch.randn(parameter.shape, generator=generator), alpha=0.05)
+    return model
+
+
+def with_moved(model, config):
+    torch.manual_seed(1)
+    return moved_a_little(get_peft_model(model, copy.deepcopy(config)).train())
+
+
+@pytest.mark.parametrize("order", ["before", "after"])
+@pytest.mark.parametrize("kind", NO_PRODUCTS)
+def test_adapters_whose_result_is_no_product_train_with_the_stock_loss(kind, order):
+    """DoRA scales each row of W + s·B A, and so on: stock, and said once."""
+    config = NO_PRODUCTS[kind]
+    stock = with_moved(tiny_model("llama"), config)
+    if order == "before":
+        patched = with_moved(apply_sce(tiny_model("llama"), SCEConfig()), config)
+    else:
+        patched = apply_sce(with_moved(tiny_model("llama"), config), SCEConfig())
+    with pytest.warns(UserWarning, match=rf"carries an adapter \({kind}\)"):
+        losses = [model(**tiny_batch()).loss for model in (stock, patched)]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*objective.*")
+        patched(**tiny_batch())
+    assert torch.equal(losses[1], losses[0])
+    for loss in losses:
+        loss.backward()
+    assert_same_gradients(patched, stock)
+    assert objective_of(patched).state.is_new
+    with torch.no_grad():
+        want, got = (model.eval()(**tiny_batch()) for model in (stock, patched))
+    assert torch.equal(got.loss, want.loss)
+
+
+def test_dora_that_is_off_or_merged_is_a_product():
+    stock, patched = stock_and_patched("llama", "before", head_lora(use_dora=True))
+
+    def loss_and_kind():
+        want, got = (model(**tiny_batch()) for model in (stock, patched))
+        torch.testing.assert_close(got.loss, want.loss, rtol=1e-5, atol=0)
+        return type(got.logits)
+
+    with pytest.warns(UserWarning, match="carries an adapter"):
+        assert loss_and_kind() is torch.Tensor
+    with stock.disable_adapter(), patched.disable_adapter():
+        assert loss_and_kind() is LazyLogits
+    for model in (stock, patched):
+        model.merge_adapter()
+    assert loss_and_kind() is LazyLogits
+    for model in (stock, patched):
+        model.unmerge_adapter()
+        model.add_adapter("plain", head_lora())
+        model.set_adapter("plain")
+    assert loss_and_kind() is LazyLogits
+    for model in (stock, patched):
+        model.base_model.set_adapter(["default", "plain"])
+    assert loss_and_kind() is torch.Tensor
+
+
+def test_one_adapter_around_another_is_no_product():
+    """A new LoHa layer does nothing yet, so that LoRA around it looks like LoRA alone."""
+
+    def build():
+        torch.manual_seed(1)
+        model = PeftMixedModel(tiny_model("llama"), NO_PRODUCTS["loha"], "first")
+        model.add_adapter("second", head_lora())
+        model.set_adapter(["first", "second"])
+        return model.train()
+
+    stock, patched = build(), apply_sce(build(), objectives.get("exact"))
+    for model in (stock, patched):
+        moved_a_little(model)
+    with pytest.warns(UserWarning, match=r"carries an adapter \(loha under a lora\)"):
+        losses = [model(**tiny_batch()).loss for model in (stock, patched)]
+    torch.testing.assert_close(losses[1], losses[0])
+
+
+def test_a_forward_that_is_called_past_its_hooks_is_said():
+    """AdaLoRA calls model.forward(...), on whatever layers it is."""
+    config = AdaLoraConfig(total_step=10, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    stock = with_moved(tiny_model("llama"), config)
+    patched = with_moved(apply_sce(tiny_model("llama"), SCEConfig()), config)
+    with pytest.warns(UserWarning, match="called past its hooks"):
+        losses = [model(**tiny_batch()).loss for model in (stock, patched)]
+    assert torch.equal(losses[1], losses[0])
 
 
 # ------------------------------------------------------------------------- adapters on the head
@@ -366,14 +465,63 @@ def test_items_are_ranked_with_the_adapter():
 
 
 @pytest.mark.parametrize("order", ["before", "after"])
-@pytest.mark.parametrize("kind", ["dora", "prompt"])
+@pytest.mark.parametrize("kind", ["dora", "prompt", "p"])
 def test_dora_on_the_backbone_and_prompt_tuning(kind, order):
-    config = (
-        lora(use_dora=True)
-        if kind == "dora"
-        else PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    virtual = {"task_type": "CAUSAL_LM", "num_virtual_tokens": 3}
+    configs = {
+        "dora": lora(use_dora=True),
+        "prompt": PromptTuningConfig(**virtual),
+        "p": PromptEncoderConfig(**virtual),
+    }
+    assert_same_step(*stock_and_patched("llama", order, configs[kind]))
+
+
+def test_loss_of_context_aware_prompt_tuning_is_its_own():
+    """CPT weighs the cross-entropy of the outputs, after the model's forward."""
+    options = {"cpt_tokens_type_mask": [1, 2, 4], "opt_weighted_loss_type": "decay"}
+    config = CPTConfig(
+        cpt_token_ids=[3, 4, 5], cpt_mask=[1, 1, 1], task_type="CAUSAL_LM", **options
     )
-    assert_same_step(*stock_and_patched("llama", order, config))
+    stock, patched = stock_and_patched("llama", "before", config)
+    for model in (stock, patched):
+        model.zero_grad()
+    losses = [model(**tiny_batch()).loss for model in (stock, patched)]
+    torch.testing.assert_close(losses[1], losses[0])
+
+
+@pytest.mark.parametrize("kind", [PromptTuningConfig, PromptEncoderConfig, PrefixTuningConfig])
+def test_trainer_with_virtual_tokens_equals_stock(kind, tmp_path):
+    """Loss, evaluation and logits of the Trainer, whose labels have no virtual tokens."""
+    batch = tiny_batch(batch=8)
+    data = [{name: values[row] for name, values in batch.items()} for row in range(8)]
+    seen = []
+
+    def shapes(prediction):
+        return {"positions": prediction.predictions.shape[1]}
+
+    for patch in (lambda m: m, lambda m: apply_sce(m, objectives.get("exact"))):
+        model = with_moved(
+            patch(tiny_model("llama")), kind(task_type="CAUSAL_LM", num_virtual_tokens=3)
+        )
+        arguments = TrainingArguments(
+            output_dir=str(tmp_path),
+            per_device_train_batch_size=2,
+            gradient_accumulation_steps=2,
+            max_steps=2,
+            logging_steps=1,
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            use_cpu=True,
+        )
+        run = Trainer(
+            model, arguments, train_dataset=data, eval_dataset=data, compute_metrics=shapes
+        )
+        run.train()
+        figures = run.evaluate()
+        losses = [entry["loss"] for entry in run.state.log_history if "loss" in entry]
+        seen.append([*losses, figures["eval_loss"], figures["eval_positions"]])
+    assert seen[1] == pytest.approx(seen[0], rel=1e-5)
 
 
 def test_trainer_saves_adapters_that_stock_peft_loads(tmp_path):

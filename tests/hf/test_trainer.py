@@ -7,11 +7,13 @@ import warnings
 
 import pytest
 import torch
+from support.allocations import VocabularySized
 from support.models import NAMES, VOCAB_SIZE, tiny_batch, tiny_model
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from sce_lm import SCEConfig, objectives
 from sce_lm.hf import SCECallback, apply_sce, load_objective, loss_seconds, objective_of
+from sce_lm.ops import exact_cross_entropy
 
 CONFIG = SCEConfig(num_buckets=4, bucket_candidates=8, shared_frequent=8, tail_candidates=16)
 
@@ -317,6 +319,145 @@ def test_resuming_without_a_saved_state_warns(tmp_path):
         with pytest.warns(UserWarning, match=message):
             run.train(resume_from_checkpoint=True)
         assert objective_of(model).state.step == 4
+
+
+def test_resuming_from_a_stock_checkpoint_warns_once(tmp_path):
+    trainer(tiny_model("llama"), tmp_path, **SAVING).train()
+    model = apply_sce(tiny_model("llama"), CONFIG)
+    run = trainer(model, tmp_path, [SCECallback()], **{**SAVING, "max_steps": 6})
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        run.train(resume_from_checkpoint=True)
+    messages = [str(w.message) for w in caught if "SCEState" in str(w.message)]
+    assert len(messages) == 1
+    assert "resuming at step 4 without" in messages[0]
+    assert objective_of(model).state.step == 4
+
+
+def saved_steps(folder):
+    """Calls that the state of each checkpoint had counted, by the checkpoint's path."""
+    files = sorted(folder.rglob("sce_state_rank0.safetensors"))
+    steps = {}
+    for file in files:
+        state = load_objective(file.parent).state
+        steps[str(file.parent.relative_to(folder))] = state.step
+    return steps
+
+
+def new_model(trial=None):
+    return apply_sce(tiny_model("llama"), CONFIG)
+
+
+def without_our_warnings(function, *args, **options):
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*(gone|SCEState|objective).*")
+        return function(*args, **options)
+
+
+@pytest.mark.parametrize("hp_name", [None, lambda trial: f"rates/{trial.number}"])
+def test_states_of_a_hyper_parameter_search(hp_name, tmp_path):
+    pytest.importorskip("optuna")
+    evaluated = {"eval_strategy": "steps", "eval_steps": 2}
+    run = trainer(None, tmp_path, [SCECallback()], model_init=new_model, **SAVING, **evaluated)
+
+    def space(trial):
+        return {"learning_rate": trial.suggest_float("learning_rate", 1e-4, 1e-2)}
+
+    options = {"hp_space": space, "n_trials": 2, "direction": "minimize", "hp_name": hp_name}
+    without_our_warnings(run.hyperparameter_search, backend="optuna", **options)
+    trials = ["run-0", "run-1"] if hp_name is None else ["rates/0", "rates/1"]
+    want = {f"{trial}/checkpoint-{step}": 2 * step for trial in trials for step in (2, 4)}
+    assert saved_steps(tmp_path) == want
+    # The best trial goes on, whose folder is nowhere else named.
+    best = str(tmp_path / trials[0] / "checkpoint-2")
+    without_our_warnings(run.train, resume_from_checkpoint=best)
+    assert objective_of(run.model).state.step == 8
+    assert saved_steps(tmp_path) == {**want, "checkpoint-4": 8}
+
+
+class Trials(Trainer):
+    """The folders of a search, whatever library runs it."""
+
+    number = 0
+
+    def _get_output_dir(self, trial):
+        return f"{super()._get_output_dir(trial)}/run-{self.number}"
+
+    def _init_training_state(self, *args, **kwargs):
+        found = super()._init_training_state(*args, **kwargs)
+        self.state.is_hyper_param_search = True
+        return found
+
+
+def test_states_of_trials_go_where_the_trainer_saves(tmp_path):
+    plain = trainer(new_model(), tmp_path, **SAVING)
+    data = plain.train_dataset
+    run = Trials(args=plain.args, model_init=new_model, train_dataset=data)
+    run.add_callback(SCECallback())
+    for run.number in (3, 1, 3):  # the last one over what another search left
+        without_our_warnings(run.train)
+    want = {f"run-{n}/checkpoint-{step}": 2 * step for n in (1, 3) for step in (2, 4)}
+    assert saved_steps(tmp_path) == want
+    # Trials with nearly one history are told apart by what was written last.
+    for file in tmp_path.rglob("*sce*"):
+        file.unlink()
+    run.number = 1
+    without_our_warnings(run.train)
+    assert set(saved_steps(tmp_path)) == {"run-1/checkpoint-2", "run-1/checkpoint-4"}
+
+
+def test_a_second_run_saves_into_its_own_folder(tmp_path, monkeypatch):
+    """One callback, one model, two runs, of which the second has a relative path."""
+    monkeypatch.chdir(tmp_path)
+    model, callback = new_model(), SCECallback()
+    for folder in (tmp_path / "a", "b/"):
+        run = trainer(model, folder, [callback], **SAVING)
+        without_our_warnings(run.train)
+    assert saved_steps(tmp_path / "a") == {"checkpoint-2": 4, "checkpoint-4": 8}
+    assert saved_steps(tmp_path / "b") == {"checkpoint-2": 12, "checkpoint-4": 16}
+
+
+def test_state_is_saved_with_the_best_checkpoint(tmp_path):
+    best = {"save_strategy": "best", "metric_for_best_model": "loss", "save_only_model": True}
+    options = {**SAVING, **best, "eval_strategy": "steps", "eval_steps": 2}
+    run = trainer(new_model(), tmp_path, [SCECallback()], **options)
+    without_our_warnings(run.train)
+    saved = [path.name for path in tmp_path.glob("checkpoint-*")]
+    assert "checkpoint-2" in saved
+    assert sorted(saved_steps(tmp_path)) == sorted(saved)
+
+
+def test_state_of_a_run_that_found_its_batch_size(tmp_path):
+    """Out of memory after a checkpoint; the second try saves over it."""
+    model, seen = new_model(), []
+
+    def run_out_of_memory(module, args, kwargs):
+        seen.append(len(kwargs["input_ids"]))
+        if len(seen) == 6:  # after two steps
+            raise RuntimeError("CUDA out of memory.")
+
+    model.model.register_forward_pre_hook(run_out_of_memory, with_kwargs=True)
+    options = {**SAVING, "per_device_train_batch_size": 4, "auto_find_batch_size": True}
+    without_our_warnings(trainer(model, tmp_path, [SCECallback()], **options).train)
+    first = 5  # the failed call did not count
+    assert saved_steps(tmp_path) == {"checkpoint-2": first + 4, "checkpoint-4": first + 8}
+
+
+@pytest.mark.parametrize("options", [{}, {"bf16": True}, {"gradient_checkpointing": True}])
+def test_the_trainer_forms_no_logits(options, tmp_path, monkeypatch):
+    monkeypatch.setattr(exact_cross_entropy, "BLOCK_ELEMENTS", 8 * VOCAB_SIZE)
+    options = {**options, "per_device_train_batch_size": 4, "prediction_loss_only": True}
+    counts = []
+    for patch in (lambda m: m, lambda m: apply_sce(m, objectives.get("exact"))):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            run = trainer(patch(tiny_model("llama")), tmp_path, **options)
+        with VocabularySized(4 * 12, VOCAB_SIZE) as counter:
+            run.train()
+            run.evaluate()
+        counts.append(counter.count)
+    assert counts[0] > 0
+    assert counts[1] == 0
 
 
 def test_callback_with_rotation_and_logs(tmp_path):

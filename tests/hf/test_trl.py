@@ -14,7 +14,12 @@ from sce_lm.hf import SCECallback, apply_sce, objective_of
 trl = pytest.importorskip("trl")
 datasets = pytest.importorskip("datasets")
 
-from peft import LoraConfig  # noqa: E402
+from peft import (  # noqa: E402
+    LoraConfig,
+    PrefixTuningConfig,
+    PromptEncoderConfig,
+    PromptTuningConfig,
+)
 
 from sce_lm.hf.trl import SCESFTTrainer  # noqa: E402
 
@@ -109,6 +114,34 @@ def test_exact_objective_equals_stock(data, options, tokenizer, tmp_path):
     _, got = train(SCESFTTrainer, patched, tokenizer, tmp_path, data(), **options)
     assert len(got) == len(want) == 4
     # Fewer positions than are probed, so that the metrics are those of all of them.
+    for name in (*METRICS, "grad_norm"):
+        assert [e[name] for e in got] == pytest.approx([e[name] for e in want], rel=1e-4), name
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        (PromptTuningConfig, {"packing": True, "packing_strategy": "wrapped"}),
+        (PromptEncoderConfig, {}),
+        (PrefixTuningConfig, {"gradient_checkpointing": False}),  # TRL fails with it
+    ],
+    ids=lambda value: getattr(value, "__name__", None),
+)
+def test_virtual_tokens_equal_stock(kind, options, tokenizer, tmp_path):
+    """Prompt tuning and P-tuning put them before the batch's own. The last one predicts the first
+    label of the batch, which counts in the metrics."""
+    config = kind(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    options = {"peft_config": config, "max_steps": 2, **options}
+    logs = []
+    for trainer_class, patch in (
+        (trl.SFTTrainer, lambda m: m),
+        (SCESFTTrainer, lambda m: apply_sce(m, objectives.get("exact"))),
+    ):
+        patched = patch(model())
+        torch.manual_seed(0)
+        logs.append(train(trainer_class, patched, tokenizer, tmp_path, **options)[1])
+    want, got = logs
+    assert want[0]["mean_token_accuracy"] > 0
     for name in (*METRICS, "grad_norm"):
         assert [e[name] for e in got] == pytest.approx([e[name] for e in want], rel=1e-4), name
 

@@ -18,3 +18,18 @@ class Sizes(TorchDispatchMode):
             if torch.is_tensor(tensor) and tensor.untyped_storage().data_ptr() != self.given:
                 self.largest = max(self.largest, tensor.numel())
         return result
+
+
+class VocabularySized(TorchDispatchMode):
+    """Counts results of operations that hold a logit for every position."""
+
+    def __init__(self, positions, vocab_size):
+        super().__init__()
+        self.positions, self.vocab_size, self.count = positions, vocab_size, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if torch.is_tensor(tensor) and self.vocab_size in tensor.shape:
+                self.count += tensor.numel() >= self.positions * self.vocab_size
+        return result
