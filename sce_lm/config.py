@@ -248,7 +248,7 @@ class SCEConfig(ObjectiveConfig):
         if self.row_control_variate and (not has_tail or self.sparse_grad):
             refuse(
                 "row_control_variate",
-                'corrects a dense gradient by the draws of a tail; it goes with a tail, '
+                "corrects a dense gradient by the draws of a tail; it goes with a tail, "
                 'bucket_sampling="top" and sparse_grad=False, or leave it out',
             )
         if self.num_buckets == 0 and self.bucket_candidates != "auto":
@@ -410,9 +410,7 @@ class PublishedSCEConfig(ObjectiveConfig):
             value = getattr(self, name)
             is_number = isinstance(value, int | float) and not isinstance(value, bool)
             if not (is_number and math.isfinite(value) and value > 0):
-                raise ValueError(
-                    f"PublishedSCEConfig.{name} is {value!r}; give a positive number."
-                )
+                raise ValueError(f"PublishedSCEConfig.{name} is {value!r}; give a positive number.")
 
     def resolve(self, num_positions: int, vocab_size: int) -> PublishedSCESizes:
         """A number for every "auto", and no list longer than there are positions or classes."""

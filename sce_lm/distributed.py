@@ -50,6 +50,7 @@ from sce_lm.ops.head_loss import Found, Gradients, OfInputs, Pass, head_loss
 from sce_lm.ops.logits import LogitTransform
 from sce_lm.ops.positions import Positions
 
+
 @outside_graphs
 def vocab_parallel_loss(
     hidden_states: torch.Tensor,

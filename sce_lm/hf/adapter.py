@@ -46,7 +46,6 @@ from sce_lm import objectives
 from sce_lm.config import SCEConfig
 from sce_lm.distributed import vocab_parallel_loss
 from sce_lm.hf.head import (
-    HeadProduct,
     call_inside,
     check_linear,
     merged_adapters,
@@ -65,6 +64,7 @@ from sce_lm.objectives.compiled import (
     register,
 )
 from sce_lm.objectives.probe import Probe
+from sce_lm.ops.head import Head
 from sce_lm.ops.logits import LogitTransform
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
@@ -465,15 +465,15 @@ class _Attachment:
                 **options,
             )
 
-        def compute(product: HeadProduct) -> torch.Tensor:
+        def compute(hidden_states: torch.Tensor, head: Head) -> torch.Tensor:
             self.note_merged(logits.head)
             return self.compute_loss(
                 self.training,
-                product.hidden_states,
-                product.weight,
-                labels.to(product.hidden_states.device),
-                bias=logits.with_added_bias(product.bias),
-                low_rank=product.low_rank,
+                hidden_states,
+                head.weight,
+                labels.to(hidden_states.device),
+                bias=logits.with_added_bias(head.bias),
+                low_rank=head.low_rank,
                 post=post,
                 **options,
             )

@@ -192,8 +192,9 @@ class Objective(ABC):
         flat_labels = labels.reshape(-1).long()
         is_out = None
         if bias is not None and self.state is not None:  # without a state nothing is drawn
-            head = head._replace(bias=within_reach(bias, post))
-            is_out = is_masked(head.bias, post, self.largest_of)
+            bias = within_reach(bias, post)
+            head = head._replace(bias=bias)
+            is_out = is_masked(bias, post, self.largest_of)
         valid, num_masked = valid_positions(flat_labels, ignore_index, vocab_size, is_out)
         num_valid = valid.numel()
         hidden = hidden_states.reshape(-1, hidden_states.shape[-1])

@@ -184,9 +184,7 @@ class SCE(SampledObjective):
                 items, bucket_weights = bucket_samples(centers, head, prior, own, noise)
             else:
                 excluded = _with_masked(shared, head)
-                items = catalogue_topk(
-                    centers, head, own, excluded=excluded, backend=call.backend
-                )
+                items = catalogue_topk(centers, head, own, excluded=excluded, backend=call.backend)
         has_control = sizes.control_variate and len(tail) > 0
         return centers, Candidates(
             shared,

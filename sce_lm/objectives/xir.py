@@ -170,9 +170,7 @@ class BIR(SampledObjective):
         each of its classes was drawn, over all positions, ``[U]``."""
         corrected = self.config.correction == "importance"
         generator = call.stream(name)
-        log_weights, drawn = _resample(
-            head, positions, pool, draws, generator, corrected=corrected
-        )
+        log_weights, drawn = _resample(head, positions, pool, draws, generator, corrected=corrected)
         candidates = PositionCandidates(
             pool.ids[None],
             log_weights,

@@ -36,7 +36,8 @@ the products instead; the control's second term has rank one a bucket and is add
 gradient of W is summed in fp32 over the rows that were touched, and cast once. A low-rank operand
 and a bias are further columns of W (module :mod:`sce_lm.ops.head`).
 
-Masked classes, which a bias keeps out of every sum, are in none of the lists and no part of R. A label among them has its own term, exp(s_ty) = 0, and nothing else.
+Masked classes, which a bias keeps out of every sum, are in none of the lists and no part of R. A
+label among them has its own term, exp(s_ty) = 0, and nothing else.
 
 Of a head that is cut by rows over several ranks, each rank has candidates among its own rows, and
 the sums of the ranks add up: Zhat = sum_r Zhat_r, with the label's term where its row is. A label
@@ -56,7 +57,7 @@ from sce_lm.ops.candidate_gradients import CandidateGradients
 from sce_lm.ops.candidates import Candidates
 from sce_lm.ops.control_variate import Control, Rest
 from sce_lm.ops.dispatch import Backend, kernels
-from sce_lm.ops.head import Head, Needs
+from sce_lm.ops.head import NOTHING, Head, Needs
 from sce_lm.ops.head_loss import Found, Pass, head_loss
 from sce_lm.ops.positions import Positions
 
@@ -125,7 +126,7 @@ class CandidatePass(Pass):
         self,
         head: Head,
         positions: Positions,
-        needs: Needs = Needs(),
+        needs: Needs = NOTHING,
         whole: torch.Tensor | None = None,
     ) -> tuple[Sums, CandidateGradients]:
         """Sums, and the gradients that are needed.

@@ -61,9 +61,7 @@ def chunk_cross_entropy(
     Raises:
         ValueError: backend "triton", and it cannot run.
     """
-    run = kernels(
-        "chunk_cross_entropy", backend, positions.hidden.device, head, positions, chunks
-    )
+    run = kernels("chunk_cross_entropy", backend, positions.hidden.device, head, positions, chunks)
     if run is not None:
         return run(head, positions, chunks)
     return head_loss(ChunkPass(chunks), head, positions)[0]

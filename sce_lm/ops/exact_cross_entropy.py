@@ -259,7 +259,7 @@ def _by_blocks(
     correct = torch.empty_like(labels, dtype=torch.bool)
     grad_hidden = torch.empty_like(hidden, dtype=dtype) if needs.hidden else None
     grad_weight, grad_low_rank = (
-        gradient_memory(part, dtype) if need else None
+        gradient_memory(part, dtype) if need and part is not None else None
         for part, need in zip(head.tensors, needs.head[:2])
     )
     grad_bias = hidden.new_zeros(vocab_size, dtype=dtype) if needs.head[2] else None

@@ -38,6 +38,10 @@ class Needs(NamedTuple):
         return self.hidden or any(self.head)
 
 
+NOTHING = Needs()
+"""No gradient at all."""
+
+
 class Head(NamedTuple):
     """An output head, or the rows of one that a rank holds."""
 

@@ -81,7 +81,16 @@ def head_loss(
 class _HeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx, hidden, weight, low_rank, bias, labels, position_weight, rest_of_head, run, grad_enabled
+        ctx,
+        hidden,
+        weight,
+        low_rank,
+        bias,
+        labels,
+        position_weight,
+        rest_of_head,
+        run,
+        grad_enabled,
     ):
         ctx.needs = Needs.of(ctx, grad_enabled)
         ctx.run, ctx.rest_of_head, ctx.position_weight = run, rest_of_head, position_weight

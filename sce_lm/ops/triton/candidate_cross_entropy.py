@@ -40,7 +40,6 @@ from sce_lm.ops.triton.row_dot import row_dot
 from sce_lm.ops.triton.row_gradient import RowTarget
 from sce_lm.ops.triton.supported import losses_supported
 
-
 candidate_cross_entropy_supported = losses_supported
 
 
