@@ -51,18 +51,13 @@ def candidate_reference(
         z = (inclusion * s.exp()).sum(dim=1)
     else:
         rest = ~certain
-        z_rest = torch.zeros_like(x[:, 0])
-        for stratum in range(candidates.num_strata):
-            part = rest
-            if candidates.stratum_of is not None:
-                part = rest & (candidates.stratum_of == stratum)
-            size = part.sum(dim=1)
-            mean = (x * part).sum(dim=1) / size.clamp_min(1)
-            g_mean, slope = post(mean), post.slope(post(mean))
-            slope = slope[:, None] if torch.is_tensor(slope) else slope
-            phi = (s - g_mean[:, None]).exp() - 1 - slope * (x - mean[:, None])
-            z_part = g_mean.exp() * (size + (inclusion * part * phi).sum(dim=1))
-            z_rest = z_rest + torch.where(size > 0, z_part, 0.0)
+        size = rest.sum(dim=1)
+        mean = (x * rest).sum(dim=1) / size.clamp_min(1)
+        g_mean, slope = post(mean), post.slope(post(mean))
+        slope = slope[:, None] if torch.is_tensor(slope) else slope
+        phi = (s - g_mean[:, None]).exp() - 1 - slope * (x - mean[:, None])
+        z_rest = g_mean.exp() * (size + (inclusion * rest * phi).sum(dim=1))
+        z_rest = torch.where(size > 0, z_rest, 0.0)
         seen = (s.exp() * rest * (inclusion > 0)).sum(dim=1)
         if post.soft_cap is not None:
             z_rest = torch.where(z_rest < seen, seen, z_rest)
@@ -111,11 +106,9 @@ def position_reference(
     bias=None,
     post=LogitTransform(),
     keep_label=False,
-    absolute=False,
 ):
     """log(exp s_ty + sum_k exp(c_tk + s_tk)) - s_ty over each position's ids ``[N, K]``."""
     s = post(raw_logits(hidden, weight, bias))
-    s = s.abs() if absolute else s
     label = s.gather(1, labels[:, None])
     terms = s.gather(1, ids) + log_weights
     if not keep_label:

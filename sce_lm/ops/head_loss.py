@@ -15,7 +15,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from sce_lm.ops.dtypes import compute_dtype
-from sce_lm.ops.head import Head, Needs
+from sce_lm.ops.head import NOTHING, Head, Needs
 from sce_lm.ops.positions import Positions
 
 OfInputs = tuple[torch.Tensor | None, ...]
@@ -94,7 +94,7 @@ class _HeadLoss(torch.autograd.Function):
     ):
         ctx.needs = Needs.of(ctx, grad_enabled)
         ctx.run, ctx.rest_of_head, ctx.position_weight = run, rest_of_head, position_weight
-        now = Needs() if position_weight is None else ctx.needs
+        now = NOTHING if position_weight is None else ctx.needs
         positions = Positions(hidden, labels, position_weight)
         found = run.forward(Head(weight, low_rank, bias, *rest_of_head), positions, now)
         ctx.gradients = found.gradients if now else None
