@@ -20,10 +20,17 @@ from sce_lm.candidates.masks import FAR_BELOW, is_masked, within_reach
 from sce_lm.objectives.probe import Probe
 
 NEGATIVE, CAP = LogitTransform(-0.8), LogitTransform(1.3, 5.0)
-FAST = {"-1e9", "-inf"}
-every_mask = pytest.mark.parametrize(
-    "mask", [pytest.param(m, marks=[] if m in FAST else pytest.mark.slow) for m in MASKS]
-)
+SLOW = pytest.mark.slow
+
+
+def masks(*fast):
+    """All of them, those that are not named by the slow tests."""
+    return pytest.mark.parametrize(
+        "mask", [pytest.param(m, marks=[] if m in fast else SLOW) for m in MASKS]
+    )
+
+
+every_mask = masks("-1e9", "-inf")
 
 
 def loss_of(objective, problem, seed, post=PLAIN, **options):
@@ -77,7 +84,7 @@ def test_padding_is_as_if_removed(name, mask):
     assert_as_if_removed(OBJECTIVES[name], make_pair(MASKS[mask]), 1e-9)
 
 
-@pytest.mark.parametrize("mask", ["finfo.min", pytest.param("-1e4", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("mask", ["finfo.min", pytest.param("-1e4", marks=SLOW)])
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_padding_is_as_if_removed_in_single_precision(name, mask):
     tolerance = 1e-3 if "kernel" in name else 1e-4  # a draw's block may turn on a rounding
@@ -157,7 +164,7 @@ def test_gradients_of_a_masked_label_are_those_of_stock_cross_entropy():
             assert relative_error(actual, wanted) < 1e-9
 
 
-@every_mask
+@masks("-inf")
 @pytest.mark.parametrize("control", [False, True], ids=["plain", "control"])
 def test_under_a_soft_cap_a_masked_class_counts(control, mask):
     """The cap brings it back to ``-soft_cap``, as it does in the model."""
@@ -174,7 +181,7 @@ def test_under_a_soft_cap_a_masked_class_counts(control, mask):
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
-@pytest.mark.parametrize("mask", [pytest.param(-1e9, marks=pytest.mark.slow), -torch.inf])
+@pytest.mark.parametrize("mask", [pytest.param(-1e9, marks=SLOW), -torch.inf])
 def test_under_a_soft_cap_everything_is_finite(name, mask):
     pair = make_pair(mask)
     loss = loss_of(objectives.get(**OBJECTIVES[name]), pair.masked, 0, CAP)
@@ -227,11 +234,11 @@ def _sampler(name):
     return sce.SCE(SCEConfig(**options))
 
 
-@every_mask
+@masks("-1e9")
 @pytest.mark.parametrize(
     "name",
     ["tail, control", "all, plain"]
-    + [pytest.param(n, marks=pytest.mark.slow) for n in ("all, control", "strata", "mixture")],
+    + [pytest.param(n, marks=SLOW) for n in ("all, control", "strata", "mixture")],
 )
 def test_partition_is_unbiased_with_masks_in_between(name, mask):
     bias = call_bias(_sampler(name), _peaked(mask=MASKS[mask]), 400)
@@ -239,7 +246,7 @@ def test_partition_is_unbiased_with_masks_in_between(name, mask):
     assert bias.is_zero, bias
 
 
-@pytest.mark.parametrize("control", [False, True], ids=["plain", "control"])
+@pytest.mark.parametrize("control", [pytest.param(False, marks=SLOW), True])
 def test_large_catalogues_with_masks_are_unbiased(control, monkeypatch):
     monkeypatch.setattr(sce, "LARGE_CATALOGUE", 0)
     options = {**STRATA["buckets"], "tail_candidates": 80, "uniform_floor": 0.5}

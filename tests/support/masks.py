@@ -123,5 +123,6 @@ def make_pair(
 
 def stock_loss(problem: Problem, post: LogitTransform = LogitTransform()) -> torch.Tensor:
     """Cross-entropy of the formed logits, as PyTorch computes it."""
+    assert problem.bias is not None
     logits = problem.hidden @ problem.weight.T + problem.bias
     return torch.nn.functional.cross_entropy(post(logits), problem.labels)

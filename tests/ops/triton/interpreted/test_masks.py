@@ -67,7 +67,7 @@ def test_covering_candidates_are_exact(name, mask, post):
         assert (actual == 0).all()
 
 
-@pytest.mark.parametrize("mask", marked(MASKS, ["finfo.min", "-inf"]))
+@pytest.mark.parametrize("mask", marked(MASKS, ["-inf"]))
 @pytest.mark.parametrize("name", SAMPLED)
 def test_padding_is_as_if_removed(name, mask):
     pair = make_pair(MASKS[mask], AT_THE_END, torch.float32, **SMALL)
@@ -82,7 +82,7 @@ def test_padding_is_as_if_removed(name, mask):
             assert (actual == 0).all()
 
 
-@pytest.mark.parametrize("listed", [False, True])
+@pytest.mark.parametrize("listed", marked([False, True], [False]))
 def test_gradients_of_a_masked_label_are_those_of_stock_cross_entropy(listed):
     options = {"num_buckets": 0, "shared_frequent": 0, "shared_labels": listed}
     options |= {"tail_candidates": V, "control_variate": True, "backend": "triton"}
@@ -97,7 +97,7 @@ def test_gradients_of_a_masked_label_are_those_of_stock_cross_entropy(listed):
         assert relative_error(actual, wanted) < 1e-4
 
 
-@pytest.mark.parametrize("mask", marked(MASKS, ["-1e4", "-inf"]))
+@pytest.mark.parametrize("mask", marked(MASKS, ["-inf"]))
 def test_the_sampled_loss_of_a_masked_label(mask):
     """Both backends, one sample: the rest and its mean do not hold the label."""
     problem = make_pair(MASKS[mask], AT_THE_END, torch.float32, **SMALL).masked
