@@ -75,11 +75,15 @@ def check_count(config: Any, name: str, *, low: int = 1, auto: bool = False) -> 
         )
 
 
+def is_number(value: Any) -> bool:
+    """Whether it is a finite int or float; a bool and text are none."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
 def check_share(config: Any, name: str, *, zero: bool = True) -> None:
     """Raise one sentence unless the field lies in [0, 1], or in (0, 1] without ``zero``."""
     value = getattr(config, name)
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not (is_number and math.isfinite(value) and 0 <= value <= 1 and (zero or value > 0)):
+    if not (is_number(value) and 0 <= value <= 1 and (zero or value > 0)):
         interval = "[0, 1]" if zero else "(0, 1]"
         raise ValueError(f"{type(config).__name__}.{name} is {value!r}; give one in {interval}.")
 
@@ -175,7 +179,8 @@ class SCEConfig(ObjectiveConfig):
         check_choice(self, "assignment", "nearest", "balanced")
         check_choice(self, "bucket_sampling", "top", "priority")
         check_choice(self, "control_variate", True, False, "auto")
-        check_choice(self, "row_control_variate", True, False)
+        for name in ("row_control_variate", "shared_labels", "sparse_grad"):
+            check_choice(self, name, True, False)
         for name in ("num_buckets", "shared_frequent", "tail_candidates"):
             check_count(self, name, low=0, auto=True)
         check_count(self, "labels_first", low=0)
@@ -184,7 +189,8 @@ class SCEConfig(ObjectiveConfig):
         check_share(self, "prior_power")
         if self.target_relative_error is not None:
             check_share(self, "target_relative_error", zero=False)
-        if self.uniform_floor != "auto" and not 0.0 < self.uniform_floor <= 1.0:
+        floor = self.uniform_floor
+        if floor != "auto" and not (is_number(floor) and 0.0 < floor <= 1.0):
             raise ValueError(
                 f"SCEConfig.uniform_floor is {self.uniform_floor!r}; give one in (0, 1], or "
                 '"auto": without a floor the weights of rare classes have no bound.'
@@ -200,8 +206,7 @@ class SCEConfig(ObjectiveConfig):
                     + ", ".join(map(repr, PRIORS))
                     + ", or give several a share each."
                 )
-            is_number = isinstance(share, int | float) and not isinstance(share, bool)
-            if not (is_number and 0 < share < math.inf):
+            if not (is_number(share) and share > 0):
                 raise ValueError(
                     f"SCEConfig.prior gives {name!r} the share {share!r}; give a positive number, "
                     "or leave it out."

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +21,48 @@ def replacing(path: Path) -> Iterator[Path]:
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def data_files(folder: Path) -> list[Path]:
+    """The files right in a folder that may hold data, in the order of their names, in which numbers
+    count as numbers (``part-9`` comes before ``part-10``).
+
+    Passed over are empty files, hidden ones, those whose names begin with an underscore (markers
+    such as ``_SUCCESS``), and a README or LICENSE.
+    """
+    files = [
+        file
+        for file in folder.iterdir()
+        if file.is_file()
+        and not file.name.startswith((".", "_"))
+        and file.stem not in ("README", "LICENSE")
+        and file.stat().st_size
+    ]
+    # Text and numbers take turns in the key, text first, so that two keys always compare.
+    return sorted(
+        files,
+        key=lambda file: [
+            int(piece) if place % 2 else piece
+            for place, piece in enumerate(re.split("([0-9]+)", file.name))
+        ],
+    )
+
+
+def read_json(path: Path) -> Any:
+    """The value of a JSON file.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is not JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(
+            f"{path} cannot be read as JSON ({reason}); it was damaged or is another file; put the "
+            "one back that was written."
+        ) from None
 
 
 def write_json(path: Path, value: Any, *, allow_nan: bool = True) -> None:

@@ -13,7 +13,7 @@ standard error, and with `--json FILE` every figure to a file.
 """
 
 import argparse
-import importlib
+import importlib.util
 import signal
 import sys
 from pathlib import Path
@@ -23,13 +23,26 @@ import torch
 from sce_lm.benchmarks import SUBCOMMANDS
 
 
+def check(arguments: argparse.Namespace) -> None:
+    """Refuse at once what would end the measuring, or lose what it found."""
+    if arguments.threads < 1:
+        raise ValueError(f"--threads is {arguments.threads}; give a number from 1 up.")
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device is cuda and there is no GPU that this PyTorch can use; use cpu.")
+    for name, path in (("--json", arguments.json), ("--plot", arguments.plot)):
+        if path is not None and (path.is_dir() or not path.parent.is_dir()):
+            raise ValueError(f"{name} is {str(path)!r}; give a file in a folder that exists.")
+    if arguments.plot is not None and not importlib.util.find_spec("matplotlib"):
+        raise ValueError("--plot needs matplotlib, which is not installed; install it.")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description="Measure losses over a large vocabulary.",
         epilog="`benchmark.py SUBCOMMAND --help` lists its options.",
     )
     parser.add_argument("subcommand", choices=SUBCOMMANDS)
-    parser.add_argument("options", nargs=argparse.REMAINDER)
+    parser.add_argument("options", nargs=argparse.REMAINDER, help="of the subcommand")
     chosen = parser.parse_args()
 
     module = importlib.import_module(f"sce_lm.benchmarks.{chosen.subcommand}")
@@ -44,10 +57,11 @@ def main() -> None:
     command.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of the CPU")
     module.add_arguments(command)
     arguments = command.parse_args(chosen.options)
-    torch.set_num_threads(arguments.threads)  # every measurement's process has as many
-    arguments.device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # temporary files go then too
     try:
+        check(arguments)
+        torch.set_num_threads(arguments.threads)  # every measurement's process has as many
+        arguments.device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
         module.run(arguments)
     except (ValueError, OSError, ImportError) as error:
         sys.exit(f"benchmark.py: {error}")

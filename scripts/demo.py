@@ -3,11 +3,10 @@
 Called by scripts/demo.sh, which makes the environment.
 """
 
-import json
 from pathlib import Path
 
 from sce_lm.training.comparison import Comparison, Method, compare
-from sce_lm.training.config import parse_config
+from sce_lm.training.config import as_arguments, parse_config
 
 FOLDER = Path("runs/demo")
 METHODS = {
@@ -36,9 +35,7 @@ RECOMMENDER = {
 
 
 def run(config: str, changes: dict, name: str) -> Comparison:
-    arguments = [f"examples/configs/{config}.yaml"]
-    for field, value in changes.items():
-        arguments += [f"--{field}", value if isinstance(value, str) else json.dumps(value)]
+    arguments = [f"examples/configs/{config}.yaml", *as_arguments(changes)]
     return compare(parse_config(arguments), METHODS, FOLDER / name)
 
 
@@ -57,7 +54,7 @@ def main() -> None:
     print()
     language_model.print(
         heading("Language model", language_model),
-        {"nll": "held-out exact NLL", "accuracy": "accuracy"},
+        {"nll": "exact test NLL", "accuracy": "accuracy"},
     )
     recommender.print(heading("Recommender", recommender), {"ndcg@10": "NDCG@10", "hr@10": "HR@10"})
     print(f"Curves: {language_model.curves}, {recommender.curves}")

@@ -1,12 +1,17 @@
-"""Evaluate the model of a finished run, exactly, whatever objective it was trained with.
+"""Evaluate a trained model, exactly, whatever objective it was trained with.
 
-    python scripts/evaluate.py RUN_DIR
+    python scripts/evaluate.py RUN_DIR [--split validation] [--k 10 50]
+    python scripts/evaluate.py RUN_OR_MODEL_DIR --data LOG_OR_TEXT [--k 10 50]
     accelerate launch --num_processes 2 scripts/evaluate.py RUN_DIR
 
 Prints a table: a language model's nll (nats a token), perplexity and accuracy on the held-out
 text, or a recommender's ndcg, hr, mrr and coverage for the test items over the whole catalogue,
-with 95 % intervals, beside popularity and a first-order Markov chain, and the protocol. The same
-figures go to RUN_DIR/evaluation.json, and the popularity of recommended items to popularity.png.
+with 95 % intervals, beside popularity and a first-order Markov chain, and the protocol. What is
+asked is what the run stored when it began; a sentence says if its data have changed since. With
+--data it is another text, all of it, or the last item of each user of another log.
+
+The same figures go to evaluation.json in the folder (evaluation-validation.json, or
+evaluation-of-NAME.json with --data), and the popularity of recommended items to popularity.png.
 """
 
 import argparse
@@ -15,23 +20,64 @@ from pathlib import Path
 
 from accelerate import Accelerator
 
-from sce_lm.training.evaluation import evaluate_run, print_evaluation
-from sce_lm.training.launch import start_missing_processes
+from sce_lm.training.evaluation import (
+    evaluate_on,
+    evaluate_run,
+    evaluation_file,
+    is_saved_model,
+    print_evaluation,
+)
+from sce_lm.training.launch import check_processes, start_missing_processes
+
+COLUMNS = ("user_column", "item_column", "time_column", "text_column")
+
+
+def read_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Evaluate a trained model.")
+    parser.add_argument(
+        "folder", type=Path, help="of a run of scripts/train.py, or of a saved model (with --data)"
+    )
+    parser.add_argument(
+        "--split", choices=("validation", "test"), help="what of the run's data; default: test"
+    )
+    parser.add_argument("--data", help="another log or text: file, folder or hub id")
+    parser.add_argument(
+        "--k", type=int, nargs="+", help="lengths of a recommender's lists; default: the run's"
+    )
+    for name in COLUMNS:
+        parser.add_argument(f"--{name}", help="of --data; default: the run's")
+    return parser.parse_args()
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Evaluate the model of a finished run.")
-    parser.add_argument("run", type=Path, help="folder of a run of scripts/train.py")
-    folder = parser.parse_args().run
+    arguments = read_arguments()
+    columns = {name: getattr(arguments, name) for name in COLUMNS if getattr(arguments, name)}
     try:
+        if arguments.data is None and is_saved_model(arguments.folder):
+            raise ValueError(
+                f"{arguments.folder} is a saved model, beside which there are no data; give a log "
+                "or a text by --data, or the folder of its run."
+            )
+        if (arguments.data is None and columns) or (arguments.data and arguments.split):
+            raise ValueError(
+                "--split chooses from a run's own data, and columns are of --data; leave one out."
+            )
+        asked = arguments.split or "test"
         start_missing_processes()
         accelerator = Accelerator()
-        rows = evaluate_run(folder, accelerator)
+        check_processes(accelerator)
+        if arguments.data is None:
+            rows = evaluate_run(arguments.folder, accelerator, asked, arguments.k)
+        else:
+            rows = evaluate_on(
+                arguments.folder, arguments.data, accelerator, arguments.k, **columns
+            )
     except (ValueError, OSError) as error:
         sys.exit(f"evaluate.py: {error}")
     if accelerator.is_main_process:
-        print_evaluation(rows)
-        print(f"Figures as JSON: {folder / 'evaluation.json'}")
+        print_evaluation(rows, arguments.data or asked)
+        file = evaluation_file(arguments.folder, asked, arguments.data)
+        print(f"Figures as JSON: {file}")
     accelerator.end_training()
 
 

@@ -9,9 +9,14 @@ A run that was stopped goes on when the same command is given again. `--help` li
 import json
 import sys
 
+from safetensors import SafetensorError
+
 from sce_lm.training.config import parse_config
 from sce_lm.training.launch import start_missing_processes
 from sce_lm.training.loop import Run
+
+INTERRUPTED = 130
+"""Exit status of a program that Ctrl-C ended: 128 and the number of the signal."""
 
 
 def main() -> None:
@@ -20,13 +25,28 @@ def main() -> None:
         run = Run(parse_config(sys.argv[1:]))
     except (ValueError, OSError) as error:
         sys.exit(f"train.py: {error}")
+    except KeyboardInterrupt:
+        print("train.py: Interrupted before the first step; nothing is lost.", file=sys.stderr)
+        sys.exit(INTERRUPTED)
     if run.is_main:
         print("Data:", json.dumps(run.task.describe(), indent=2))
         print(run.memory)
     try:
         summary = run.train()
-    except FloatingPointError as error:
+    except (FloatingPointError, ValueError) as error:
         sys.exit(f"train.py: {error}")
+    except (OSError, SafetensorError) as error:
+        sys.exit(
+            f"train.py: Stopped after step {run.step}, as a file could not be written ({error}); "
+            f"make room or correct that; {run.how_to_go_on()}"
+        )
+    except KeyboardInterrupt:
+        if run.is_main:
+            print(
+                f"train.py: Interrupted after step {run.step}; {run.how_to_go_on()}",
+                file=sys.stderr,
+            )
+        sys.exit(INTERRUPTED)
     if run.is_main:
         print(json.dumps(summary, indent=2))
         print(f"The run is in {run.folder}")

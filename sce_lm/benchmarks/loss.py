@@ -24,6 +24,7 @@ from sce_lm.benchmarks.problem import Problem, random_problem, scale_logits
 from sce_lm.benchmarks.rows import Row, Settings, measure_rows
 
 HEADS = ("trainable", "frozen")
+TEXT = "text for the model; default: a run's own training data, for other models the embedded text"
 
 
 def methods(candidates: int) -> list[Method]:
@@ -56,7 +57,7 @@ def add_common_arguments(parser: argparse.ArgumentParser, *, needs_model: bool) 
         help="the model: a run of scripts/train.py, or a folder of transformers",
     )
     parser.add_argument("--gguf", metavar="NAME", help="GGUF file in that folder with the model")
-    parser.add_argument("--text", type=Path, help="text for the model; default: its training data")
+    parser.add_argument("--text", type=Path, metavar="FILE", help=TEXT)
     parser.add_argument("--tokens", type=int, default=2048, help="positions N")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     parser.add_argument("--methods", metavar="A,B", help="rows to measure, by name; default: all")
@@ -95,6 +96,12 @@ def measure(
     with tempfile.TemporaryDirectory(prefix="sce_lm-benchmark-") as name:
         folder = Path(name)
         if arguments.real is None:
+            for option in ("text", "gguf"):
+                if getattr(arguments, option) is not None:
+                    raise ValueError(
+                        f"--{option} goes with a model and none is named; give its folder by "
+                        f"--real, or leave --{option} out to measure on drawn data."
+                    )
             sizes = (arguments.tokens, arguments.vocab, arguments.dim)
             problem = random_problem(folder, *sizes, arguments.dtype)
         else:

@@ -9,15 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 from sce_lm import objectives
 from sce_lm.benchmarks.problem import Problem
 from sce_lm.hf.adapter import apply_sce
+from sce_lm.training import models
 from sce_lm.training.comparison import save_loss_inputs
 from sce_lm.training.config import TrainConfig
 from sce_lm.training.embedded.text import embedded_text
-from sce_lm.training.sources import build_task
+from sce_lm.training.resuming import stored_fields
+from sce_lm.training.sources import resume_task
 
 ROW_LENGTH = 512
 """Tokens of a sequence of text, the one that starts it included."""
@@ -49,16 +51,23 @@ def real_problem(
         initial: the same model with fresh weights.
 
     Raises:
-        ValueError: there are fewer labels than ``positions``.
+        ValueError: there is no model or tokenizer, its tokens are no text, a run's data have
+            changed, or there are fewer labels than ``positions``.
     """
     is_run = (source / "model").is_dir()
     path = source / "model" if is_run else source
+    config = stored_fields(source) if is_run else {}
+    if text is not None and config.get("task") == "items":
+        raise ValueError(
+            f"{source} is a recommender, whose tokens are items, and --text gives it a text; leave "
+            "--text out, and its own training data are taken."
+        )
     model = load_model(path, dtype, gguf)
     if initial:
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(model.config, dtype=getattr(torch, dtype))
     if is_run and text is None:
-        task = build_task(TrainConfig(**json.loads((source / "config.json").read_text())))
+        task = resume_task(TrainConfig(**config), source)[0]
         batch_of, num_rows = task.batch, task.num_rows
     else:
         rows = text_rows(model, load_tokenizer(path, gguf), text)
@@ -73,13 +82,18 @@ def real_problem(
 
 
 def load_model(path: Path, dtype: str, gguf: str | None) -> Any:
-    """The model of a folder, or of a GGUF file in it."""
-    return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **_file(gguf))
+    """The model of a folder, or of a GGUF file in it; ValueError if there is none."""
+    if not (path / (gguf or "config.json")).is_file():
+        raise ValueError(
+            f"{path} has no {gguf or 'config.json'}; expected the folder of a finished run of "
+            "scripts/train.py, or one written by save_pretrained; check the path."
+        )
+    return models.load_model(path, dtype=dtype, **_file(gguf))
 
 
 def load_tokenizer(path: Path, gguf: str | None) -> Any:
-    """The tokenizer beside :func:`load_model`'s model."""
-    return AutoTokenizer.from_pretrained(path, **_file(gguf))
+    """The tokenizer beside :func:`load_model`'s model; ValueError if there is none."""
+    return models.load_tokenizer(path, **_file(gguf))
 
 
 def _file(gguf: str | None) -> dict[str, Any]:
@@ -109,8 +123,13 @@ def _take(
 
 def _read_text(path: Path | None) -> str:
     if path is not None:
-        return path.read_text(encoding="utf-8")
-    found = embedded_text(Path(TrainConfig().cache_dir).expanduser())
+        try:
+            return path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(
+                f"{path} is no UTF-8 text (byte {error.start}: {error.reason}); give a text file."
+            ) from None
+    found = embedded_text(Path(TrainConfig.cache_dir).expanduser())
     with found.heldout.open(encoding="utf-8") as lines:
         return "\n\n".join(json.loads(line)["text"] for line in lines)
 
@@ -125,6 +144,12 @@ def text_rows(model: Any, tokenizer: Any, path: Path | None) -> torch.Tensor:
     ids = torch.tensor(
         tokenizer(_read_text(path), add_special_tokens=False, verbose=False).input_ids
     )
+    if tokenizer.unk_token_id is not None and (ids == tokenizer.unk_token_id).all():
+        raise ValueError(
+            f"{tokenizer.name_or_path} has a tokenizer that knows no word of the text, such as a "
+            "recommender's; give the folder of its run, whose training data are then taken, or a "
+            "text that it knows by --text."
+        )
     start = ids.new_tensor([] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id])
     own = min(limit, ROW_LENGTH) - len(start)
     blocks = ids[: len(ids) // own * own].view(-1, own).long()

@@ -1,7 +1,7 @@
 """The same model, data order and schedule trained by several objectives and seeds.
 
 For each configuration of scripts/train.py: a table of seconds a step, seconds and memory of the
-loss alone, and held-out figures that are exact whatever was trained; with several seeds, means and
+loss alone, and test figures that are exact whatever was trained; with several seeds, means and
 standard deviations. Objectives that sample take equally many logits a position (--logits);
 "configured" is the configuration's own. Runs that are finished are not trained again, and one that
 was stopped goes on from its checkpoint. Each configuration's folder has curves.png (against
@@ -12,25 +12,25 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from sce_lm.benchmarks import report
 from sce_lm.benchmarks.methods import Method, choose, equal_logits
+from sce_lm.training.yaml12 import plain_value, read_yaml
 
 HEADINGS = {
     "lm": {
-        "nll": "held-out exact NLL",
+        "nll": "exact test NLL",
         "accuracy": "accuracy",
         "ece": "ECE",
         "log_z_bias": "log Zhat - log Z",
     },
     "items": {"ndcg@10": "NDCG@10", "hr@10": "HR@10", "coverage@10": "coverage@10"},
 }
-"""By task: held-out figures and what the table calls them. ECE is the expected calibration error,
-log Zhat - log Z what the objective's own draws make of held-out positions at the end."""
+"""By task: test figures and what the table calls them. ECE is the expected calibration error, log
+Zhat - log Z what the objective's own draws make of validation positions at the end."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="one run for each")
     parser.add_argument("--steps", type=int, help="max_steps, a tenth of them to warm up")
     parser.add_argument(
-        "--fields", type=json.loads, default={}, help="further fields of the runs, as JSON"
+        "--fields", metavar="JSON", default="{}", help="further fields of the runs, a mapping"
     )
     parser.add_argument("--folder", type=Path, default=Path("runs/train"), help="of all runs")
 
@@ -50,13 +50,14 @@ def run(arguments: argparse.Namespace) -> None:
     """Train, print, and write what was asked for."""
     # transformers and its friends take some seconds.
     from sce_lm.training import comparison
-    from sce_lm.training.config import parse_config
+    from sce_lm.training.config import as_arguments, parse_config
     from sce_lm.training.sources import build_task
 
+    changes = as_arguments(_fields(arguments))
     described = report.machine(arguments.device)
     results, panels = [], []
     for path in arguments.configs:
-        config = dataclasses.replace(parse_config([str(path)]), **_fields(arguments))
+        config = parse_config([str(path), *changes])
         vocab_size = len(build_task(config).tokenizer)
         rows = equal_logits(arguments.logits, vocab_size)
         if arguments.methods is not None:
@@ -82,7 +83,13 @@ def run(arguments: argparse.Namespace) -> None:
 def _fields(arguments: argparse.Namespace) -> dict[str, Any]:
     steps = arguments.steps
     schedule = {} if steps is None else {"max_steps": steps, "warmup_steps": max(1, steps // 10)}
-    return {**schedule, **arguments.fields}
+    given = plain_value(read_yaml(arguments.fields, "the command line", "--fields"))
+    if not isinstance(given, dict):
+        raise ValueError(
+            f"--fields is {arguments.fields!r}; expected a mapping of fields, for instance "
+            "'{\"per_device_batch_size\": 4}'."
+        )
+    return {**schedule, **given}
 
 
 def _sizes(measured: Mapping[str, Any]) -> str:
@@ -97,9 +104,9 @@ def _plain(result: dict[str, Any]) -> dict[str, Any]:
 
 
 def _panel(title: str, result: Any, figure: str) -> report.Panel:
-    """A held-out figure against the loss's seconds."""
+    """A test figure against the loss's seconds."""
     series = {
         label: [(result.costs[label].seconds, value, label) for value in values]
-        for label, values in ((name, result.held_out(name, figure)) for name in result.summaries)
+        for label, values in ((name, result.test(name, figure)) for name in result.summaries)
     }
-    return report.Panel(title, "seconds in the loss", f"held-out {figure}", series)
+    return report.Panel(title, "seconds in the loss", f"test {figure}", series)

@@ -13,12 +13,11 @@ model, so a folder is loaded in two lines:
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 
 from sce_lm import objectives
-from sce_lm.files import write_json
+from sce_lm.files import read_json, write_json
 from sce_lm.objectives import Objective
 
 OBJECTIVE_FILE = "objective.json"
@@ -46,7 +45,7 @@ def load_objective(folder: str | os.PathLike, rank: int = 0) -> Objective:
 
     Raises:
         FileNotFoundError: the folder has no objective.json.
-        ValueError: the file names no objective of this version.
+        ValueError: the file names no objective of this version, or one of the two is damaged.
     """
     folder = Path(folder)
     file = folder / OBJECTIVE_FILE
@@ -55,7 +54,13 @@ def load_objective(folder: str | os.PathLike, rank: int = 0) -> Objective:
             f"{file} does not exist; give a folder that SCECallback, save_objective or "
             "scripts/train.py wrote, or build the objective with objectives.get(...)."
         )
-    objective = objectives.get(**json.loads(file.read_text()))
+    options = read_json(file)
+    if not isinstance(options, dict) or "name" not in options:
+        raise ValueError(
+            f"{file} holds {options!r:.60}; expected the name and options of an objective; put the "
+            "file back that was written."
+        )
+    objective = objectives.get(**options)
     state = state_file(folder, rank)
     if objective.state is not None and state.is_file():
         objective.state.load(state)

@@ -19,8 +19,15 @@ from sce_lm.recsys.recommendation_files import read_histories, recommend_file
 from sce_lm.recsys.sasrec import SASRecConfig, SASRecForCausalLM
 from sce_lm.recsys.scoring import Scorer
 from sce_lm.recsys.sequences import catalogue, statistics, training_dataset, user_sequences
-from sce_lm.recsys.splits import Split, last_n, leave_one_out, temporal_split
-from sce_lm.recsys.tokenizer import append_items, build_item_tokenizer, item_tokens
+from sce_lm.recsys.splits import Split, last_items, last_n, leave_one_out, temporal_split
+from sce_lm.recsys.tokenizer import (
+    append_items,
+    build_item_tokenizer,
+    count_items,
+    is_item_tokenizer,
+    item_counts,
+    item_tokens,
+)
 
 __all__ = [
     "ItemRanking",
@@ -33,9 +40,13 @@ __all__ = [
     "build_item_tokenizer",
     "catalogue",
     "check_list_lengths",
+    "count_items",
     "evaluate_items",
     "filter_interactions",
+    "is_item_tokenizer",
+    "item_counts",
     "item_tokens",
+    "last_items",
     "last_n",
     "leave_one_out",
     "markov_scorer",

@@ -6,20 +6,27 @@
 
 A list is the k best of all items by the model's own logits, equal scores in the order of the
 catalogue; the catalogue is scored a tile at a time (`sce_lm.recsys.scoring`). Items that the
-tokenizer does not know are skipped and counted, and a history of nothing else gets an empty list.
+tokenizer does not know are skipped and counted. A user of whose history nothing is known gets the
+most popular items, marked as such, where the tokenizer carries the counts of a training (that of a
+run of scripts/train.py does), and else an empty list.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any, Literal
 
 import numpy as np
+import polars as pl
 import torch
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from sce_lm.recsys.scoring import model_scorer, seen_items, top_items
-from sce_lm.recsys.tokenizer import item_tokens
+from sce_lm.recsys.tokenizer import id_text, item_counts, item_tokens
+
+Source = Literal["model", "popularity", "none"]
+"""What a list was made by; "none": it is empty."""
 
 
 @dataclass(frozen=True)
@@ -29,18 +36,27 @@ class Recommendations:
     items: list[list[str]]
     """[users] item ids, best first; fewer than k where a user has fewer items left."""
     scores: list[list[float]]
-    """[users] the model's logits of those items."""
+    """[users] what the items were ordered by. A model's are its logits: they compare the items of
+    one user, and neither users nor models; they are no probabilities. Those of a popularity list
+    say how often the item occurs in the training data."""
+    sources: list[Source]
+    """[users] "model"; "popularity" where nothing is known of a user; "none" where there is no
+    list, since nothing is known of the user and no popularity either, or no item is left."""
     unknown_items: int
     """Items of the histories that the tokenizer does not know; they were skipped."""
     users_without_history: int
-    """Users of whose history nothing is known; their lists are empty."""
+    """Users of whose history nothing is known."""
+    unknown_candidates: int
+    """Ids of ``candidates`` that the tokenizer does not know, which can be in no list."""
+    unknown_excluded: int
+    """Ids of ``exclude`` that the tokenizer does not know, which are in no list anyway."""
 
 
 @torch.no_grad()
 def recommend(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
-    histories: Sequence[Sequence[object]],
+    histories: Any,
     k: int = 10,
     *,
     exclude_seen: bool = True,
@@ -56,7 +72,9 @@ def recommend(
     Args:
         model: any causal language model over item tokens.
         tokenizer: its item tokenizer.
-        histories: [users] item ids as in the log (of any type, compared as text), oldest first.
+        histories: [users] item ids as in the log (of any type, compared as text), oldest first:
+            lists of lists, a pandas, polars or Arrow column of lists, or a table with such a column
+            ``history``, as from :func:`~sce_lm.recsys.read_histories`.
         k: length of the lists, at most the number of items to choose from.
         exclude_seen: leave out the items of a user's whole history.
         candidates: the only items to choose from; None: the whole catalogue.
@@ -68,25 +86,53 @@ def recommend(
         progress: show a progress bar.
 
     Raises:
-        TypeError: a history is a string.
-        ValueError: k is below 1 or above the number of items to choose from, or ``candidates`` or
-            ``exclude`` name items that the tokenizer does not know.
+        TypeError: a history, ``candidates`` or ``exclude`` is no list.
+        ValueError: ``k`` is below 1 or above the number of items to choose from, there are none to
+            choose from, another number is below 1, or a table has no column ``history``.
     """
-    allowed = _allowed(tokenizer, candidates, exclude)
+    for name, value in (
+        ("max_length", max_length),
+        ("batch_size", batch_size),
+        ("tile_size", tile_size),
+    ):
+        if value is not None and value < 1:
+            raise ValueError(f"{name} is {value}; give a whole number of at least 1.")
+    wanted, unknown_candidates = _known(tokenizer, "candidates", candidates)
+    unwanted, unknown_excluded = _known(tokenizer, "exclude", exclude)
+    allowed = _allowed(tokenizer, None if candidates is None else wanted, unwanted)
     choice = int(allowed.sum())
+    if not choice:
+        raise ValueError(
+            f"There are no items to choose from: {len(wanted)} candidates are in the catalogue, "
+            f"{unknown_candidates} are not, and exclude takes away {len(unwanted)} items; give "
+            "other candidates, or exclude fewer."
+            if candidates is not None
+            else "There are no items to choose from: exclude takes away the whole catalogue; "
+            "exclude fewer."
+        )
     if not 1 <= k <= choice:
         raise ValueError(
             f"k is {k}, but there are {choice} items to choose from; choose k from 1 to {choice}."
         )
-    tokens, unknown = _encode(tokenizer, histories)
+    tokens, unknown = _encode(tokenizer, _as_lists(histories))
     score = model_scorer(model, max_length)
     items: list[list[str]] = [[] for _ in tokens]
     scores: list[list[float]] = [[] for _ in tokens]
-    lengths = np.array([len(history) for history in tokens])
+    sources: list[Source] = ["none" for _ in tokens]
+
+    def take(users: Iterable[int], source: Source, values: list, listed: list) -> None:
+        """Note the lists of some users: scores and tokens, -1 where there is none."""
+        for user, of_user, best in zip(users, values, listed, strict=True):
+            best = [token for token in best if token >= 0]
+            items[user] = list(tokenizer.convert_ids_to_tokens(best))
+            scores[user] = of_user[: len(best)]
+            sources[user] = source if best else "none"
+
+    lengths = np.array([len(history) for history in tokens], dtype=np.int64)
     by_length = np.argsort(-lengths, kind="stable")[: int((lengths > 0).sum())]
     with tqdm(total=len(by_length), unit=" users", disable=not progress, leave=False) as bar:
         for start in range(0, len(by_length), batch_size):
-            users = by_length[start : start + batch_size]
+            users = by_length[start : start + batch_size].tolist()
             batch = [tokens[user] for user in users]
             best_scores, best = top_items(
                 score(batch),
@@ -96,52 +142,86 @@ def recommend(
                 allowed=allowed,
                 tile_size=tile_size,
             )
-            for user, values, listed in zip(users, best_scores.tolist(), best.tolist()):
-                listed = [token for token in listed if token >= 0]
-                items[user] = list(tokenizer.convert_ids_to_tokens(listed))
-                scores[user] = values[: len(listed)]
+            take(users, "model", best_scores.tolist(), best.tolist())
             bar.update(len(users))
-    return Recommendations(items, scores, unknown, len(tokens) - len(by_length))
+    nothing_known = np.flatnonzero(lengths == 0).tolist()
+    counts = item_counts(tokenizer) if nothing_known else None
+    if counts is not None:
+        popularity = torch.zeros(1, item_tokens(tokenizer).stop, dtype=torch.float64)
+        popularity[0, item_tokens(tokenizer).start :] = torch.from_numpy(counts)
+        best_scores, best = top_items(
+            lambda start, stop: popularity[:, start:stop].clone(),
+            item_tokens(tokenizer),
+            k,
+            allowed=allowed,
+            tile_size=tile_size,
+        )
+        everyone = len(nothing_known)
+        take(nothing_known, "popularity", best_scores.tolist() * everyone, best.tolist() * everyone)
+    return Recommendations(
+        items, scores, sources, unknown, len(nothing_known), unknown_candidates, unknown_excluded
+    )
+
+
+def _as_lists(histories: Any) -> Iterable[Any]:
+    """Histories of any kind as something that gives one after the other."""
+    if hasattr(histories, "columns"):  # a pandas, polars or Arrow table
+        table = pl.DataFrame(histories)
+        if "history" not in table.columns:
+            raise ValueError(
+                f"The table of histories has the columns {', '.join(map(repr, table.columns))} and "
+                "not 'history'; make one of a log by read_histories(table, user=..., item=...)."
+            )
+        histories = table["history"]
+    for to_lists in ("to_pylist", "to_list"):  # an Arrow column; one of pandas or polars
+        if hasattr(histories, to_lists):
+            return getattr(histories, to_lists)()
+    return histories
 
 
 def _encode(
-    tokenizer: PreTrainedTokenizerBase, histories: Sequence[Sequence[object]]
+    tokenizer: PreTrainedTokenizerBase, histories: Iterable[Any]
 ) -> tuple[list[np.ndarray], int]:
     """The known items of each history as tokens, and how many are unknown."""
     first = item_tokens(tokenizer).start
     tokens, unknown = [], 0
     for history in histories:
-        if isinstance(history, str):
+        if isinstance(history, str) or not isinstance(history, Iterable | None):
+            kind = "string" if isinstance(history, str) else type(history).__name__
             raise TypeError(
-                f"The history {history!r} is a string; a history is a list of item ids, and "
+                f"The history {history!r} is a {kind}; a history is a list of item ids, and "
                 "histories are a list of those."
             )
-        ids = np.array(tokenizer.convert_tokens_to_ids([str(i) for i in history]), dtype=np.int64)
+        # A missing id is as good as one that nobody knows.
+        names = [id_text(item) or "" for item in (() if history is None else history)]
+        ids = np.array(tokenizer.convert_tokens_to_ids(names), dtype=np.int64)
         known = ids[ids >= first]
         unknown += len(ids) - len(known)
         tokens.append(known)
     return tokens, unknown
 
 
+def _known(
+    tokenizer: PreTrainedTokenizerBase, name: str, listed: Iterable[object] | None
+) -> tuple[torch.Tensor, int]:
+    """The distinct tokens of a list of ids, int64 [known], and how many ids are unknown."""
+    if isinstance(listed, str):
+        raise TypeError(f"{name} is the string {listed!r}; give a list of item ids.")
+    names = {id_text(item) or "" for item in (() if listed is None else listed)}
+    tokens = torch.tensor(tokenizer.convert_tokens_to_ids(list(names)), dtype=torch.int64)
+    known = tokens[tokens >= item_tokens(tokenizer).start]
+    return known, len(tokens) - len(known)
+
+
 def _allowed(
-    tokenizer: PreTrainedTokenizerBase,
-    candidates: Iterable[object] | None,
-    exclude: Iterable[object],
+    tokenizer: PreTrainedTokenizerBase, candidates: torch.Tensor | None, exclude: torch.Tensor
 ) -> torch.Tensor:
     """bool [tokens]: what may be recommended at all."""
     items = item_tokens(tokenizer)
     allowed = torch.zeros(items.stop, dtype=torch.bool)
-    allowed[items.start :] = candidates is None
-    for name, listed, value in (("candidates", candidates, True), ("exclude", exclude, False)):
-        names = [str(item) for item in listed or ()]
-        if not names:
-            continue
-        tokens = torch.tensor(tokenizer.convert_tokens_to_ids(names))
-        unknown = (tokens < items.start).nonzero().squeeze(1)
-        if len(unknown):
-            raise ValueError(
-                f"{name} names {len(unknown)} items that are not in the catalogue, for instance "
-                f"{names[int(unknown[0])]!r}; leave them out."
-            )
-        allowed[tokens] = value
+    if candidates is None:
+        allowed[items.start :] = True
+    else:
+        allowed[candidates] = True
+    allowed[exclude] = False
     return allowed

@@ -11,9 +11,12 @@ Three arrangements of normalisation are in use under this name, and ``norm`` cho
     "post"    x = LN(x + attention(x));             x = LN(x + ffn(x))             BERT, RecBole
 
 In the first, keys and values are not normalised and the residual is; "post" normalises the
-embeddings instead of the output. Importing this module makes the model type ``sasrec`` known to the
-Auto classes. It imports nothing of its package, so ``save_pretrained`` puts a copy beside the
-weights, and the folder loads elsewhere with ``trust_remote_code=True``.
+embeddings instead of the output.
+
+It is a model type of its own, ``sasrec``, which transformers does not have. A saved model loads by
+``AutoModelForCausalLM.from_pretrained(folder)`` after ``import sce_lm.recsys``. Without that it
+needs ``trust_remote_code=True``, which runs the copy of this file that ``save_pretrained`` puts
+beside the weights (it imports nothing of its package): allow it for folders that you trust.
 
 Padding may be on either side: positions count from the first real item. Packed rows are told apart
 by ``position_ids`` that start again at 0, with or without an attention mask.

@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from sce_lm.recsys.events import read_events
 from sce_lm.recsys.histories import training_rows
+from sce_lm.recsys.tokenizer import UNKNOWN_ITEM
 
 
 def catalogue(log: pl.LazyFrame) -> list[str]:
@@ -19,7 +20,9 @@ def catalogue(log: pl.LazyFrame) -> list[str]:
     return distinct.collect(engine="streaming")["item"].to_list()
 
 
-def user_sequences(log: pl.LazyFrame, tokenizer: PreTrainedTokenizerBase) -> pl.DataFrame:
+def user_sequences(
+    log: pl.LazyFrame, tokenizer: PreTrainedTokenizerBase, *, keep_unknown: bool = False
+) -> pl.DataFrame:
     """Every user's items as tokens, in order of time (ties keep the order of the file).
 
     Items that the tokenizer does not know are left out, and a warning counts their events.
@@ -27,6 +30,7 @@ def user_sequences(log: pl.LazyFrame, tokenizer: PreTrainedTokenizerBase) -> pl.
     Args:
         log: as from ``read_interactions``.
         tokenizer: an item tokenizer.
+        keep_unknown: keep them, as the token of unknown items.
 
     Returns:
         A row a user, in order of first appearance: ``user`` (string), ``items`` (list of int32
@@ -54,7 +58,9 @@ def user_sequences(log: pl.LazyFrame, tokenizer: PreTrainedTokenizerBase) -> pl.
             f"the log's {unknown} events; build it from this log or give the log behind it."
         )
     user, time = events.user, events.time
-    if unknown:
+    if keep_unknown:
+        token = np.where(known, token, np.int32(UNKNOWN_ITEM))
+    elif unknown:
         warnings.warn(
             f"{unknown} of {len(token)} events are of items that the tokenizer does not know; "
             "they are left out.",

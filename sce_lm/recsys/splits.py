@@ -14,6 +14,7 @@ import polars as pl
 
 from sce_lm.recsys.data import TIE_RULE
 from sce_lm.recsys.sequences import as_lists
+from sce_lm.recsys.times import text_time, time_kind
 
 ColdItems = Literal["drop", "keep"]
 Past = Literal["after", "all"]
@@ -109,6 +110,36 @@ def last_n(sequences: pl.DataFrame, n: int) -> Split:
     )
 
 
+def last_items(sequences: pl.DataFrame, items: range) -> tuple[pl.DataFrame, dict[str, int]]:
+    """Each user's last item, asked of a model that was trained on other data.
+
+    Items that the model does not know are left out of the histories and stay questions, which it
+    misses.
+
+    Args:
+        sequences: as from ``user_sequences`` with ``keep_unknown``.
+        items: tokens of the items that the model knows.
+
+    Returns:
+        ``user``, ``history``, ``target`` of the users who have a history, and counts:
+        ``unknown_events``, and ``users_without_history``, who are not asked.
+    """
+    is_known = (pl.element() >= items.start) & (pl.element() < items.stop)
+    past = pl.col("items").list.head(pl.col("items").list.len() - 1)
+    questions = sequences.select(
+        "user",
+        history=past.list.eval(pl.element().filter(is_known)),
+        target=pl.col("items").list.last(),
+    )
+    asked = questions.filter(pl.col("history").list.len() > 0)
+    tokens = sequences["items"].explode()
+    counts = {
+        "unknown_events": int(((tokens < items.start) | (tokens >= items.stop)).sum()),
+        "users_without_history": len(questions) - len(asked),
+    }
+    return asked, counts
+
+
 def temporal_split(
     sequences: pl.DataFrame,
     at: float | int | str | date,
@@ -125,7 +156,7 @@ def temporal_split(
         sequences: as from ``user_sequences``, with ``times``.
         at: a number between 0 and 1 is the quantile of all events' times (the nearest event's);
             anything else a time in the log's own units, or a date or ISO 8601 text where the log
-            has dates.
+            has dates, with a zone where those have one.
         past: histories hold a user's events "after" the cut only, or "all" of them.
         cold_items: "drop" events of items that do not occur in training from the questions and
             histories, or "keep" them. Users with fewer than 3 events are not asked.
@@ -196,16 +227,16 @@ def _cut(times: pl.Series, at: float | int | str | date):
         cut = times.sort()[place]
         return cut, f"the {at:g} quantile of time ({cut})"
     try:
-        value = pl.Series([at])
-        if isinstance(at, str):
-            value = value.str.to_datetime()
-        if value.dtype.is_temporal() != times.dtype.is_temporal():
-            raise ValueError("the log has " + ("dates" if times.dtype.is_temporal() else "numbers"))
-        cut = value.cast(times.dtype)[0]
+        value = text_time(at) if isinstance(at, str) else pl.Series([at])
+        here, there = time_kind(times.dtype, "The log"), time_kind(value.dtype, "The cut")
+        if here != there:
+            raise ValueError(f"the log has {here} and the cut is one of {there}")
+        # Numbers stay as they are: a cut at 5.5 is not one at 5.
+        cut = (value if value.dtype.is_numeric() else value.cast(times.dtype))[0]
     except (pl.exceptions.PolarsError, ValueError, TypeError) as error:
         raise ValueError(
             f"The cut {at!r} cannot be compared with times of type {times.dtype} "
-            f"({str(error).splitlines()[0]}); give a quantile between 0 and 1, or a time of "
-            "that kind."
+            f"({str(error).splitlines()[0].rstrip('.')}); give a quantile between 0 and 1, or a "
+            "time of that kind, such as 2024-05-01T00:00Z where times have a zone."
         ) from error
     return cut, str(cut)

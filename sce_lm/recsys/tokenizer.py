@@ -8,25 +8,45 @@ the first item of a history is context only.
 One item id is one word, spaces included, since nothing splits the text. ``tokenizer(ids,
 is_split_into_words=True)`` encodes a history with its attention mask; ``convert_tokens_to_ids`` and
 ``convert_ids_to_tokens`` map lists of ids to tokens and back.
+
+A tokenizer may carry how often each item occurs in the training data (:func:`count_items`), and is
+saved and loaded with it.
 """
 
+import math
 from collections.abc import Iterable
 
+import numpy as np
+import polars as pl
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 PAD = "[PAD]"
 UNKNOWN = "[UNK]"
+UNKNOWN_ITEM = 1
+"""Token id of every item that the tokenizer does not know."""
 FIRST_ITEM = 2
 """Token id of the catalogue's first item."""
+_COUNTS = "item_counts"
+"""Field of tokenizer_config.json: the counts of all items in order, in one line of text."""
+
+
+def id_text(value: object) -> str | None:
+    """An id as text, by the rule of a log: a whole float is that whole number (7.0 is "7"), and
+    None, NaN and empty text are no id, which gives None."""
+    if isinstance(value, float | np.floating):
+        if math.isnan(value):
+            return None
+        return str(int(value)) if value.is_integer() else str(value)
+    return None if value is None else str(value) or None
 
 
 def build_item_tokenizer(items: Iterable[object]) -> PreTrainedTokenizerFast:
     """A tokenizer over a catalogue; save and load it as any other.
 
     Args:
-        items: distinct item ids of any type, taken as ``str(item)``; item i becomes token
+        items: distinct item ids of any type, taken as text (:func:`id_text`); item i becomes token
             ``FIRST_ITEM + i``.
 
     Returns:
@@ -34,18 +54,21 @@ def build_item_tokenizer(items: Iterable[object]) -> PreTrainedTokenizerFast:
         model's inputs.
 
     Raises:
-        ValueError: no items, an id given twice, an empty id, or one that contains a special token.
+        ValueError: no items, an id given twice, a missing or empty id, or one that contains a
+            special token.
     """
-    names = [str(item) for item in items]
-    if not names:
-        raise ValueError("An item tokenizer needs at least one item, but the catalogue is empty.")
-    for name in names:
-        if not name or PAD in name or UNKNOWN in name:
+    names = []
+    for item in items:
+        name = id_text(item)
+        if name is None or PAD in name or UNKNOWN in name:
             raise ValueError(
-                f"Item id {name!r} cannot be a token: ids must not be empty and must not contain "
+                f"Item id {item!r} cannot be a token: ids must not be empty and must not contain "
                 f"the special tokens {PAD} and {UNKNOWN}; rename the item."
             )
-    vocabulary = {PAD: 0, UNKNOWN: 1}
+        names.append(name)
+    if not names:
+        raise ValueError("An item tokenizer needs at least one item, but the catalogue is empty.")
+    vocabulary = {PAD: 0, UNKNOWN: UNKNOWN_ITEM}
     vocabulary.update((name, FIRST_ITEM + index) for index, name in enumerate(names))
     if len(vocabulary) < FIRST_ITEM + len(names):
         raise ValueError(
@@ -67,7 +90,7 @@ def append_items(
     items: Iterable[object],
     model: PreTrainedModel | None = None,
 ) -> PreTrainedTokenizerFast:
-    """A tokenizer that also knows new items; those it knew keep their tokens.
+    """A tokenizer that also knows new items; those it knew keep their tokens and counts.
 
     (``tokenizer.add_tokens`` is not for item ids: it would find them inside of longer ids.)
 
@@ -82,13 +105,59 @@ def append_items(
     """
     tokens = item_tokens(tokenizer)
     known = tokenizer.convert_ids_to_tokens(list(tokens))
-    extended = build_item_tokenizer(dict.fromkeys((*known, *map(str, items))))
+    extended = build_item_tokenizer(dict.fromkeys((*known, *(id_text(item) for item in items))))
+    counts = item_counts(tokenizer)
+    if counts is not None:
+        _set_counts(extended, np.pad(counts, (0, len(item_tokens(extended)) - len(counts))))
     if model is not None:
         model.resize_token_embeddings(len(extended))
     return extended
+
+
+def is_item_tokenizer(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether a tokenizer is one of :func:`build_item_tokenizer`."""
+    return set(tokenizer.all_special_tokens) == {PAD, UNKNOWN}
 
 
 def item_tokens(tokenizer: PreTrainedTokenizerBase) -> range:
     """Token ids of the catalogue, which is what evaluation ranks: everything after the special
     tokens."""
     return range(FIRST_ITEM, len(tokenizer))
+
+
+def count_items(tokenizer: PreTrainedTokenizerBase, sequences: pl.DataFrame) -> None:
+    """Note in the tokenizer how often each item occurs; it saves and loads the counts with itself.
+
+    :func:`~sce_lm.recsys.recommend` falls back to them for users of whom it knows no item.
+
+    Args:
+        tokenizer: an item tokenizer; counts of before are replaced.
+        sequences: frame with a column ``items`` of its tokens, such as ``split.train``.
+    """
+    items = item_tokens(tokenizer)
+    tokens = sequences["items"].explode().drop_nulls().to_numpy()
+    _set_counts(tokenizer, np.bincount(tokens, minlength=items.stop)[items.start :])
+
+
+def item_counts(tokenizer: PreTrainedTokenizerBase) -> np.ndarray | None:
+    """int64 [items], how often each item occurs in the training data, as :func:`count_items` noted
+    it; None if nobody did.
+
+    Raises:
+        ValueError: the counts are not those of the tokenizer's items.
+    """
+    text = tokenizer.init_kwargs.get(_COUNTS)
+    if text is None:
+        return None
+    counts = str(text).split()
+    if len(counts) != len(item_tokens(tokenizer)) or not all(map(str.isdecimal, counts)):
+        raise ValueError(
+            f"The tokenizer has {len(item_tokens(tokenizer))} items, and the {_COUNTS} saved with "
+            f"it are not as many numbers; take {_COUNTS} out of tokenizer_config.json, or count "
+            "anew by count_items."
+        )
+    return np.array(counts, dtype=np.int64)
+
+
+def _set_counts(tokenizer: PreTrainedTokenizerBase, counts: np.ndarray) -> None:
+    tokenizer.init_kwargs[_COUNTS] = " ".join(map(str, counts.tolist()))

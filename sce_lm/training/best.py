@@ -1,10 +1,11 @@
-"""The best model so far by a held-out figure, kept on disk, and when to stop waiting for a better.
+"""The best model by a validation figure, kept on disk, and when to stop waiting for a better one.
 
     RUN/best/step-00000500/model.safetensors     weights of the best evaluation
 
 What has been evaluated is in metrics.jsonl, so a resumed run knows it from there. The weights of an
 earlier best go only when a checkpoint is written after its successor: a run that goes back to its
-last checkpoint still finds the best of the steps before.
+last checkpoint still finds the best of the steps before. As long as there are checkpoints to go on
+from, the best weights stay beside them.
 """
 
 import math
@@ -13,6 +14,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_model, save_model
 from transformers import PreTrainedModel
 
@@ -22,7 +24,7 @@ WEIGHTS = "model.safetensors"
 
 
 class BestModel:
-    """Follows the held-out evaluations of a run; every process sees the same ones."""
+    """Follows the validations of a run; every process sees the same ones."""
 
     def __init__(
         self,
@@ -33,7 +35,7 @@ class BestModel:
     ):
         """Args:
         folder: where weights are kept.
-        figure: the name of the held-out figure.
+        figure: the name of the validation figure in metrics.jsonl.
         higher_is_better: its direction.
         records: earlier ones of metrics.jsonl.
         """
@@ -41,6 +43,7 @@ class BestModel:
         self.figure = figure
         self.sign = 1.0 if higher_is_better else -1.0
         self.step = 0
+        self.last_step = 0
         self.evaluations_since = 0
         self._score = -math.inf
         for record in records:
@@ -49,6 +52,7 @@ class BestModel:
 
     def update(self, step: int, value: float) -> bool:
         """Take note of an evaluation; whether it is the best so far (the first of equal ones)."""
+        self.last_step = step
         is_best = self.sign * value > self._score
         if is_best:
             self.step, self._score, self.evaluations_since = step, self.sign * value, 0
@@ -64,8 +68,23 @@ class BestModel:
             save_model(model, str(partial))
 
     def load(self, model: PreTrainedModel) -> None:
-        """Give a model the weights of the best step."""
-        load_model(model, self._weights(self.step), device=str(model.device))
+        """Give a model the weights of the best step.
+
+        Raises ValueError if their file is damaged.
+        """
+        path = self._weights(self.step)
+        try:
+            load_model(model, path)
+        except (RuntimeError, SafetensorError) as error:
+            reason = " ".join(str(error).split())[:300].rstrip(".")
+            raise ValueError(
+                f"{path} does not hold the weights of the best evaluation ({reason}); delete it, "
+                "and the best is looked for from the newest checkpoint on."
+            ) from error
+
+    def is_missing(self) -> bool:
+        """True if there was a best evaluation and its weights were not kept."""
+        return self.step > 0 and not self._weights(self.step).exists()
 
     def remove_earlier(self) -> None:
         """Drop the weights of all but the best step."""

@@ -5,10 +5,16 @@
     RUN/checkpoints/.partial-step-00001000/  being written, or left by a killed process: ignored,
                                              then removed
 
-Inside: what accelerate saves (model, optimiser, scheduler, gradient scaler, the random states of
-every process), the objective's state of every process, and `checkpoint.json` with the step, the
-batches that make a step, the number of processes and the SHA-256 of every file. The data position
-is the step: the order of the data is a function of seed and step alone.
+Inside, in formats that hold numbers and text and nothing that could be executed:
+
+    model.safetensors, optimizer.safetensors     the parameters, and the optimiser's state of each
+    random_rankR.safetensors                     the random states of a process
+    sce_state_rankR.safetensors                  the objective's state of a process, if it has one
+    checkpoint.json                              step, batches that make a step, processes, steps
+                                                 of the schedule, gradient scaler, and the SHA-256
+                                                 of every file
+
+The data position is the step: the order of the data is a function of seed and step alone.
 
 Another number of processes may go on, if it can share the batches of a step equally: each then
 accumulates more or fewer of them, and a step stays what it was. Its processes draw noise of their
@@ -21,23 +27,52 @@ over, since to go on from an older one in silence would lose work without a word
 import hashlib
 import json
 import os
+import random
 import shutil
+from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import torch
 from accelerate import Accelerator
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, load_model, save_file, save_model
+from torch.optim.lr_scheduler import LRScheduler
 
+from sce_lm.files import read_json
 from sce_lm.hf.saving import state_file
 from sce_lm.objectives.base import Objective
 
 MANIFEST = "checkpoint.json"
+MODEL = "model.safetensors"
+OPTIMIZER = "optimizer.safetensors"
 
 
 class Checkpoints:
     """The checkpoints of one run folder; all processes call `save` and `load` together."""
 
-    def __init__(self, folder: Path, accelerator: Accelerator, objective: Objective, keep: int):
+    def __init__(
+        self,
+        folder: Path,
+        accelerator: Accelerator,
+        model: torch.nn.Module,
+        optimizer: torch.optim.Optimizer,
+        scheduler: LRScheduler,
+        objective: Objective,
+        keep: int,
+    ):
+        """Args:
+        folder: where they are kept.
+        model, optimizer: as `accelerator.prepare` gave them.
+        scheduler: of the learning rate, a function of its step alone.
+        keep: the newest so many stay.
+        """
         self.folder = folder
         self.accelerator = accelerator
+        self.model = accelerator.unwrap_model(model)
+        self.optimizer = optimizer
+        self.scheduler = scheduler
         self.objective = objective
         self.keep = keep
         if accelerator.is_main_process:
@@ -54,18 +89,20 @@ class Checkpoints:
 
         Args:
             batches: of one step, over all processes.
+
+        Raises OSError or SafetensorError if it cannot be written; nothing of it is left then.
         """
         complete = self.folder / f"step-{step:08d}"
         partial = self.folder / f".partial-{complete.name}"
+        try:
+            self._write(partial)
+            self.accelerator.wait_for_everyone()
+            if self.accelerator.is_main_process:
+                _complete(partial, complete, step, self._facts(batches))
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
         if self.accelerator.is_main_process:
-            partial.mkdir(parents=True)
-        self.accelerator.wait_for_everyone()
-        self.accelerator.save_state(str(partial), safe_serialization=False)
-        if self.objective.state is not None and not self.objective.state.is_new:
-            self.objective.state.save(state_file(partial, self.accelerator.process_index))
-        self.accelerator.wait_for_everyone()
-        if self.accelerator.is_main_process:
-            _complete(partial, complete, step, batches, self.accelerator.num_processes)
             for old in sorted(self.folder.glob("step-*"))[: -self.keep]:
                 # Renamed first, so that a half-removed folder never passes for a checkpoint.
                 removed = old.rename(old.with_name(f".removed-{old.name}"))
@@ -75,45 +112,156 @@ class Checkpoints:
     def load(self, checkpoint: Path) -> dict[str, int]:
         """Restore everything from `checkpoint` and return its `step`, `batches` and `processes`.
 
-        Raises ValueError if a file is missing or damaged, or the processes there are now cannot
-        share the batches of a step.
+        Raises ValueError if a file is missing, damaged, of another kind or does not fit this run,
+        or if the processes there are now cannot share the batches of a step.
         """
         if self.accelerator.is_main_process:
             verify(checkpoint)
         self.accelerator.wait_for_everyone()
-        manifest = json.loads((checkpoint / MANIFEST).read_text())
+        manifest = read_json(checkpoint / MANIFEST)
         if manifest["batches"] % self.accelerator.num_processes:
             raise ValueError(
                 f"{checkpoint} was written by {manifest['processes']} processes, whose steps take "
                 f"{manifest['batches']} batches, and this run has {self.accelerator.num_processes}"
                 "; start a number that divides them, or choose another output_dir."
             )
-        self.accelerator.load_state(str(checkpoint))
-        state = state_file(checkpoint, self.accelerator.process_index % manifest["processes"])
+        try:
+            self._read(checkpoint, manifest)
+        except (LookupError, RuntimeError, SafetensorError, TypeError, ValueError) as error:
+            reason = " ".join(str(error).split())[:300].rstrip(".")
+            raise ValueError(
+                f"The checkpoint {checkpoint} does not fit this run ({reason}); go on with the "
+                "model, data and optimizer that it was written with, or choose another output_dir."
+            ) from error
+        return {name: manifest[name] for name in ("step", "batches", "processes")}
+
+    def _write(self, folder: Path) -> None:
+        rank = self.accelerator.process_index
+        if self.accelerator.is_main_process:
+            folder.mkdir(parents=True)
+            save_model(self.model, str(folder / MODEL))
+            save_file(_optimizer_state(self.optimizer), folder / OPTIMIZER)
+        self.accelerator.wait_for_everyone()
+        tensors, texts = _random_states(self.accelerator.device)
+        save_file(tensors, _random_file(folder, rank), texts)
+        if self.objective.state is not None and not self.objective.state.is_new:
+            self.objective.state.save(state_file(folder, rank))
+
+    def _facts(self, batches: int) -> dict[str, Any]:
+        scaler = self.accelerator.scaler
+        return {
+            "batches": batches,
+            "processes": self.accelerator.num_processes,
+            "schedule": self.scheduler.last_epoch,
+            "scaler": scaler.state_dict() if scaler is not None else None,
+        }
+
+    def _read(self, checkpoint: Path, manifest: dict[str, Any]) -> None:
+        rank = self.accelerator.process_index
+        load_model(self.model, checkpoint / MODEL)
+        _restore_optimizer(self.optimizer, load_file(checkpoint / OPTIMIZER))
+        # One step back and one forward, which sets the rates of that step on this run's schedule.
+        place = {"last_epoch": manifest["schedule"] - 1, "_step_count": manifest["schedule"]}
+        self.scheduler.load_state_dict(self.scheduler.state_dict() | place)
+        self.scheduler.step()
+        if self.accelerator.scaler is not None and manifest["scaler"]:
+            self.accelerator.scaler.load_state_dict(manifest["scaler"])
+        state = state_file(checkpoint, rank % manifest["processes"])
         if state.exists() and self.objective.state is not None:
             self.objective.state.load(state)
-        return {name: manifest[name] for name in ("step", "batches", "processes")}
+        if manifest["processes"] == self.accelerator.num_processes:
+            _restore_random_states(_random_file(checkpoint, rank), self.accelerator.device)
 
 
 def verify(checkpoint: Path) -> None:
-    """Raise ValueError unless every file of a checkpoint is there as it was written."""
+    """Raise ValueError unless a checkpoint has exactly the files that it should have, each as it
+    was written and in its format."""
+    advice = (
+        "delete that folder to go on from the checkpoint before it, or from the start if there is "
+        "none."
+    )
     try:
-        files = json.loads((checkpoint / MANIFEST).read_text())["files"]
-        damaged = [name for name, digest in files.items() if _sha256(checkpoint / name) != digest]
-    except (OSError, ValueError, KeyError) as error:
-        damaged = [getattr(error, "filename", None) or MANIFEST]
+        manifest = read_json(checkpoint / MANIFEST)
+        files, ranks = manifest["files"], range(manifest["processes"])
+        needed = {MODEL, OPTIMIZER, *(_random_file(checkpoint, rank).name for rank in ranks)}
+        known = needed | {state_file(checkpoint, rank).name for rank in ranks}
+        there = {path.name for path in checkpoint.iterdir() if not path.name.startswith(".")}
+        foreign = sorted((there | set(files)) - known - {MANIFEST})
+        damaged = []
+        if not foreign:
+            names = sorted(needed | set(files) | there - {MANIFEST})
+            damaged = [name for name in names if _sha256(checkpoint / name) != files.get(name)]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        foreign, damaged = [], [getattr(error, "filename", None) or MANIFEST]
+    if foreign:
+        raise ValueError(
+            f"The checkpoint {checkpoint} holds {foreign[0]}, which is none of its files: an "
+            "earlier version wrote it, or somebody else, and to read it could run code, so nothing "
+            f"was read; {advice}"
+        )
+    for name in () if damaged else names:
+        try:
+            with safe_open(checkpoint / name, "pt"):
+                pass
+        except SafetensorError:
+            damaged = [name]
     if damaged:
         raise ValueError(
             f"The checkpoint {checkpoint} is damaged ({Path(damaged[0]).name} is missing or not as "
-            "it was written); delete that folder to go on from the checkpoint before it, or from "
-            "the start if there is none."
+            f"it was written); {advice}"
         )
 
 
-def _complete(partial: Path, complete: Path, step: int, batches: int, processes: int) -> None:
+def _random_file(folder: Path, rank: int) -> Path:
+    return folder / f"random_rank{rank}.safetensors"
+
+
+def _optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """Its tensors as `INDEX.NAME` of a parameter, and its numbers as int64 `[]`, which no optimiser
+    here has for a tensor. The rest (rates, decay) is the configuration's and the schedule's."""
+    return {
+        f"{index}.{name}": torch.as_tensor(value).contiguous()
+        for index, entry in optimizer.state_dict()["state"].items()
+        for name, value in entry.items()
+    }
+
+
+def _restore_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, torch.Tensor]) -> None:
+    state: defaultdict[int, dict[str, Any]] = defaultdict(dict)
+    for key, tensor in saved.items():
+        index, name = key.split(".", 1)
+        is_number = tensor.dtype == torch.int64 and tensor.dim() == 0
+        state[int(index)][name] = tensor.item() if is_number else tensor
+    optimizer.load_state_dict(optimizer.state_dict() | {"state": dict(state)})
+
+
+def _random_states(device: torch.device) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """The generators of torch as tensors, those of Python and NumPy as JSON."""
+    tensors = {"cpu": torch.get_rng_state()}
+    if device.type != "cpu":
+        tensors[device.type] = torch.get_device_module(device).get_rng_state()
+    name, key, *rest = np.random.get_state()
+    numpy = [name, np.asarray(key).tolist(), *rest]
+    return tensors, {"others": json.dumps({"python": random.getstate(), "numpy": numpy})}
+
+
+def _restore_random_states(path: Path, device: torch.device) -> None:
+    """Set them again; a kind of device that the checkpoint does not know keeps its own."""
+    with safe_open(path, "pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        others = json.loads(file.metadata()["others"])
+    version, key, gauss = others["python"]
+    random.setstate((version, tuple(key), gauss))
+    np.random.set_state(tuple(others["numpy"]))
+    torch.set_rng_state(tensors["cpu"])
+    if device.type != "cpu" and device.type in tensors:
+        torch.get_device_module(device).set_rng_state(tensors[device.type])
+
+
+def _complete(partial: Path, complete: Path, step: int, facts: dict[str, Any]) -> None:
     """List the files, push all of it to disk, and give the folder its name."""
     files = {path.name: _sha256(path) for path in sorted(partial.iterdir())}
-    manifest = {"step": step, "batches": batches, "processes": processes, "files": files}
+    manifest = {"step": step, **facts, "files": files}
     (partial / MANIFEST).write_text(json.dumps(manifest, indent=1))
     for path in (*partial.iterdir(), partial):
         _sync(path)

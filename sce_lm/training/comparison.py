@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from sce_lm import objectives
 from sce_lm.files import write_json
@@ -22,6 +22,7 @@ from sce_lm.training.config import TrainConfig
 from sce_lm.training.loop import Run
 from sce_lm.training.loss_cost import LossCost
 from sce_lm.training.metrics import with_costs
+from sce_lm.training.models import load_model
 from sce_lm.training.plots import draw_curves
 from sce_lm.training.task import DataOrder, Task, on_device
 
@@ -45,19 +46,19 @@ class Comparison:
     failures: dict[str, str]
     """Why a method has no summaries, by its label."""
     sooner: dict[str, list[float | None]]
-    """Seconds of training until the held-out figure was as good as the first method's best, over
+    """Seconds of training until the validation was as good as the first method's best, over
     those that the first method took to it; one for each seed, None if it never was."""
     costs: dict[str, LossCost]
     """The loss alone, by label; "stock" is plain cross-entropy."""
     measured: dict[str, Any]
     """Positions, vocabulary, width and dtype at which the costs hold."""
     baselines: dict[str, dict[str, float]]
-    """Held-out figures of methods that need no training."""
+    """Test figures of methods that need no training."""
     curves: Path
     """The plot."""
 
     def print(self, title: str, figures: Mapping[str, str]) -> None:
-        """Print the table; ``figures`` maps held-out figures to their headings. With several seeds
+        """Print the table; ``figures`` maps test figures to their headings. With several seeds
         they are means and standard deviations."""
         table = Table(title=title, title_justify="left")
         table.add_column("method")
@@ -70,10 +71,10 @@ class Comparison:
                 table.add_row(label, "", *cells, *("" for _ in figures))
             else:
                 seconds = statistics.mean(s["seconds_per_step"] for s in self.summaries[label])
-                held_out = [_spread(self.held_out(label, name)) for name in figures]
-                table.add_row(label, f"{seconds:.2f}", *cells, *held_out, self._time(label))
-        for label, held_out in self.baselines.items():
-            values = [f"{held_out[name]:.4f}" if name in held_out else "" for name in figures]
+                test = [_spread(self.test(label, name)) for name in figures]
+                table.add_row(label, f"{seconds:.2f}", *cells, *test, self._time(label))
+        for label, test in self.baselines.items():
+            values = [f"{test[name]:.4f}" if name in test else "" for name in figures]
             table.add_row(label, "", "", "", *values)
         console = Console(width=170)
         console.print(table)
@@ -89,9 +90,9 @@ class Comparison:
         count = "" if len(reached) == len(shares) else f" ({len(reached)} of {len(shares)})"
         return f"{statistics.mean(reached):.2f}{count}"
 
-    def held_out(self, label: str, figure: str) -> list[float]:
-        """A held-out figure of each seed's run, of its model or its objective; none where there is
-        no such figure."""
+    def test(self, label: str, figure: str) -> list[float]:
+        """A test figure of each seed's run, or one of its objective's draws on validation
+        positions; none where there is no such figure."""
         found = [s["test"] | s["objective_error"] for s in self.summaries[label]]
         return [figures[figure] for figures in found if figure in figures]
 
@@ -109,7 +110,7 @@ Records = list[dict[str, Any]]
 
 def _sooner(runs: Mapping[str, Sequence[Records]], task: Task) -> dict[str, list[float | None]]:
     """See :class:`Comparison`."""
-    figure, sign = task.headline[0], 1 if task.higher_is_better else -1
+    figure, sign = f"validation/{task.headline[0]}", 1 if task.higher_is_better else -1
 
     def evaluations(records: Records) -> list[tuple[float, float]]:
         return [(r["seconds"], sign * r[figure]) for r in records if figure in r]
@@ -206,7 +207,7 @@ def compare(
                     dataclasses.replace(
                         config,
                         objective=method.objective,
-                        objective_options=type(config.objective_options)(method.options),
+                        objective_options=dict(method.options),
                         output_dir=str(run_folder),
                         seed=seed,
                     )
@@ -224,7 +225,7 @@ def compare(
         runs[label], summaries[label] = folders, found
     assert task is not None
 
-    trained = AutoModelForCausalLM.from_pretrained(next(iter(runs.values()))[0] / "model")
+    trained = load_model(next(iter(runs.values()))[0] / "model")
     apply_sce(trained, objectives.get("exact"))
     order = DataOrder(task.num_rows, config.per_device_batch_size, 1, config.seed)
     inputs = folder / "loss_inputs.safetensors"

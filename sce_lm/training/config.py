@@ -1,43 +1,33 @@
 """The configuration of a run: one flat frozen dataclass, each field documented and checked once.
 
 A run is described by a YAML file, and each field can be set again on the command line
-(`--field value`), which wins. A mapping is given there as JSON and replaces the one of the file:
-`--objective_options '{"tail_candidates": 2048}'`.
+(`--field value`), which wins. A value is read there as in the file; a mapping is given as JSON or
+YAML and replaces the one of the file: `--objective_options '{"tail_candidates": 2048}'`.
 """
 
+import argparse
 import dataclasses
 import difflib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NoReturn, get_origin, get_type_hints
 
-import yaml
-from transformers import HfArgumentParser
-
+from sce_lm import objectives
 from sce_lm.recsys.events import Duplicates
 from sce_lm.recsys.splits import ColdItems, Past
+from sce_lm.training.kinds import FieldError, as_written, checked
+from sce_lm.training.yaml12 import Plain, read_yaml
 
 EMBEDDED = "embedded"
-
-
-class Options(dict[str, Any]):
-    """A mapping of options; a string is read as JSON, which is how the command line gives one."""
-
-    def __init__(self, given: Any = ()) -> None:
-        if isinstance(given, str):
-            given = json.loads(given)
-            if not isinstance(given, dict):
-                raise ValueError(f"expected a JSON object, got {given!r}")
-        super().__init__(given)
 
 
 @dataclass(frozen=True)
 class TrainConfig:
     """What to train, on what, with which objective and for how long.
 
-    Raises ValueError, in one sentence, for a field of the wrong type or out of range.
+    Raises FieldError, a ValueError of one sentence, for a field of the wrong type or out of range.
     """
 
     task: Literal["lm", "items"] = field(
@@ -60,8 +50,8 @@ class TrainConfig:
             "from scratch by model_config."
         },
     )
-    model_config: Options = field(
-        default_factory=Options,
+    model_config: dict[str, Any] = field(
+        default_factory=dict,
         metadata={
             "help": "A model from scratch: model_type and any field of that configuration, e.g. "
             "{model_type: llama, ...}."
@@ -97,8 +87,8 @@ class TrainConfig:
         default=None,
         metadata={"help": "Configuration name of a hub data set, e.g. wikitext-2-raw-v1."},
     )
-    data_options: Options = field(
-        default_factory=Options,
+    data_options: dict[str, Any] = field(
+        default_factory=dict,
         metadata={"help": "Options of the embedded data: keyword arguments of its builder."},
     )
     held_out: str | None = field(
@@ -123,6 +113,13 @@ class TrainConfig:
         metadata={
             "help": "Column of the interaction log that says when; unset: rows of a user are in "
             "the order of the file."
+        },
+    )
+    time_format: str | None = field(
+        default=None,
+        metadata={
+            "help": "How times that are text are written, in the directives of strptime; unset: as "
+            "numbers or in ISO 8601."
         },
     )
     cache_dir: str = field(
@@ -203,8 +200,8 @@ class TrainConfig:
             "help": "Name of the training objective in sce_lm.objectives, e.g. sce or exact."
         },
     )
-    objective_options: Options = field(
-        default_factory=Options,
+    objective_options: dict[str, Any] = field(
+        default_factory=dict,
         metadata={
             "help": "Options of the objective, e.g. {tail_candidates: 2048} or {published: true}."
         },
@@ -286,8 +283,8 @@ class TrainConfig:
     eval_batches: int = field(
         default=0,
         metadata={
-            "help": "Held-out batches of a language model's evaluation, over all processes; 0: "
-            "all of them."
+            "help": "Held-out batches of a language model's validation, over all processes; 0: "
+            "all of them. The test takes all."
         },
     )
     eval_users: int = field(
@@ -310,8 +307,8 @@ class TrainConfig:
     keep_best: bool = field(
         default=False,
         metadata={
-            "help": "Save and test the model of the best held-out evaluation (lowest nll, highest "
-            "NDCG), not the last."
+            "help": "Save and test the model of the best validation (lowest nll, highest NDCG), "
+            "not the last."
         },
     )
     patience: int = field(
@@ -359,10 +356,18 @@ class TrainConfig:
             "help": "Go on from the newest checkpoint in output_dir; false: refuse a folder in use."
         },
     )
+    resume_with_changed_data: bool = field(
+        default=False,
+        metadata={
+            "help": "Resume although the data are others than those that the run began with: a "
+            "recommender goes on with the split that it stored, a language model trains on the "
+            "text as it is now, without the documents that it holds out. False: refuse."
+        },
+    )
 
     def __post_init__(self) -> None:
         for name, kind in get_type_hints(type(self)).items():
-            object.__setattr__(self, name, _checked(name, kind, getattr(self, name)))
+            object.__setattr__(self, name, checked(name, kind, getattr(self, name)))
         for name in (
             "sequence_length",
             "max_steps",
@@ -405,133 +410,198 @@ class TrainConfig:
         self._require("split_quantile", 0 < self.split_quantile < 1, "between 0 and 1")
         self._require("eval_k", bool(self.eval_k) and min(self.eval_k) >= 1, "numbers from 1 up")
         if self.patience and not self.eval_every:
-            raise ValueError(
+            raise FieldError(
                 f"patience is {self.patience} and eval_every 0, so nothing is evaluated before the "
-                "end; set eval_every to a number of steps."
+                "end; set eval_every to a number of steps.",
+                *("patience", "eval_every"),
             )
         if self.optimizer == "adamw" and rate is not None:
-            raise ValueError(
+            raise FieldError(
                 f"sparse_learning_rate is {rate} and the optimizer is adamw, which has one rate "
-                "for all; leave it out, or choose optimizer sparse_adam or rowwise_adagrad."
+                "for all; leave it out, or choose optimizer sparse_adam or rowwise_adagrad.",
+                *("sparse_learning_rate", "optimizer"),
             )
         if self.optimizer != "adamw" and self.dtype != "float32":
-            raise ValueError(
+            raise FieldError(
                 f"dtype is {self.dtype!r} and the optimizer {self.optimizer}, whose small steps "
                 'that precision rounds away; use dtype "float32", with mixed_precision "bf16" for '
-                "speed."
+                "speed.",
+                *("dtype", "optimizer"),
             )
         if self.model is None and "model_type" not in self.model_config:
-            raise ValueError(
+            raise FieldError(
                 "Neither model nor model_config is given; expected a model to start from, or "
                 "model_config with a model_type (e.g. {model_type: llama, hidden_size: 256}); "
-                "add one of the two."
+                "add one of the two.",
+                "model_config",
             )
         if self.model is not None and self.model_config:
-            raise ValueError(
+            raise FieldError(
                 f"Both model ({self.model!r}) and model_config are given; a model is either loaded "
-                "or made from scratch; remove one of the two."
+                "or made from scratch; remove one of the two.",
+                *("model", "model_config"),
             )
         if self.lora_rank and (self.model is None or self.optimizer != "adamw"):
-            raise ValueError(
+            raise FieldError(
                 f"lora_rank is {self.lora_rank}, which freezes a pretrained model and its head; it "
-                "goes with model and optimizer adamw; give both, or leave lora_rank out."
+                "goes with model and optimizer adamw; give both, or leave lora_rank out.",
+                *("lora_rank", "model", "optimizer"),
             )
+        self._check_objective()
+
+    def _check_objective(self) -> None:
+        known = objectives.names()
+        self._require("objective", self.objective in known, "one of " + ", ".join(known))
+        of_objective = type(objectives.get(self.objective).config)
+        kinds = {**get_type_hints(of_objective), "published": bool, "mix": bool}
+        options = {}
+        for name, value in self.objective_options.items():
+            if name not in kinds:
+                raise FieldError(
+                    f"objective_options.{name} is no option of objective {self.objective!r}; did "
+                    f"you mean {_nearest(name, kinds)!r}?",
+                    *("objective_options", "objective"),
+                )
+            options[name] = checked(f"objective_options.{name}", kinds[name], value)
+        object.__setattr__(self, "objective_options", options)
+        try:
+            objectives.get(self.objective, **options)
+        except ValueError as error:
+            rest = str(error).removeprefix(of_objective.__name__)
+            message = f"objective_options{'' if rest != str(error) else ': '}{rest}"
+            raise FieldError(message, "objective_options", "objective") from None
 
     def _require(self, name: str, holds: bool, expected: str) -> None:
         if not holds:
-            raise ValueError(f"{name} is {getattr(self, name)!r}; expected {expected}; change it.")
+            raise FieldError(
+                f"{name} is {getattr(self, name)!r}; expected {expected}; change it.", name
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """All fields as JSON-able values, from which `TrainConfig(**values)` is built again."""
         return dataclasses.asdict(self)
 
 
-def _checked(name: str, kind: Any, value: Any) -> Any:
-    """`value` as the type of its field (an int passes for a float), or a ValueError."""
-    origin, choices = get_origin(kind), get_args(kind)
-    if type(value) is int and float in (kind, *choices):
-        return float(value)
-    if kind is Options and isinstance(value, Mapping):
-        return Options(value)
-    if origin is list and isinstance(value, (list, tuple)):
-        return [_checked(name, choices[0], entry) for entry in value]
-    if origin is Literal:
-        # YAML reads a bare `no` as false.
-        if value is False and "no" in choices:
-            return "no"
-        fits = value in choices
-        expected = "one of " + ", ".join(choices)
-    elif choices:
-        fits = type(value) in choices
-        expected = " or ".join("nothing" if c is type(None) else c.__name__ for c in choices)
-    else:
-        fits = type(value) is kind
-        expected = "a mapping" if kind is Options else kind.__name__
-    if not fits:
-        raise ValueError(f"{name} is {value!r}; expected {expected}; correct it.")
-    return value
+COMMAND_LINE = "the command line"
+"""What messages call it."""
 
 
-class _Parser(HfArgumentParser):
+class _Parser(argparse.ArgumentParser):
+    """Takes `--field value ...` as text; what it means is decided where the file's values are."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            usage="train.py CONFIG.yaml [--field value ...]",
+            description="Values on the command line go over those of the file.",
+            allow_abbrev=False,
+            argument_default=argparse.SUPPRESS,
+        )
+        for name, kind in get_type_hints(TrainConfig).items():
+            described = TrainConfig.__dataclass_fields__[name]
+            default = getattr(TrainConfig, name, None)
+            if described.default_factory is not dataclasses.MISSING:
+                default = described.default_factory()
+            more: dict[str, Any] = {}
+            if get_origin(kind) is list:
+                more = {"nargs": "+"}
+            elif get_origin(kind) is Literal:
+                more = {"metavar": "{" + ",".join(kind.__args__) + "}"}
+            elif kind is bool:
+                more = {"nargs": "?", "const": "true"}
+            about = f"{described.metadata['help']} (default: {default})".replace("%", "%%")
+            self.add_argument(*_flags(name), help=about, **more)
+            if default is True:
+                self.add_argument(
+                    *_flags(f"no_{name}"), dest=name, action="store_const", const="false"
+                )
+
     def error(self, message: str) -> NoReturn:
         raise ValueError(f"The command line is not understood: {message}; see --help.")
+
+
+def _flags(name: str) -> list[str]:
+    return [f"--{spelling}" for spelling in dict.fromkeys((name, name.replace("_", "-")))]
 
 
 def parse_config(arguments: Sequence[str]) -> TrainConfig:
     """The configuration of `[CONFIG.yaml] [--field value ...]`.
 
-    The command line goes over the file, and the file over the defaults. Raises ValueError, in one
-    sentence, for an unknown field (naming the nearest known one), a value of the wrong type or out
-    of range, and a file that is missing or no mapping.
+    The command line goes over the file, and the file over the defaults. The last of several values
+    that the command line gives to a field counts, as is usual there; a file may give one.
+
+    Raises ValueError, in one sentence that names the file or the command line, for an unknown field
+    (naming the nearest known one), a value of the wrong type or out of range, a field given twice,
+    and a file that is missing or no mapping.
     """
     arguments = list(arguments)
-    dataclass_type: Any = TrainConfig
-    parser = _Parser(
-        dataclass_type, allow_abbrev=False, usage="train.py CONFIG.yaml [--field value ...]"
-    )
+    kinds = get_type_hints(TrainConfig)
+    given: dict[str, Any] = {}
+    places: dict[str, str] = {}
+    file = COMMAND_LINE
     if arguments and not arguments[0].startswith("-"):
-        parser.set_defaults(**_read_yaml(Path(arguments.pop(0))))
-    config, unknown = parser.parse_args_into_dataclasses(
-        arguments, return_remaining_strings=True, look_for_args_file=False
-    )
+        file = arguments.pop(0)
+        given = _read_file(Path(file))
+        places = dict.fromkeys(given, file)
+    found, unknown = _Parser().parse_known_args(arguments)
     if unknown:
         if unknown[0].startswith("--"):
-            raise _unknown_field(
-                unknown[0].removeprefix("--").split("=")[0].replace("-", "_"), "the command line"
-            )
+            name = unknown[0].removeprefix("--").split("=")[0].replace("-", "_")
+            raise _unknown_field(name, COMMAND_LINE)
         raise ValueError(
-            f"The command line has {unknown[0]!r} where a --field was expected; remove it."
+            f"The command line has {unknown[0]!r} where a --field was expected; the configuration "
+            "file comes first, and a value behind its field."
         )
-    return config
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
+    for name, value in vars(found).items():
+        texts = [Plain(text) for text in ([value] if isinstance(value, str) else value)]
+        given[name], places[name] = texts if len(texts) > 1 else texts[0], COMMAND_LINE
+        if get_origin(kinds[name]) is dict:
+            given[name] = read_yaml(value, COMMAND_LINE, name)
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        return TrainConfig(**{name: as_written(kinds[name], v) for name, v in given.items()})
+    except FieldError as error:
+        named = dict.fromkeys(places[name] for name in error.names if name in places)
+        raise ValueError(f"{' and '.join(named) or file}: {error}") from None
+
+
+def as_arguments(changes: Mapping[str, Any]) -> list[str]:
+    """The command line that sets these fields, for :func:`parse_config` behind a file."""
+    arguments = []
+    for name, value in changes.items():
+        entries = value if isinstance(value, list) else [value]
+        arguments += [f"--{name}", *(v if isinstance(v, str) else json.dumps(v) for v in entries)]
+    return arguments
+
+
+def _read_file(path: Path) -> dict[str, Any]:
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder; give the path of a YAML file.")
+    try:
+        source = path.read_bytes()
     except FileNotFoundError:
         raise ValueError(
             f"There is no configuration file {str(path)!r}; give the path of a YAML file."
         ) from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"{path} cannot be read as YAML ({reason}); correct it.") from None
-    if content is None:
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({error.strerror}); correct it.") from None
+    content = read_yaml(source, str(path))
+    if content is None or content == "":
         return {}
     if not isinstance(content, dict):
-        raise ValueError(
-            f"{path} holds a {type(content).__name__}; expected a mapping of fields; correct it."
-        )
+        what = "list" if isinstance(content, list) else "single value"
+        raise ValueError(f"{path} holds a {what}; expected a mapping of fields; correct it.")
     names = {f.name for f in fields(TrainConfig)}
     for name in content:
         if name not in names:
-            raise _unknown_field(str(name), str(path))
+            raise _unknown_field(name, str(path))
     return content
 
 
 def _unknown_field(name: str, where: str) -> ValueError:
-    nearest = difflib.get_close_matches(
-        name, [f.name for f in fields(TrainConfig)], n=1, cutoff=0.0
-    )[0]
+    nearest = _nearest(name, (f.name for f in fields(TrainConfig)))
     return ValueError(
         f"{where} sets {name!r}, which is no field of the configuration; did you mean {nearest!r}?"
     )
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    return difflib.get_close_matches(name, list(known), n=1, cutoff=0.0)[0]

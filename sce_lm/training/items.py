@@ -1,12 +1,13 @@
 """The items task: next-item prediction on an interaction log, ranked against the whole catalogue.
 
-The log is filtered, split and tokenised as the configuration says. What is left for training is
-trained on, the latest `sequence_length` items of each user, several users to a row; validation
-questions are asked in the course of training, and test questions at the end.
+The log is filtered, split and tokenised as the configuration says, once: the run keeps the split.
+What is left for training is trained on, the latest `sequence_length` items of each user, several
+users to a row; validation questions are asked in the course of training, and test questions at the
+end.
 """
 
 from collections.abc import Sequence
-from datetime import date
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,10 +19,14 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sce_lm import recsys
+from sce_lm.files import read_json
 from sce_lm.recsys.histories import TrainingHistories, can_pack, training_rows
 from sce_lm.recsys.metrics import popularity_profile
 from sce_lm.training.config import TrainConfig
-from sce_lm.training.task import Task
+from sce_lm.training.fingerprint import Fingerprint, of_log
+from sce_lm.training.models import load_tokenizer
+from sce_lm.training.stored_data import read_source, read_split, stored, write_split
+from sce_lm.training.task import HeldOut, Task
 
 
 class ItemsTask(Task):
@@ -31,11 +36,38 @@ class ItemsTask(Task):
     separate_test = True
 
     def __init__(
-        self, log: pl.LazyFrame, tokenizer: PreTrainedTokenizerBase | None, config: TrainConfig
+        self,
+        split: recsys.Split,
+        tokenizer: PreTrainedTokenizerBase,
+        description: dict[str, Any],
+        source: dict[str, Fingerprint],
+        config: TrainConfig,
     ):
+        """Args:
+        split: what is trained on and asked.
+        tokenizer: of its items.
+        description, source: of the log, as in `Task`.
+        config: of the run.
+        """
+        self.config = config
+        self.split = split
+        self.tokenizer = tokenizer
+        self.source = source
+        self._description = description
+        self.items = recsys.item_tokens(tokenizer)
+        recsys.check_list_lengths(config.eval_k, self.items)
+        self.train = TrainingHistories(training_rows(split.train, config.sequence_length))
+        self.num_rows = len(self.train)
+        first = config.eval_k[0]
+        self.headline = (f"ndcg@{first}", f"hr@{first}")
+
+    @classmethod
+    def of_log(
+        cls, log: pl.LazyFrame, tokenizer: PreTrainedTokenizerBase | None, config: TrainConfig
+    ) -> "ItemsTask":
         """Take the log of `recsys.read_interactions`, and a tokenizer if the items have one already
         (else one is made from the catalogue)."""
-        self.config = config
+        source = {"data": of_log(log)}
         log = recsys.filter_interactions(
             log,
             duplicates=config.duplicates,
@@ -43,20 +75,29 @@ class ItemsTask(Task):
             min_item_events=config.min_item_events,
             iterate=config.iterate_filters,
         )
-        self.tokenizer = tokenizer or recsys.build_item_tokenizer(recsys.catalogue(log))
-        self.items = recsys.item_tokens(self.tokenizer)
-        recsys.check_list_lengths(config.eval_k, self.items)
-        sequences = recsys.user_sequences(log, self.tokenizer)
-        self.split = _split(sequences, config)
-        self._description = {
+        tokenizer = tokenizer or recsys.build_item_tokenizer(recsys.catalogue(log))
+        recsys.check_list_lengths(config.eval_k, recsys.item_tokens(tokenizer))
+        sequences = recsys.user_sequences(log, tokenizer)
+        split = _split(sequences, config)
+        recsys.count_items(tokenizer, split.train)
+        description = {
             **recsys.statistics(sequences),
-            "catalogue": len(self.items),
-            **self.split.summary(),
+            "catalogue": len(recsys.item_tokens(tokenizer)),
+            **split.summary(),
         }
-        self.train = TrainingHistories(training_rows(self.split.train, config.sequence_length))
-        self.num_rows = len(self.train)
-        first = config.eval_k[0]
-        self.headline = (f"ndcg@{first}", f"hr@{first}")
+        return cls(split, tokenizer, description, source, config)
+
+    @classmethod
+    def stored(cls, run: Path, config: TrainConfig) -> "ItemsTask":
+        """The task of a run as it was when the run began, from its folder alone."""
+        with stored(run) as folder:
+            split = read_split(folder)
+            tokenizer = load_tokenizer(str(folder / "tokenizer"))
+            description = read_json(run / "data.json")
+        return cls(split, tokenizer, description, read_source(run), config)
+
+    def store(self, folder: Path) -> None:
+        write_split(self.split, folder)
 
     def describe(self) -> dict[str, Any]:
         return self._description
@@ -74,7 +115,7 @@ class ItemsTask(Task):
     def _inputs(self, histories: TrainingHistories, rows: Sequence[int]) -> dict[str, torch.Tensor]:
         return histories.packed(rows) if self.config.packing else histories.padded(rows)
 
-    def held_out_batch(self) -> dict[str, torch.Tensor]:
+    def validation_batch(self) -> dict[str, torch.Tensor]:
         """Validation items behind their histories."""
         frame = self.split.validation.head(self.config.per_device_batch_size)
         items = frame.select(items=pl.col("history").list.concat(pl.concat_list("target")))
@@ -82,35 +123,29 @@ class ItemsTask(Task):
         return self._inputs(rows, range(len(rows)))
 
     def evaluate(
-        self, model: PreTrainedModel, accelerator: Accelerator, *, final: bool
+        self, model: PreTrainedModel, accelerator: Accelerator, on: HeldOut
     ) -> dict[str, Any]:
-        """NDCG, HR, MRR and coverage at each of `eval_k`, over the whole catalogue; a final
-        evaluation is the report of `recsys.ranking_report`, with the list entries by popularity.
+        """The report of `recsys.ranking_report`: NDCG, HR, MRR and coverage at each of `eval_k`,
+        over the whole catalogue; with the list entries by popularity.
 
         Where `eval_users` bounds the evaluation, a random sample of questions is taken, the same
         each time; coverage is then that of their lists.
         """
-        report = self._report(model, final)
-        return report if final else {k: v for k, v in report.items() if "@" in k}
+        return self._report(model, on)
 
-    def baselines(self) -> dict[str, dict[str, Any]]:
-        """Popularity and the first-order Markov chain, counted over all that precedes the test."""
-        past = self.split.before_test()
+    def baselines(self, on: HeldOut = "test") -> dict[str, dict[str, Any]]:
+        """Popularity and the first-order Markov chain, counted over what is trained on and, for the
+        test, the validation items."""
+        past = self.split.before_test() if on == "test" else self.split.train["items"]
         scorers = {
             "popularity": recsys.popularity_scorer(past, self.items),
             "Markov chain": recsys.markov_scorer(past, self.items),
         }
-        return {name: self._report(scorer, final=True) for name, scorer in scorers.items()}
+        return {name: self._report(scorer, on) for name, scorer in scorers.items()}
 
-    def _report(self, model: nn.Module | recsys.Scorer, final: bool) -> dict[str, Any]:
-        frame = self._questions(final)
-        ranking = self._rank(model, frame)
-        report = recsys.ranking_report(
-            ranking,
-            k=self.config.eval_k,
-            split=self.split.protocol,
-            mask_seen=self.config.mask_seen,
-            max_length=self.config.sequence_length if isinstance(model, nn.Module) else None,
+    def _report(self, model: nn.Module | recsys.Scorer, on: HeldOut) -> dict[str, Any]:
+        ranking, report = rank_questions(
+            model, self._questions(on), self.items, self.split.protocol, self.config
         )
         counts = np.bincount(self.train.tokens, minlength=self.items.stop)[self.items.start :]
         return {
@@ -120,45 +155,64 @@ class ItemsTask(Task):
             ),
         }
 
-    def _questions(self, final: bool) -> pl.DataFrame:
-        frame = self.split.test if final else self.split.validation
+    def _questions(self, on: HeldOut) -> pl.DataFrame:
+        frame = self.split.test if on == "test" else self.split.validation
         if self.config.eval_users and self.config.eval_users < len(frame):
             generator = np.random.default_rng(self.config.seed)
             sample = generator.choice(len(frame), self.config.eval_users, replace=False)
             frame = frame[np.sort(sample)]
         return frame
 
-    def _rank(self, model: nn.Module | recsys.Scorer, frame: pl.DataFrame) -> recsys.ItemRanking:
-        """Each process ranks its share, and all get the ranking of everybody."""
-        processes = PartialState()
-        share = frame[processes.process_index :: processes.num_processes]
-        parts = []
-        if len(share):
-            parts.append(
-                recsys.rank_items(
-                    model,
-                    share["history"],
-                    share["target"],
-                    items=self.items,
-                    depth=max(self.config.eval_k),
-                    mask_seen=self.config.mask_seen,
-                    max_length=self.config.sequence_length,
-                )
+
+def rank_questions(
+    model: nn.Module | recsys.Scorer,
+    questions: pl.DataFrame,
+    items: range,
+    protocol: str,
+    config: TrainConfig,
+) -> tuple[recsys.ItemRanking, dict[str, Any]]:
+    """The ranking of the items that are asked for, and its report; each process ranks its share,
+    and all get those of everybody.
+
+    Args:
+        model: a model of item tokens, or a baseline.
+        questions: `history` and `target`, as in `recsys.Split`.
+        items: tokens that are ranked.
+        protocol: what the questions are.
+        config: `eval_k`, `mask_seen` and `sequence_length`.
+    """
+    processes = PartialState()
+    share = questions[processes.process_index :: processes.num_processes]
+    parts = []
+    if len(share):
+        parts.append(
+            recsys.rank_items(
+                model,
+                share["history"],
+                share["target"],
+                items=items,
+                depth=max(config.eval_k),
+                mask_seen=config.mask_seen,
+                max_length=config.sequence_length,
             )
-        return recsys.ItemRanking.merged(gather_object(parts))
+        )
+    ranking = recsys.ItemRanking.merged(gather_object(parts))
+    report = recsys.ranking_report(
+        ranking,
+        k=config.eval_k,
+        split=protocol,
+        mask_seen=config.mask_seen,
+        max_length=config.sequence_length if isinstance(model, nn.Module) else None,
+    )
+    return ranking, report
 
 
 def _split(sequences: pl.DataFrame, config: TrainConfig) -> recsys.Split:
     if config.split == "temporal":
         return recsys.temporal_split(
             sequences,
-            config.split_quantile if config.split_time is None else _time(config.split_time),
+            config.split_quantile if config.split_time is None else config.split_time,
             past=config.split_past,
             cold_items=config.split_cold_items,
         )
     return recsys.last_n(sequences, config.split_n if config.split == "last_n" else 1)
-
-
-def _time(text: str) -> int | str | date:
-    """A time of a log: a number where it looks like one, else left to the split to read."""
-    return int(text) if text.lstrip("-").isdigit() else text

@@ -1,5 +1,8 @@
 """The language-model task: next-token prediction on packed text, exact likelihood on held-out text.
 
+There is one held-out text: the test is on all of it, the validation on as many of its blocks as
+`eval_batches` allows, evenly spaced, or on all as well.
+
 A block's first token is context only: nothing predicts it.
 
 Expected calibration error (Guo et al., ICML 2017): tokens fall into equal bins by the model's
@@ -10,9 +13,11 @@ confidence, the largest probability of all classes, and
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import polars as pl
 import torch
 from accelerate import Accelerator
 from datasets import Dataset
@@ -22,8 +27,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from sce_lm.hf.adapter import last_statistics
 from sce_lm.objectives import Statistics
 from sce_lm.training.config import TrainConfig
-from sce_lm.training.task import Task, on_device, sum_over_processes
-from sce_lm.training.text import PackedText, tokenise
+from sce_lm.training.fingerprint import Fingerprint
+from sce_lm.training.task import HeldOut, Task, on_device, sum_over_processes
+from sce_lm.training.text import PackedText, document_digests, tokenise
 
 CALIBRATION_BINS = 15
 """Bins of the expected calibration error, as in the paper."""
@@ -37,22 +43,30 @@ class LanguageModelTask(Task):
 
     def __init__(
         self,
-        train: Dataset,
-        held_out: Dataset,
+        train: Dataset | None,
+        held_out: Dataset | PackedText,
         tokenizer: PreTrainedTokenizerBase,
         config: TrainConfig,
+        source: dict[str, Fingerprint] | None = None,
     ):
-        """Args: train, held_out: documents, with the text in column `config.text_column`."""
-        if tokenizer.eos_token_id is None:
-            raise ValueError(
-                f"The tokenizer {tokenizer.name_or_path!r} has no end-of-text token, which is put "
-                "between documents; give it an eos_token, or choose another tokenizer."
-            )
+        """Args:
+        train: documents, with the text in column `config.text_column`; None: nothing is trained.
+        held_out: documents, or the blocks that a run stored.
+        tokenizer: with an end-of-text token.
+        config: of the run.
+        source: as in `Task`.
+        """
         self.tokenizer = tokenizer
         self.config = config
-        self.train = self._packed(train, "data")
-        self.held_out = self._packed(held_out, "held-out data")
-        self.num_rows = len(self.train)
+        self.source = source or {}
+        self.documents, self.held_out_documents = train, held_out
+        self.train = self._packed(train, "data") if train is not None else None
+        self.num_rows = 0 if self.train is None else len(self.train)
+        self.held_out = (
+            held_out
+            if isinstance(held_out, PackedText)
+            else self._packed(held_out, "held-out data")
+        )
         self.separate_test = config.eval_batches > 0
 
     def _packed(self, documents: Dataset, what: str) -> PackedText:
@@ -66,39 +80,51 @@ class LanguageModelTask(Task):
             )
         return packed
 
+    def store(self, folder: Path) -> None:
+        self.held_out.save(folder / "held_out.arrow")
+        found = []
+        for documents, is_held_out in ((self.documents, False), (self.held_out_documents, True)):
+            assert isinstance(documents, Dataset)
+            digest = document_digests(documents, self.config)
+            found.append(
+                pl.DataFrame({"digest": digest}).with_columns(held_out=pl.lit(is_held_out))
+            )
+        pl.concat(found).filter(pl.col("digest") != 0).write_parquet(folder / "documents.parquet")
+
     def describe(self) -> dict[str, Any]:
+        assert self.train is not None
         return {
             "training_tokens": int(self.train.ends[-1]),
             "training_blocks": len(self.train),
             "held_out_tokens": int(self.held_out.ends[-1]),
             "held_out_blocks": len(self.held_out),
+            "validation_blocks": len(self._held_out_rows("validation")),
+            "test_blocks": len(self._held_out_rows("test")),
             "block_length": self.config.sequence_length,
         }
 
     def batch(self, rows: Sequence[int]) -> dict[str, torch.Tensor]:
+        assert self.train is not None
         return _blocks(self.train, rows)
 
-    def held_out_batch(self) -> dict[str, torch.Tensor]:
-        return _blocks(self.held_out, self._held_out_rows(self.config.per_device_batch_size))
+    def validation_batch(self) -> dict[str, torch.Tensor]:
+        return _blocks(self.held_out, self._spaced(self.config.per_device_batch_size))
 
-    def _held_out_rows(self, count: int) -> list[int]:
+    def _held_out_rows(self, on: HeldOut) -> list[int]:
+        count = self.config.eval_batches * self.config.per_device_batch_size
+        return self._spaced(count if count and on == "validation" else len(self.held_out))
+
+    def _spaced(self, count: int) -> list[int]:
         """So many blocks, evenly spaced over the held-out text."""
         last = len(self.held_out) - 1
         return np.linspace(0, last, min(count, last + 1)).round().astype(int).tolist()
 
     def evaluate(
-        self, model: PreTrainedModel, accelerator: Accelerator, *, final: bool
+        self, model: PreTrainedModel, accelerator: Accelerator, on: HeldOut
     ) -> dict[str, float]:
         """Negative log-likelihood a token in nats (nll), perplexity, top-1 accuracy and expected
-        calibration error (ece).
-
-        Where `eval_batches` bounds the evaluation, blocks evenly spaced over the held-out text are
-        used; a final one takes all.
-        """
-        size, blocks = self.config.per_device_batch_size, len(self.held_out)
-        if self.config.eval_batches and not final:
-            blocks = self.config.eval_batches * size
-        rows = self._held_out_rows(blocks)
+        calibration error (ece)."""
+        size, rows = self.config.per_device_batch_size, self._held_out_rows(on)
         batches = [rows[i : i + size] for i in range(0, len(rows), size)]
         own = batches[accelerator.process_index :: accelerator.num_processes]
         # A mixture of experts adds its balancing loss, which is no part of the likelihood.
@@ -111,7 +137,7 @@ class LanguageModelTask(Task):
         bins = torch.zeros(2, CALIBRATION_BINS, dtype=torch.float64)
         with torch.no_grad():
             for chosen in tqdm(
-                own, "held-out", leave=False, unit="batch", disable=not accelerator.is_main_process
+                own, on, leave=False, unit="batch", disable=not accelerator.is_main_process
             ):
                 inputs = on_device(_blocks(self.held_out, chosen), accelerator.device)
                 tokens = inputs["labels"][:, 1:].numel()

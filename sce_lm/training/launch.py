@@ -1,4 +1,4 @@
-"""Make `accelerate launch --cpu --num_processes N` start N processes.
+"""The processes of a run: `accelerate launch --cpu --num_processes N` starts N, and all are known.
 
 On CPUs accelerate leaves the processes to mpirun and, without one, starts a single process and says
 nothing of it. Training would go on with a different batch than was asked for. So the one process
@@ -10,8 +10,10 @@ import sys
 from pathlib import Path
 
 import psutil
+from accelerate import Accelerator
 from accelerate.commands.config.config_args import ClusterConfig, load_config_from_file
 from accelerate.commands.launch import launch_command_parser
+from accelerate.utils import DistributedType
 
 SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 """Variables by which torchrun and the several kinds of MPI tell a process that it has company."""
@@ -49,3 +51,28 @@ def start_missing_processes() -> None:
     workers = ["--standalone", "--nproc-per-node", str(processes)]
     torchrun = [sys.executable, "-m", "torch.distributed.run", *workers]
     os.execv(sys.executable, [*torchrun, *sys.argv])
+
+
+SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
+"""Ways to run in which a process holds parts of the parameters."""
+
+
+def check_processes(accelerator: Accelerator) -> None:
+    """Raise ValueError if processes that were started together do not know of each other, each of
+    which would train alone and write over the others, or if they would share out the parameters,
+    which checkpoints and the saved model hold whole."""
+    for name in SIZES:
+        started = os.environ.get(name, "")
+        if started.isdigit() and int(started) > accelerator.num_processes:
+            raise ValueError(
+                f"{started} processes were started ({name}) and accelerate sees "
+                f"{accelerator.num_processes}, so each would do all of the work alone; start them "
+                "with an accelerate configuration for that many processes on this kind of device "
+                "(on CPUs: no FSDP), or start one."
+            )
+    if accelerator.distributed_type in SHARDED:
+        raise ValueError(
+            f"The processes were started under {accelerator.distributed_type.value}, which cuts "
+            "the parameters up, and a run holds them whole; start one process, or several with "
+            "plain data parallelism (accelerate launch --multi_gpu)."
+        )

@@ -2,25 +2,28 @@
 
 A run lives in its folder:
 
-    config.json, objective.json     what was asked for; a later start must ask for the same
-    metrics.jsonl                   records of training and evaluation, each with its step
+    config.json, objective.json     what was asked for; a later start must ask for the same, but for
+                                    the fields that `resuming` names
+    metrics.jsonl                   records of training and validation, each with its step
     report.png                      what they say: curves, errors of the objective, where time went
     checkpoints/                    complete states to go on from
-    best/                           with keep_best, the best weights until the run is finished
+    best/                           with keep_best, the best weights, while there are checkpoints
     data.json                       sizes of the data and how they were split
+    stored_data/                    what was derived from them: split, tokenizer, held-out text
     model/                          the trained model and tokenizer, for from_pretrained
     summary.json                    the figures at the end; it is there when the run is finished
+    .lock, .lock.json               while a process trains here
 
 An optimiser step sums the losses of all its positions, over accumulated batches and processes, and
 divides by their number, as transformers' Trainer does: `num_items_in_batch`.
 """
 
-import json
 import math
 import statistics
 import time
 import warnings
-from contextlib import nullcontext
+from collections.abc import Sequence
+from contextlib import ExitStack, nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -33,7 +36,7 @@ from tqdm.auto import tqdm
 from transformers import get_scheduler
 
 from sce_lm import objectives
-from sce_lm.files import write_json
+from sce_lm.files import read_json, write_json
 from sce_lm.hf.adapter import (
     apply_sce,
     loss_seconds,
@@ -45,8 +48,10 @@ from sce_lm.objectives.probe import Probe
 from sce_lm.training.best import BestModel
 from sce_lm.training.checkpoint import Checkpoints
 from sce_lm.training.config import TrainConfig
+from sce_lm.training.launch import check_processes
+from sce_lm.training.lock import RunLock
 from sce_lm.training.memory import estimate_memory
-from sce_lm.training.metrics import MetricsLog, read_metrics
+from sce_lm.training.metrics import CHANGED, MetricsLog, read_metrics
 from sce_lm.training.models import add_lora, build_model
 from sce_lm.training.optimizers import (
     average_rows,
@@ -56,24 +61,13 @@ from sce_lm.training.optimizers import (
     make_row_sparse,
 )
 from sce_lm.training.plots import draw_report
-from sce_lm.training.sources import build_task
-from sce_lm.training.task import DataOrder, on_device, sum_over_processes
+from sce_lm.training.resuming import changed_fields, comparable, describe_changes, stored_fields
+from sce_lm.training.sources import build_task, resume_task
+from sce_lm.training.stored_data import store
+from sce_lm.training.task import DataOrder, HeldOut, on_device, sum_over_processes
 
-REPORTING_FIELDS = (
-    "output_dir",
-    "cache_dir",
-    "log_every",
-    "trackers",
-    "resume",
-    "process_timeout",
-    "checkpoint_every",
-    "checkpoints_to_keep",
-)
-"""Fields that may change when a run is resumed, since no step depends on them."""
-
-
-HELD_OUT_POSITIONS = 1024
-"""Held-out positions on which the objective is compared with exact cross-entropy at the end."""
+VALIDATION_POSITIONS = 1024
+"""Positions on which the objective is compared with exact cross-entropy at the end."""
 
 
 class Run:
@@ -86,6 +80,14 @@ class Run:
     def __init__(self, config: TrainConfig):
         self.config = config
         self.folder = Path(config.output_dir)
+        self.lock = RunLock(self.folder)
+        try:
+            self._prepare(config)
+        except BaseException:
+            self.lock.release()
+            raise
+
+    def _prepare(self, config: TrainConfig) -> None:
         missing = set(config.trackers) - {str(t) for t in get_available_trackers()}
         if missing:
             raise ValueError(
@@ -102,14 +104,21 @@ class Run:
                 InitProcessGroupKwargs(timeout=timedelta(seconds=config.process_timeout))
             ],
         )
+        check_processes(self.accelerator)
         check_optimizer(config.optimizer, self.objective, self.accelerator.distributed_type)
         self.is_main = self.accelerator.is_main_process
         self.processes = self.accelerator.num_processes
-        self._check_folder()
+        if self.is_main:
+            self.lock.acquire()
+        changed = self._check_folder()
 
         set_seed(config.seed)
+        data_note, has_begun = None, (self.folder / "config.json").exists()
         with self.accelerator.main_process_first():
-            self.task = build_task(config)
+            if has_begun:
+                self.task, data_note = resume_task(config, self.folder)
+            else:
+                self.task = build_task(config)
         model = build_model(config, self.task.tokenizer)
         self.task.check_model(model)
         self.num_parameters = model.num_parameters()
@@ -148,7 +157,6 @@ class Run:
             num_warmup_steps=config.warmup_steps,
             num_training_steps=config.max_steps,
         )
-        self.accelerator.register_for_checkpointing(self.scheduler)
         # From here on each process draws its own dropout and its own candidates.
         set_seed(config.seed, device_specific=True)
 
@@ -156,68 +164,117 @@ class Run:
         self.checkpoints = Checkpoints(
             self.folder / "checkpoints",
             self.accelerator,
+            self.model,
+            self.optimizer,
+            self.scheduler,
             self.objective,
             config.checkpoints_to_keep,
         )
-        self.step = 0
         newest = self.checkpoints.newest()
+        self.step = self._finished_step()
+        self.best = self._best_so_far()
+        self.is_finished = self.step > 0 and self._is_over()
+        if self.is_finished:
+            if changed and self.is_main:
+                tqdm.write(
+                    f"{self.folder} is finished, so what it holds stays as it is; "
+                    f"{', '.join(changed)} would change what is to come."
+                )
+            return
+        if newest is None and self.step:
+            raise ValueError(
+                f"{self.folder} holds a run that ended after {self.step} steps and kept no "
+                "checkpoint to go on from; choose another output_dir, or start over in an empty "
+                "folder with a checkpoint_every above 0."
+            )
+        self.step = 0
         if newest is not None:
             found = self.checkpoints.load(newest)
             self.step = found["step"]
             self.order.accumulation = found["batches"] // self.processes
             if found["processes"] != self.processes:
                 set_seed(config.seed + self.step, device_specific=True)
-        self.is_finished = (self.folder / "summary.json").exists()
-        if self.is_main and not self.is_finished:
+        if self.is_main:
             self.folder.mkdir(parents=True, exist_ok=True)
-            write_json(self.folder / "config.json", config.to_dict())
-            write_json(self.folder / "objective.json", self.objective.to_dict())
-            write_json(self.folder / "data.json", self.task.describe())
+            # What was derived from the data comes first: a run is there when its config.json is.
+            if not has_begun:
+                store(self.task, self.folder)
             self.metrics.keep_until(self.step)
+            if changed:
+                for sentence in describe_changes(changed, config, self.step):
+                    tqdm.write(sentence)
+                self.metrics.append({"step": self.step, CHANGED: changed})
+            if data_note:
+                warnings.warn(data_note, stacklevel=3)
+                self.metrics.append({"step": self.step, "data": data_note})
+            write_json(self.folder / "data.json", self.task.describe())
+            write_json(self.folder / "objective.json", self.objective.to_dict())
+            write_json(self.folder / "config.json", config.to_dict())
         self.accelerator.wait_for_everyone()
-        self.best = BestModel(
-            self.folder / "best",
-            self.task.headline[0],
-            self.task.higher_is_better,
-            read_metrics(self.metrics.path),
-        )
+        self.best = self._best_so_far()
+        if config.keep_best and self.best.is_missing():
+            if self.is_main:
+                tqdm.write(
+                    f"The weights of the best evaluation, of step {self.best.step}, were not kept, "
+                    f"so the best is looked for from step {self.step} on."
+                )
+            self.best = self._best_among([])
 
-    def _check_folder(self) -> None:
-        """Refuse a folder that holds another run."""
-        path = self.folder / "config.json"
-        if not path.exists():
-            return
+    def _finished_step(self) -> int:
+        """The step at which the folder's run was finished before; 0: it was not."""
+        path = self.folder / "summary.json"
+        return read_json(path)["steps"] if path.exists() else 0
+
+    def _best_so_far(self) -> BestModel:
+        return self._best_among(comparable(read_metrics(self.metrics.path)))
+
+    def _best_among(self, records: Sequence[dict[str, Any]]) -> BestModel:
+        figure, higher = f"validation/{self.task.headline[0]}", self.task.higher_is_better
+        return BestModel(self.folder / "best", figure, higher, records)
+
+    def _check_folder(self) -> dict[str, list[Any]]:
+        """Refuse a folder that holds another run, and return what may differ and does."""
+        if not (self.folder / "config.json").exists():
+            return {}
         if not self.config.resume:
             raise ValueError(
                 f"{self.folder} already holds a run and resume is off; choose another "
                 "output_dir, or delete the folder."
             )
-        before, now = json.loads(path.read_text()), self.config.to_dict()
-        differing = [
-            name
-            for name in sorted({*before, *now} - {*REPORTING_FIELDS})
-            if before.get(name) != now.get(name)
-        ]
-        if differing:
-            changes = ", ".join(f"{n} {before.get(n)!r} -> {now.get(n)!r}" for n in differing)
-            raise ValueError(
-                f"{self.folder} holds a run with another configuration ({changes}); go on "
-                "with the same one, or choose another output_dir."
-            )
+        return changed_fields(stored_fields(self.folder), self.config, self.folder)
 
     def train(self) -> dict[str, Any]:
         """Train from where the run stands to its end, and return the summary.
 
-        A finished run is not trained again. Raises FloatingPointError if the loss is not finite.
+        A finished run is not trained again. Raises FloatingPointError if the loss is not finite,
+        and OSError or SafetensorError if something cannot be written; `how_to_go_on` says what is
+        left then, as after a KeyboardInterrupt.
         """
+        with ExitStack() as at_the_end:
+            at_the_end.callback(self.lock.release)
+            return self._train(at_the_end)
+
+    def how_to_go_on(self) -> str:
+        """What has been kept of a run that was stopped, and how it goes on, in one sentence."""
+        newest = self.checkpoints.newest()
+        if newest is None:
+            return (
+                f"{self.folder} has no checkpoint yet; the same command starts again from the "
+                "first step."
+            )
+        return f"{newest} is complete; the same command goes on from there."
+
+    def _train(self, at_the_end: ExitStack) -> dict[str, Any]:
         config = self.config
         if self.is_finished:
-            return json.loads((self.folder / "summary.json").read_text())
+            return read_json(self.folder / "summary.json")
         if config.trackers:
             settings = {
                 k: v if isinstance(v, (int, float)) else str(v) for k, v in config.to_dict().items()
             }
-            self.accelerator.init_trackers("sce_lm", config=settings)
+            # TensorBoard hides what was logged after the checkpoint; the others start a run anew.
+            options = {"tensorboard": {"purge_step": self.step + 1}}
+            self.accelerator.init_trackers("sce_lm", config=settings, init_kwargs=options)
         bar = tqdm(
             total=config.max_steps,
             initial=self.step,
@@ -225,8 +282,11 @@ class Run:
             unit="step",
             disable=not self.is_main,
         )
+        at_the_end.callback(bar.close)
         shown: dict[str, str] = {}
         window_seconds, window_steps, in_loss = 0.0, 0, loss_seconds(self.model)
+        if self._is_over() and self.best.last_step != self.step:
+            self._evaluate_now()  # what was evaluated here before was evaluated in another way
         while not self._is_over():
             started = time.perf_counter()
             figures = self._optimizer_step()
@@ -245,10 +305,8 @@ class Run:
                 self._log_training(values, seconds, shown)
                 window_seconds, window_steps, in_loss = 0.0, 0, spent
             if is_last or (config.eval_every and self.step % config.eval_every == 0):
-                held_out = self.evaluate(final=False)
-                self._record(held_out)
-                self._keep_if_best(held_out)
-                shown |= {name: f"{held_out[name]:.4f}" for name in self.task.headline}
+                found = self._evaluate_now()
+                shown |= {f"validation {n}": f"{found[n]:.4f}" for n in self.task.headline}
             if config.checkpoint_every and (
                 self._is_over() or self.step % config.checkpoint_every == 0
             ):
@@ -269,12 +327,17 @@ class Run:
         out_of_patience = 0 < patience <= self.best.evaluations_since
         return self.step >= self.config.max_steps or out_of_patience
 
-    def _keep_if_best(self, held_out: dict[str, Any]) -> None:
-        is_best = self.best.update(self.step, held_out[self.task.headline[0]])
+    def _evaluate_now(self) -> dict[str, Any]:
+        """Validate, record it, and keep the weights if they are the best."""
+        found = self.evaluate("validation")
+        # Without what belongs to the figures, their protocol for instance.
+        self._record({f"validation/{k}": v for k, v in found.items() if type(v) is float})
+        is_best = self.best.update(self.step, found[self.task.headline[0]])
         if is_best and self.config.keep_best and self.is_main:
             self.best.save(self.accelerator.unwrap_model(self.model))
             if not self.config.checkpoint_every:
                 self.best.remove_earlier()
+        return found
 
     def _optimizer_step(self) -> dict[str, torch.Tensor]:
         """One optimiser step; the figures are on the device, so nothing has waited for it."""
@@ -350,19 +413,20 @@ class Run:
         if self.config.trackers:
             self.accelerator.log(figures, step=self.step)
 
-    def evaluate(self, *, final: bool) -> dict[str, Any]:
-        """Held-out figures of the model as it is; see the task."""
+    def evaluate(self, on: HeldOut) -> dict[str, Any]:
+        """Figures of the model as it is; see the task."""
         model = self.accelerator.unwrap_model(self.model)
         model.eval()
-        return self.task.evaluate(model, self.accelerator, final=final)
+        return self.task.evaluate(model, self.accelerator, on)
 
-    def probe_held_out(self) -> Probe:
-        """What the objective's draws make of a held-out batch, against exact cross-entropy."""
+    def probe_validation(self) -> Probe:
+        """What the objective's draws make of a validation batch, against exact cross-entropy."""
         model = self.accelerator.unwrap_model(self.model)
         model.eval()
-        probe = probe_loss(model, every=1, positions=HELD_OUT_POSITIONS, training=False)
+        probe = probe_loss(model, every=1, positions=VALIDATION_POSITIONS, training=False)
+        batch = on_device(self.task.validation_batch(), self.accelerator.device)
         with torch.no_grad():
-            model(**on_device(self.task.held_out_batch(), self.accelerator.device), use_cache=False)
+            model(**batch, use_cache=False)
         return probe
 
     def _finish(self) -> dict[str, Any]:
@@ -372,14 +436,14 @@ class Run:
             self.accelerator.wait_for_everyone()
             self.best.load(self.accelerator.unwrap_model(self.model))
             reported = self.best.step
-        test = self.evaluate(final=True) if self.task.separate_test else None
-        probe = self.probe_held_out()
+        test = self.evaluate("test") if self.task.separate_test else None
+        probe = self.probe_validation()
         summary: dict[str, Any] = {}
         if self.is_main:
             records = read_metrics(self.metrics.path)
             training = [record for record in records if "loss" in record]
             figure = self.task.headline[0]
-            held_out = next(r for r in records if figure in r and r["step"] == reported)
+            validation = _validation(records, figure, reported)
             summary = {
                 "task": self.config.task,
                 "objective": self.objective.to_dict(),
@@ -398,8 +462,8 @@ class Run:
                 "tokens_per_second": statistics.median(r["tokens_per_second"] for r in training),
                 "memory_estimate_mib": self.memory.to_mib(),
                 "data": self.task.describe(),
-                "held_out": {k: v for k, v in held_out.items() if k != "step"},
-                "test": test or {k: v for k, v in held_out.items() if k != "step"},
+                "validation": validation,
+                "test": test or validation,
                 "objective_error": _error_figures(probe),
                 "classes_by_frequency": probe.by_frequency,
             }
@@ -413,9 +477,17 @@ class Run:
             except ImportError:
                 tqdm.write("matplotlib is not installed, so no report is drawn.")
             write_json(self.folder / "summary.json", summary)
-            self.best.remove()
+            if self.checkpoints.newest() is None:
+                self.best.remove()
         self.accelerator.wait_for_everyone()
         return summary
+
+
+def _validation(records: list[dict[str, Any]], figure: str, step: int) -> dict[str, float]:
+    """The figures of the validation at a step."""
+    prefix = "validation/"
+    found = next(r for r in reversed(records) if prefix + figure in r and r["step"] == step)
+    return {k.removeprefix(prefix): v for k, v in found.items() if k.startswith(prefix)}
 
 
 def _error_figures(probe: Probe) -> dict[str, float]:

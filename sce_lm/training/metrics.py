@@ -1,11 +1,18 @@
-"""metrics.jsonl: one JSON object a line, each with its step, cut back when a run resumes."""
+"""metrics.jsonl: one JSON object a line, each with its step, cut back when a run resumes.
+
+A run that was resumed with another setting has a record of that: ``{"step": 500, "changed":
+{"max_steps": [500, 1000]}}``, what it was and what it has been since.
+"""
 
 import json
 import os
 from pathlib import Path
 from typing import Any
 
-from sce_lm.files import replacing
+from sce_lm.files import read_json, replacing
+
+CHANGED = "changed"
+"""The entry of a record that says which fields of the configuration changed at its step."""
 
 
 class MetricsLog:
@@ -25,8 +32,13 @@ class MetricsLog:
             os.fsync(file.fileno())
 
     def keep_until(self, step: int) -> None:
-        """Drop the records after `step`, which a resumed run writes again."""
-        kept = [record for record in read_metrics(self.path) if record["step"] <= step]
+        """Drop the records after `step`, which a resumed run writes again; a change of settings
+        after it holds from there now."""
+        kept = [
+            record | {"step": min(record["step"], step)}
+            for record in read_metrics(self.path)
+            if record["step"] <= step or CHANGED in record
+        ]
         with replacing(self.path) as partial:
             partial.write_text(
                 "".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8"
@@ -37,16 +49,22 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     """All complete records of a metrics.jsonl, in order; none if there is no such file."""
     if not path.exists():
         return []
-    lines = path.read_text(encoding="utf-8").split("\n")
+    lines = path.read_bytes().split(b"\n")
     # Text after the last line break is a line that a killed process did not finish.
-    return [json.loads(line) for line in lines[:-1]]
+    try:
+        return [json.loads(line) for line in lines[:-1]]
+    except ValueError as error:
+        raise ValueError(
+            f"{path} has a line that is not JSON ({error}); it was damaged or is another file; put "
+            "the one back that was written."
+        ) from None
 
 
 def with_costs(folder: Path) -> list[dict[str, Any]]:
     """The records of a finished run, each with what training, evaluation left out, had taken up to
     its step: ``seconds``, and the ``inner products in the loss`` (of the hidden width, in its
     forward passes; an objective that draws nothing takes one with every class)."""
-    vocabulary = json.loads((folder / "summary.json").read_text())["vocabulary"]
+    vocabulary = read_json(folder / "summary.json")["vocabulary"]
     seconds, products, step, found = 0.0, 0.0, 0, []
     for record in read_metrics(folder / "metrics.jsonl"):
         if "seconds_per_step" in record:

@@ -1,6 +1,7 @@
 """The model and tokenizer of a run: loaded, or from scratch, and checked to fit each other."""
 
 import difflib
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,12 +17,33 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from sce_lm.training.config import TrainConfig
 
 
-def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of a hub id or folder; ValueError if there is none."""
+def load_tokenizer(source: str | Path, **options: Any) -> PreTrainedTokenizerBase:
+    """The tokenizer of a hub id or folder; ValueError if there is none, or it is code.
+
+    Args:
+        options: further ones of `AutoTokenizer.from_pretrained`.
+    """
     try:
-        return AutoTokenizer.from_pretrained(source)
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=False, **options)
     except Exception as error:  # the hub, the file system and several parsers stand behind this
         raise _unreadable("tokenizer", source, error) from error
+
+
+def load_model(folder: str | Path, **options: Any) -> PreTrainedModel:
+    """The causal language model of a run's or another saved folder, of which no code is run.
+
+    Args:
+        options: further ones of `AutoModelForCausalLM.from_pretrained`.
+
+    Raises ValueError if there is none, if its weights are not safetensors (or, with `gguf_file`,
+    GGUF), or if it needs code that lies in the folder.
+    """
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            folder, use_safetensors=True, trust_remote_code=False, **options
+        )
+    except Exception as error:  # the hub, the file system and several parsers stand behind this
+        raise _unreadable("model", folder, error) from error
 
 
 def build_model(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
@@ -33,7 +55,10 @@ def build_model(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> PreT
     dtype = getattr(torch, config.dtype)
     if config.model is not None:
         try:
-            model = AutoModelForCausalLM.from_pretrained(config.model, dtype=dtype)
+            # From the hub also older files of weights than safetensors: read as numbers only.
+            model = AutoModelForCausalLM.from_pretrained(
+                config.model, dtype=dtype, weights_only=True, trust_remote_code=False
+            )
         except Exception as error:  # as above
             raise _unreadable("model", config.model, error) from error
     else:
@@ -68,9 +93,9 @@ def add_lora(model: PreTrainedModel, rank: int) -> Any:
 
 def _config(config: TrainConfig, tokenizer: PreTrainedTokenizerBase):
     """The configuration of a model from scratch, its special tokens taken from the tokenizer."""
-    options = dict(config.model_config)
-    model_type = options.pop("model_type")
-    if model_type not in CONFIG_MAPPING:
+    given = dict(config.model_config)
+    model_type = given.pop("model_type")
+    if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
         nearest = difflib.get_close_matches(str(model_type), CONFIG_MAPPING.keys(), 1, 0.0)[0]
         raise ValueError(
             f"model_config names the model_type {model_type!r}, which transformers does not know; "
@@ -79,28 +104,46 @@ def _config(config: TrainConfig, tokenizer: PreTrainedTokenizerBase):
     # A configuration class takes unknown fields without a word, so a misspelt one would be lost.
     default = AutoConfig.for_model(model_type)
     known = {*default.to_dict(), *default.attribute_map}
-    for name in options:
+    options: dict[str, Any] = {}
+    for name, value in given.items():
         if name not in known and not hasattr(default, name):
             nearest = difflib.get_close_matches(name, known, 1, 0.0)[0]
             raise ValueError(
                 f"model_config sets {name!r}, which is no field of {model_type}; did you mean "
                 f"{nearest!r}?"
             )
+        # By another name the class would take any type, and either of two values.
+        field = default.attribute_map.get(name, name)
+        if field in options:
+            twice = [other for other in given if default.attribute_map.get(other, other) == field]
+            raise ValueError(
+                f"model_config sets {' and '.join(twice)}, two names of one field of {model_type}; "
+                "keep one of them."
+            )
+        options[field] = _number_like(getattr(default, field, None), value)
     for role in ("bos", "eos", "pad"):
         options.setdefault(f"{role}_token_id", getattr(tokenizer, f"{role}_token_id"))
     options.setdefault("vocab_size", len(tokenizer))
     try:
         return AutoConfig.for_model(model_type, **options)
     except Exception as error:  # validation errors of several libraries
+        reason = " ".join(str(error).split())[:300].rstrip(".")
         raise ValueError(
-            f"model_config is not accepted by {model_type} ({_first_line(error)}); correct it."
+            f"model_config is not accepted by {model_type} ({reason}); correct it."
         ) from error
 
 
-def _unreadable(what: str, source: str, error: Exception) -> ValueError:
+def _number_like(default: Any, value: Any) -> Any:
+    """A whole float as an int where the default is one, and an int as a float."""
+    if type(default) is int and type(value) is float and value.is_integer():
+        return int(value)
+    return float(value) if type(default) is float and type(value) is int else value
+
+
+def _unreadable(what: str, source: str | Path, error: Exception) -> ValueError:
     return ValueError(
-        f"The {what} {source!r} cannot be loaded ({_first_line(error)}); expected a hub id or a "
-        "folder written by save_pretrained; check the name and that its files are complete."
+        f"The {what} {str(source)!r} cannot be loaded ({_first_line(error)}); expected a hub id or "
+        "a folder written by save_pretrained; check the name and that its files are complete."
     )
 
 

@@ -20,27 +20,28 @@ LINES = 10
 
 
 def draw_curves(
-    runs: Mapping[str, Sequence[Sequence[dict[str, Any]]]], path: Path, held_out: str
+    runs: Mapping[str, Sequence[Sequence[dict[str, Any]]]], path: Path, figure_name: str
 ) -> None:
-    """Draw training loss and a held-out figure against the step, and the latter against the seconds
+    """Draw training loss and a validation figure against the step, the latter against the seconds
     of training and the operations of the loss; of language models also accuracy against NLL, where
     up and left is better. One line a run, one colour a label.
 
     Args:
         runs: label and records of runs, as from ``metrics.with_costs``, for instance one a seed.
         path: PNG file to write.
-        held_out: name of the held-out figure, e.g. "nll" or "ndcg@10".
+        figure_name: of the validation figure, e.g. "nll" or "ndcg@10".
 
     Raises ImportError where matplotlib is not installed.
     """
+    validation = f"validation/{figure_name}"
     panels = [
         ("loss", "step", ""),
-        (held_out, "step", "o"),
-        (held_out, "seconds", "o"),
-        (held_out, "inner products in the loss", "o"),
+        (validation, "step", "o"),
+        (validation, "seconds", "o"),
+        (validation, "inner products in the loss", "o"),
     ]
-    if held_out == "nll":
-        panels.append(("accuracy", "nll", "o"))
+    if figure_name == "nll":
+        panels.append(("validation/accuracy", validation, "o"))
     with png(path, 5 * len(panels), 4) as figure:
         for axes, (name, x, marker) in zip(figure.subplots(1, len(panels)), panels):
             for number, (label, found) in enumerate(runs.items()):
@@ -58,8 +59,9 @@ def draw_curves(
                         label=None if index else label,
                         **style,
                     )
-            title = "training loss" if name == "loss" else f"held-out {name}"
-            axes.set(title=title, xlabel=x, ylabel="nats" if name == "loss" else "")
+            title = "training loss" if name == "loss" else name.replace("/", " ")
+            ylabel = "nats" if name == "loss" else ""
+            axes.set(title=title, xlabel=x.replace("/", " "), ylabel=ylabel)
             axes.grid(alpha=0.3)
         if len(runs) > 1:
             axes.legend(fontsize=7)
@@ -67,7 +69,7 @@ def draw_curves(
 
 def draw_report(
     folder: Path,
-    held_out: str,
+    figure_name: str,
     errors: Sequence[float],
     frequencies: Mapping[str, Sequence[float]],
 ) -> None:
@@ -76,8 +78,8 @@ def draw_report(
 
     Args:
         folder: of the run, with its metrics.jsonl.
-        held_out: name of the held-out figure, e.g. "nll" or "ndcg@10".
-        errors: loss - exact loss at held-out positions, at the end.
+        figure_name: of the validation figure, e.g. "nll" or "ndcg@10".
+        errors: loss - exact loss at validation positions, at the end.
         frequencies: of ``shares_by_frequency``, for those positions; empty: all classes.
 
     Raises ImportError where matplotlib is not installed.
@@ -86,7 +88,7 @@ def draw_report(
     own = "objective/"
     curves: list[tuple[str, dict[str, str], dict[str, Any]]] = [
         ("training loss", {"loss": "loss"}, {}),
-        (f"held-out {held_out}", {held_out: held_out}, {}),
+        (f"validation {figure_name}", {figure_name: f"validation/{figure_name}"}, {}),
         ("gradient norm", {"grad_norm": "before clipping"}, {}),
         (
             "relative error of the partition function",
@@ -143,7 +145,7 @@ def _draw_lines(
 def _draw_errors(axes: Axes, errors: Sequence[float]) -> None:
     axes.hist(errors, bins=40)
     axes.axvline(statistics.mean(errors), color="k", linestyle="--", label="mean")
-    axes.set(title="loss - exact loss at held-out positions", xlabel="nats", ylabel="positions")
+    axes.set(title="loss - exact loss at validation positions", xlabel="nats", ylabel="positions")
     axes.legend()
 
 

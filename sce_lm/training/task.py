@@ -9,28 +9,39 @@ two processes see what one would with twice the batch.
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from sce_lm.training.fingerprint import Fingerprint
+
+HeldOut = Literal["validation", "test"]
+"""What an evaluation is on: what is asked in the course of training (a recommender's validation
+items; of a language model's held-out text the blocks that `eval_batches` allows), or what is asked
+at the end (its test items; all of the held-out text)."""
+
 
 class Task(ABC):
-    """Training rows and held-out evaluation of one kind of training."""
+    """Training rows and evaluation of one kind of training."""
 
     tokenizer: PreTrainedTokenizerBase
     """Saved beside the model; its length is the vocabulary."""
+    source: dict[str, Fingerprint]
+    """What the data were when the run began: "data", and "held_out" where that is a source of its
+    own."""
     num_rows: int
     """Training sequences, at least 1."""
     headline: tuple[str, ...]
-    """Names of the held-out figures for the progress bar; the first is also drawn as a curve."""
+    """Names of the validation figures for the progress bar; the first is also drawn as a curve."""
 
     higher_is_better: bool
     """The direction of the first of them."""
     separate_test: bool
-    """Whether a final evaluation is on other data than those in the course of training."""
+    """Whether the test is on other data than the validation."""
 
     @abstractmethod
     def batch(self, rows: Sequence[int]) -> dict[str, torch.Tensor]:
@@ -38,26 +49,29 @@ class Task(ABC):
         `labels` (-100 where there is none)."""
 
     @abstractmethod
-    def held_out_batch(self) -> dict[str, torch.Tensor]:
-        """As `batch`, of `per_device_batch_size` held-out sequences, always the same."""
+    def validation_batch(self) -> dict[str, torch.Tensor]:
+        """As `batch`, of `per_device_batch_size` validation sequences, always the same."""
 
     @abstractmethod
     def evaluate(
-        self, model: PreTrainedModel, accelerator: Accelerator, *, final: bool
+        self, model: PreTrainedModel, accelerator: Accelerator, on: HeldOut
     ) -> dict[str, Any]:
-        """Held-out figures of a model in eval mode, the same on every process. A final evaluation
-        may add what belongs to its figures, such as their protocol.
+        """Figures of a model in eval mode, the same on every process, with what belongs to them,
+        such as their protocol.
 
         Args:
             model: the model itself, not its data-parallel wrapper.
             accelerator: each process takes its share; all call this together.
-            final: the whole held-out set (a recommender's test items) rather than the part of it
-                that is used in the course of training (the validation items).
+            on: what they are on.
         """
 
-    def baselines(self) -> dict[str, dict[str, Any]]:
-        """Final held-out figures, by name, of methods that need no training; none by default."""
+    def baselines(self, on: HeldOut = "test") -> dict[str, dict[str, Any]]:
+        """Figures, by name, of methods that need no training; none by default."""
         return {}
+
+    @abstractmethod
+    def store(self, folder: Path) -> None:
+        """Write what was derived from the data into a new folder (`stored_data`)."""
 
     @abstractmethod
     def describe(self) -> dict[str, Any]:

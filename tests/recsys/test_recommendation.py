@@ -1,10 +1,14 @@
 import math
 
+import numpy as np
+import pandas as pd
+import polars as pl
+import pyarrow as pa
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, LlamaConfig
 
-from sce_lm.recsys import SASRecConfig, build_item_tokenizer, recommend
+from sce_lm.recsys import SASRecConfig, build_item_tokenizer, count_items, recommend
 
 ITEMS = [f"item {i}" if i % 2 else i for i in range(57)]
 """Ids of two types."""
@@ -112,8 +116,66 @@ def test_unknown_items_are_skipped_and_counted(loaded):
     assert (found.unknown_items, found.users_without_history) == (4, 2)
     expected = recommend(*loaded, known, 5).items
     assert found.items == [expected[0], [], expected[1], [], expected[2]]
+    assert found.sources == ["model", "none", "model", "none", "model"]
     nobody = recommend(*loaded, [["new"]], 5)
-    assert nobody.items == [[]]
+    assert (nobody.items, nobody.scores, nobody.sources) == ([[]], [[]], ["none"])
+    assert recommend(*loaded, [], 5).items == []
+
+
+def test_users_of_whom_nothing_is_known_get_what_is_popular(loaded):
+    model, tokenizer = loaded
+    # Items 10 to 29 occur; of equal counts the first of the catalogue comes first.
+    counted = [[2 + i] * (3 if i % 5 else 9) for i in range(10, 30)]
+    count_items(tokenizer, pl.DataFrame({"items": counted}))
+    known = raw_histories(2)
+    found = recommend(model, tokenizer, [["new"], *known, []], 6, tile_size=13)
+    popular = [str(ITEMS[i]) for i in (10, 15, 20, 25, 11, 12)]
+    assert found.items[0] == found.items[3] == popular
+    assert found.scores[0] == [9, 9, 9, 9, 3, 3]
+    assert found.sources == ["popularity", "model", "model", "popularity"]
+    assert (found.unknown_items, found.users_without_history) == (1, 2)
+    assert found.items[1:3] == recommend(model, tokenizer, known, 6).items
+
+    some = recommend(model, tokenizer, [[]], 2, candidates=ITEMS[13:17], exclude=[ITEMS[15]])
+    assert some.items == [[str(ITEMS[13]), str(ITEMS[14])]]
+    rare = recommend(model, tokenizer, [[]], 3, candidates=ITEMS[:2] + ITEMS[29:30])
+    assert rare.items == [[str(ITEMS[29]), str(ITEMS[0]), str(ITEMS[1])]]
+
+
+def test_a_user_who_has_seen_everything_has_no_list(loaded):
+    found = recommend(*loaded, [ITEMS[:5]], 2, candidates=ITEMS[:4])
+    assert (found.items, found.sources, found.users_without_history) == ([[]], ["none"], 0)
+
+
+def test_unknown_candidates_and_exclusions_are_counted(loaded):
+    history = raw_histories(1)
+    found = recommend(*loaded, history, 5, candidates=["x", *ITEMS[5:40], None], exclude=["y", 6.0])
+    without = [item for item in ITEMS[5:40] if item != 6]
+    assert found.items == recommend(*loaded, history, 5, candidates=without).items
+    assert (found.unknown_candidates, found.unknown_excluded) == (2, 1)
+
+
+TABLES = {
+    "lists": lambda rows: rows,
+    "numpy": lambda rows: [np.array(row) for row in rows],
+    "polars column": lambda rows: pl.Series(rows),
+    "polars": lambda rows: pl.DataFrame({"user": range(len(rows)), "history": rows}),
+    "pandas column": lambda rows: pd.Series(rows),
+    "pandas": lambda rows: pd.DataFrame({"history": rows}),
+    "Arrow column": lambda rows: pa.chunked_array([rows]),
+    "Arrow": lambda rows: pa.table({"history": rows}),
+}
+
+
+@pytest.mark.parametrize("kind", TABLES)
+@pytest.mark.parametrize("folder", ["gpt2"], indirect=True)
+def test_histories_come_as_lists_columns_and_tables(loaded, kind):
+    numbers = [[0, 2, 4], [6], [8, 10]]
+    expected = recommend(*loaded, numbers, 5).items
+    assert recommend(*loaded, TABLES[kind](numbers), 5).items == expected
+    with_gaps = [[0.0, 2.0, 4.0], [6.0], [8.0, float("nan"), 10.0]]
+    found = recommend(*loaded, TABLES[kind](with_gaps), 5)
+    assert (found.items, found.unknown_items) == (expected, 1)
 
 
 @pytest.mark.parametrize(
@@ -122,13 +184,29 @@ def test_unknown_items_are_skipped_and_counted(loaded):
         ({"k": 58}, "k is 58, but there are 57 items to choose from"),
         ({"k": 0}, "k is 0"),
         ({"k": 3, "candidates": ["item 1", 2]}, "k is 3, but there are 2 items"),
-        ({"candidates": []}, "there are 0 items to choose from"),
-        ({"candidates": ["item 1", "x", "y"]}, "candidates names 2 items.*for instance 'x'"),
-        ({"exclude": ["[UNK]"]}, r"exclude names 1 items.*for instance '\[UNK\]'"),
+        ({"candidates": []}, "no items to choose from: 0 candidates are in the catalogue, 0 are"),
+        ({"candidates": ["x", "y"]}, "0 candidates are in the catalogue, 2 are not"),
+        ({"candidates": [2], "exclude": [2.0]}, "1 candidates are in .*exclude takes away 1 items"),
+        ({"exclude": ITEMS}, "exclude takes away the whole catalogue"),
+        ({"batch_size": 0}, "batch_size is 0"),
+        ({"tile_size": 0}, "tile_size is 0"),
+        ({"max_length": 0}, "max_length is 0"),
     ],
 )
+@pytest.mark.parametrize("folder", ["gpt2"], indirect=True)
 def test_what_cannot_be_done_is_one_sentence(loaded, change, message):
     with pytest.raises(ValueError, match=message):
         recommend(*loaded, [["item 1"]], **{"k": 10, **change})
+
+
+@pytest.mark.parametrize("folder", ["gpt2"], indirect=True)
+def test_what_is_no_list_of_lists_is_refused(loaded):
     with pytest.raises(TypeError, match="'item 1' is a string"):
         recommend(*loaded, ["item 1"])
+    with pytest.raises(TypeError, match="7 is a int"):
+        recommend(*loaded, [7])
+    with pytest.raises(TypeError, match="exclude is the string 'item 1'"):
+        recommend(*loaded, [["item 1"]], exclude="item 1")
+    log = pd.DataFrame({"user_id": [1], "item_id": ["item 1"]})
+    with pytest.raises(ValueError, match=r"'user_id', 'item_id' and not 'history'.*read_histories"):
+        recommend(*loaded, log)

@@ -203,6 +203,12 @@ torch.save(model.eval()(input_ids=torch.tensor([[5, 6, 7]])).logits, {str(tmp_pa
     torch.testing.assert_close(logits, model(input_ids=torch.tensor([[5, 6, 7]])).logits)
 
 
+def test_a_saved_model_loads_by_the_installed_code_without_trust(tmp_path):
+    build().save_pretrained(tmp_path)
+    (tmp_path / "sasrec.py").write_text("raise SystemExit('the copy was run')")
+    assert type(AutoModelForCausalLM.from_pretrained(tmp_path)) is SASRecForCausalLM
+
+
 @torch.no_grad()
 def test_only_the_wanted_positions_give_logits():
     model = build()

@@ -7,6 +7,7 @@ from support.data import shared_data
 from sce_lm.recsys import (
     build_item_tokenizer,
     catalogue,
+    last_items,
     last_n,
     leave_one_out,
     read_interactions,
@@ -100,6 +101,45 @@ def test_the_cut_may_be_a_quantile_or_a_date():
         assert temporal_split(days, date).test.equals(by_time.test)
 
 
+def test_a_cut_between_whole_numbers_is_not_one_at_the_lower():
+    for at in (5.5, "5.5", "6", " 6 "):
+        assert temporal_split(SEQUENCES, at).test.equals(temporal_split(SEQUENCES, 6).test)
+    assert not temporal_split(SEQUENCES, 5).test.equals(temporal_split(SEQUENCES, 6).test)
+
+
+DAYS = SEQUENCES.with_columns(
+    pl.col("times").list.eval(pl.date(2024, 1, pl.element()).cast(pl.Datetime))
+)
+ZONED = DAYS.with_columns(pl.col("times").list.eval(pl.element().dt.replace_time_zone("UTC")))
+
+
+@pytest.mark.parametrize(
+    "at",
+    [
+        "2024-01-06T00:00Z",
+        "2024-01-06 02:00:00+02:00",
+        "2024-01-05T12:00:00.5-11",
+        datetime.datetime(2024, 1, 6, tzinfo=datetime.UTC),
+        datetime.datetime(2024, 1, 6, 3, tzinfo=datetime.timezone(datetime.timedelta(hours=3))),
+    ],
+)
+def test_a_cut_of_times_with_a_zone_has_one(at):
+    split = temporal_split(ZONED, at)
+    assert split.test.equals(temporal_split(SEQUENCES, 6).test)
+    assert split.protocol.startswith(
+        ("temporal at 2024-01-06 00:00:00+00:00;", "temporal at 2024-01-05 23:")
+    )
+    with pytest.raises(ValueError, match=r"the log has dates without a zone and the cut .* with a"):
+        temporal_split(DAYS, at)
+
+
+@pytest.mark.parametrize("at", ["2024-01-06", "2024-01-06T00:00", datetime.date(2024, 1, 6)])
+def test_a_cut_without_a_zone_is_refused_where_times_have_one(at):
+    with pytest.raises(ValueError, match=r"with a zone .*; give .* 2024-05-01T00:00Z"):
+        temporal_split(ZONED, at)
+    assert temporal_split(DAYS, at).test.equals(temporal_split(SEQUENCES, 6).test)
+
+
 @pytest.mark.parametrize(
     ("at", "options", "message"),
     [
@@ -108,6 +148,9 @@ def test_the_cut_may_be_a_quantile_or_a_date():
         (9, {}, "None of the 1 users after the cut at 9 has 3 events"),
         ("2024-01-06", {}, "cannot be compared with times of type Int64.*the log has numbers"),
         ("soon", {}, "'soon' cannot be compared"),
+        ("04/02/2024", {}, "it is neither a number nor ISO 8601"),
+        ("2024-02-30", {}, "there is no such time"),
+        (True, {}, "True cannot be compared"),
         (6, {"past": "some"}, "expected one of after, all"),
     ],
 )
@@ -164,3 +207,13 @@ def test_a_temporal_split_of_a_real_log_agrees_with_its_definition():
     }
     assert found == expected
     assert split.summary()["test_targets_unseen_in_training"] == 0
+
+
+def test_last_items_are_asked_of_users_with_a_known_past():
+    sequences = pl.DataFrame(
+        {"user": ["a", "b", "c", "d"], "items": [[2, 1, 3, 4], [5, 1], [1, 3], [6]]},
+        schema={"user": pl.String, "items": pl.List(pl.Int32)},
+    )
+    questions, counts = last_items(sequences, range(2, 7))
+    assert questions.rows() == [("a", [2, 3], 4), ("b", [5], 1)]
+    assert counts == {"unknown_events": 3, "users_without_history": 2}

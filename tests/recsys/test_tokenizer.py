@@ -1,3 +1,7 @@
+import json
+
+import numpy as np
+import polars as pl
 import pytest
 import torch
 from transformers import AutoTokenizer, DataCollatorForSeq2Seq
@@ -7,6 +11,8 @@ from sce_lm.recsys import (
     SASRecForCausalLM,
     append_items,
     build_item_tokenizer,
+    count_items,
+    item_counts,
     item_tokens,
 )
 
@@ -59,6 +65,9 @@ def test_the_stock_collator_pads_labels_with_minus_100():
         (["a", "x [UNK] y"], r"must not contain the special tokens \[PAD\] and \[UNK\]"),
         (["a", ""], "must not be empty"),
         (["1", 1], "2 items but 1 distinct ids"),
+        (["1", 1.0], "2 items but 1 distinct ids"),
+        (["a", None], "Item id None cannot be a token"),
+        (["a", float("nan")], "Item id nan cannot be a token"),
     ],
 )
 def test_ids_that_cannot_be_tokens_are_refused(items, message):
@@ -91,3 +100,32 @@ def test_appended_items_come_after_the_old_ones_and_their_rows_stay(tmp_path):
     loaded = SASRecForCausalLM.from_pretrained(tmp_path)
     assert torch.equal(loaded.lm_head.weight, model.lm_head.weight)
     assert item_tokens(AutoTokenizer.from_pretrained(tmp_path)) == range(2, 13)
+
+
+def test_whole_floats_are_whole_numbers_as_in_a_log():
+    tokenizer = build_item_tokenizer([7.0, np.float32(8), np.int64(9), 1e16, 7.5])
+    names = ["7", "8", "9", "10000000000000000", "7.5"]
+    assert tokenizer.convert_ids_to_tokens(list(item_tokens(tokenizer))) == names
+    assert len(append_items(tokenizer, [7.0, 9.0])) == len(tokenizer)
+
+
+def test_counts_are_saved_loaded_and_grow_with_the_tokenizer(tmp_path):
+    tokenizer = build_item_tokenizer("abc")
+    assert item_counts(tokenizer) is None
+    count_items(tokenizer, pl.DataFrame({"items": [[2, 4], [], [4, 4], None]}))
+    tokenizer.save_pretrained(tmp_path)
+    loaded = AutoTokenizer.from_pretrained(tmp_path)
+    assert item_counts(loaded).tolist() == [1, 0, 3]
+    assert item_counts(append_items(loaded, ["b", "d", "e"])).tolist() == [1, 0, 3, 0, 0]
+    count_items(loaded, pl.DataFrame({"items": [[3]]}))
+    assert item_counts(loaded).tolist() == [0, 1, 0]
+
+
+@pytest.mark.parametrize("counts", ["1 2", "1 2 x", "1 2 -3", "1 2 3.5", [1, 2], {"a": 1}])
+def test_counts_of_other_items_are_refused(tmp_path, counts):
+    build_item_tokenizer("abc").save_pretrained(tmp_path)
+    file = tmp_path / "tokenizer_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "item_counts": counts}))
+    loaded = AutoTokenizer.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="has 3 items, and the item_counts saved with it"):
+        item_counts(loaded)

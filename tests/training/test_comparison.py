@@ -94,8 +94,8 @@ def test_compare_trains_each_and_writes_the_figures(tmp_path, capsys, monkeypatc
     # The form that most of a training has, here with all classes, not that of its first calls.
     exact_loss = result.costs["exact"].loss
     assert result.costs["labels first"].loss == pytest.approx(exact_loss, rel=1e-5)
-    nll = {label: result.held_out(label, "nll")[0] for label in methods}
-    first, second = result.held_out("exact", "nll")
+    nll = {label: result.test(label, "nll")[0] for label in methods}
+    first, second = result.test("exact", "nll")
     assert first != second
     assert nll["corrected SCE"] == pytest.approx(nll["exact"], rel=1e-4)  # its tail covers V
     assert nll["labels first"] != pytest.approx(nll["exact"], rel=1e-4)
@@ -105,7 +105,7 @@ def test_compare_trains_each_and_writes_the_figures(tmp_path, capsys, monkeypatc
     assert result.sooner["exact"] == [1.0, 1.0]
     assert written["sooner"]["published SCE"] == [None, None]
     assert result.curves.read_bytes().startswith(b"\x89PNG")
-    result.print("title", {"nll": "held-out NLL"})
+    result.print("title", {"nll": "test NLL"})
     mean, spread = (first + second) / 2, abs(first - second) / 2**0.5
     printed = capsys.readouterr().out
     assert f"{mean:.4f} ± {spread:.4f}" in printed
@@ -120,6 +120,6 @@ def test_compare_trains_each_and_writes_the_figures(tmp_path, capsys, monkeypatc
     monkeypatch.setattr(Run, "_optimizer_step", None)  # nothing is trained twice
     monkeypatch.setattr(Run, "train", diverge)
     again = compare(config, methods, tmp_path / "out", seeds=(1, 0))
-    assert again.held_out("exact", "nll") == [second, first]
+    assert again.test("exact", "nll") == [second, first]
     assert again.failures == {"published SCE": "The loss is nan"}
     assert "published SCE" not in again.summaries

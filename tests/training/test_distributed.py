@@ -56,7 +56,7 @@ def wait_for_checkpoint(run: Path, step: int, process: subprocess.Popen) -> None
 
 @pytest.mark.distributed
 def test_two_processes_give_the_losses_of_one_with_twice_the_batch(corpus, tmp_path):
-    """Exact loss, no dropout, accumulation; also held-out figures, which are summed over both."""
+    """Exact loss, no dropout, accumulation; also validation figures, which are summed over both."""
     fields = lm_fields(corpus, gradient_accumulation_steps=2, eval_batches=0)
     fields["model_config"] = {**fields["model_config"], **NO_DROPOUT}
     one, two = tmp_path / "one", tmp_path / "two"
@@ -65,7 +65,14 @@ def test_two_processes_give_the_losses_of_one_with_twice_the_batch(corpus, tmp_p
 
     left, right = read_metrics(one / "metrics.jsonl"), read_metrics(two / "metrics.jsonl")
     assert len(left) == len(right) == 8
-    for name in ("loss", "grad_norm", "nll", "accuracy", "learning_rate", "epoch"):
+    for name in (
+        "loss",
+        "grad_norm",
+        "validation/nll",
+        "validation/accuracy",
+        "learning_rate",
+        "epoch",
+    ):
         expected = [record[name] for record in left if name in record]
         assert [record[name] for record in right if name in record] == pytest.approx(
             expected, rel=1e-5
@@ -101,7 +108,7 @@ def test_two_processes_train_by_rows_as_one_with_twice_the_batch(corpus, tmp_pat
 
     left, right = read_metrics(one / "metrics.jsonl"), read_metrics(two / "metrics.jsonl")
     assert len(left) == len(right) == 8
-    for name in ("loss", "grad_norm", "nll"):
+    for name in ("loss", "grad_norm", "validation/nll"):
         expected = [record[name] for record in left if name in record]
         assert [record[name] for record in right if name in record] == pytest.approx(
             expected, rel=1e-4
@@ -161,7 +168,7 @@ def test_a_killed_process_ends_a_run_that_goes_on_with_two_or_one(corpus, tmp_pa
     Run(alone).train()  # from a checkpoint of one process, whose steps still take two batches
     left, right = read_metrics(one / "metrics.jsonl"), read_metrics(whole / "metrics.jsonl")
     assert [record["step"] for record in left] == [record["step"] for record in right]
-    for name in ("loss", "nll", "num_items", "epoch"):
+    for name in ("loss", "validation/nll", "num_items", "epoch"):
         expected = [record[name] for record in right if name in record]
         assert [record[name] for record in left if name in record] == pytest.approx(
             expected, rel=1e-4
@@ -212,7 +219,9 @@ def test_processes_that_cannot_share_a_step_do_not_resume(corpus, tmp_path):
     three = SimpleNamespace(
         is_main_process=True, num_processes=3, process_index=0, wait_for_everyone=lambda: None
     )
-    checkpoints: Any = Checkpoints(tmp_path / "checkpoints", three, run.objective, 1)
+    three.unwrap_model = lambda model: model
+    parts = run.model, run.optimizer, run.scheduler, run.objective
+    checkpoints: Any = Checkpoints(tmp_path / "checkpoints", three, *parts, 1)
     with pytest.raises(
         ValueError, match="by 1 processes, whose steps take 1 batches, and this run"
     ):

@@ -18,6 +18,7 @@ from sce_lm.training.evaluation import evaluate_run
 from sce_lm.training.items import ItemsTask
 from sce_lm.training.loop import Run
 from sce_lm.training.metrics import read_metrics
+from sce_lm.training.sources import build_task
 
 PACKAGES = ["asyncio", "email", "json", "unittest"]
 
@@ -57,7 +58,7 @@ def test_a_recommender_is_trained_evaluated_and_saved(tmp_path):
     records = read_metrics(run.folder / "metrics.jsonl")
     losses = [record["loss"] for record in records if "loss" in record]
     assert losses[-1] < losses[0]
-    assert [r["step"] for r in records if "ndcg@10" in r] == [10, 20]
+    assert [r["step"] for r in records if "validation/ndcg@10" in r] == [10, 20]
     figures = {"ndcg@10", "hr@10", "mrr@10", "coverage@10"}
     assert figures < set(summary["test"])
     assert summary["test"]["hr@10"] > 0
@@ -91,7 +92,7 @@ def test_a_recommender_is_trained_evaluated_and_saved(tmp_path):
 def test_the_baseline_is_popularity_on_the_same_users(tmp_path):
     task = Run(TrainConfig(**items_fields(tmp_path, eval_users=50))).task
     assert isinstance(task, ItemsTask)
-    users = task._questions(final=True)
+    users = task._questions("test")
     assert len(users) == 50
     items = recsys.item_tokens(task.tokenizer)
     counts = Counter(task.split.before_test().explode().to_list())
@@ -104,10 +105,26 @@ def test_the_baseline_is_popularity_on_the_same_users(tmp_path):
     assert hits > 0
 
 
+def test_baselines_have_not_seen_what_they_are_asked(tmp_path):
+    """Each user's validation item is nobody else's."""
+    rows = [
+        (user, item)
+        for user in range(6)
+        for item in ("a", "b", f"validation of {user}", f"test of {user}")
+    ]
+    log = pl.DataFrame(
+        rows, schema={"user": pl.String, "item": pl.String}, orient="row", strict=False
+    )
+    config = TrainConfig(**items_fields(tmp_path, eval_k=[3]))
+    task = ItemsTask.of_log(log.lazy(), None, config)
+    for on in ("validation", "test"):
+        assert task.baselines(on)["Markov chain"]["ndcg@3"] < 0.5  # 1 if it had
+
+
 def test_the_users_of_a_bounded_evaluation_are_the_same_each_time(tmp_path):
     run = Run(TrainConfig(**items_fields(tmp_path, eval_users=40)))
-    assert run.evaluate(final=False) == run.evaluate(final=False)
-    assert run.evaluate(final=False) != run.evaluate(final=True)
+    assert run.evaluate("validation") == run.evaluate("validation")
+    assert run.evaluate("validation") != run.evaluate("test")
 
 
 def test_a_log_of_ones_own_is_read_by_its_column_names(tmp_path):
@@ -173,6 +190,19 @@ def test_split_and_masking_are_those_of_the_configuration(tmp_path, changes, pro
     assert described["length_median"] == 8
 
 
+def test_text_times_are_read_by_the_format_of_the_configuration(tmp_path):
+    log = log_of_cycles(tmp_path)
+    day = pl.date(2024, 1, 1) + pl.duration(days=pl.col("time"))
+    frame = pl.read_csv(log["data"]).with_columns(time=day.dt.strftime("%d/%m/%Y"))
+    frame.write_csv(log["data"])
+    fields = items_fields(tmp_path, **log, split="temporal", split_time="2024-10-27", eval_k=[3])
+    described = Run(TrainConfig(**fields, time_format="%d/%m/%Y")).task.describe()
+    assert described["test_questions"] == 10  # as of split_time 300 in days
+    assert described["protocol"].startswith("temporal at 2024-10-27 00:00:00; ")
+    with pytest.raises(ValueError, match=r"the first '01/01/2024'.*say how .* with time_format"):
+        Run(TrainConfig(**fields | {"output_dir": str(tmp_path / "other")}))
+
+
 def test_filters_are_those_of_the_configuration(tmp_path):
     fields = items_fields(tmp_path, **log_of_cycles(tmp_path), min_item_events=36, eval_k=[5])
     described = Run(TrainConfig(**fields)).task.describe()
@@ -221,15 +251,17 @@ def test_the_best_model_is_kept_and_a_run_without_improvement_stops(tmp_path):
     )
     run = Run(TrainConfig(**fields))
     summary = run.train()
-    validation = {r["step"]: r["ndcg@5"] for r in read_metrics(run.metrics.path) if "ndcg@5" in r}
+    figure, records = "validation/ndcg@5", read_metrics(run.metrics.path)
+    validation = {r["step"]: r[figure] for r in records if figure in r}
     best = max(validation, key=validation.__getitem__)  # the first of equal ones
     assert summary["model_of_step"] == best
     assert summary["steps"] == best + 3 * 5 < 200
-    assert summary["held_out"]["ndcg@5"] == validation[best]
-    assert not (run.folder / "best").exists()
+    assert summary["validation"]["ndcg@5"] == validation[best]
+    kept = [path.parent.name for path in (run.folder / "best").rglob("model.safetensors")]
+    assert kept == [f"step-{best:08d}"]  # beside the checkpoints, from which the run could go on
 
     model = AutoModelForCausalLM.from_pretrained(run.folder / "model")
-    assert run.task.evaluate(model, run.accelerator, final=False)["ndcg@5"] == validation[best]
+    assert run.task.evaluate(model, run.accelerator, "validation")["ndcg@5"] == validation[best]
     assert evaluate_run(run.folder, run.accelerator)["model"] == summary["test"]
 
 
@@ -240,3 +272,12 @@ def test_a_run_that_does_not_fit_warns_before_it_starts(tmp_path, monkeypatch):
         UserWarning, match=r"will probably not fit. Memory: about \d+ MiB of \d+ free"
     ):
         Run(TrainConfig(**items_fields(tmp_path)))
+
+
+def test_the_tokenizer_carries_how_often_items_occur_in_training(tmp_path):
+    task = build_task(TrainConfig(**items_fields(tmp_path)))
+    assert isinstance(task, ItemsTask)
+    counted = task.split.train["items"].explode().value_counts().sort("items")
+    counts = recsys.item_counts(task.tokenizer)
+    assert counts.sum() == counted["count"].sum()
+    assert counts[counts > 0].tolist() == counted["count"].to_list()

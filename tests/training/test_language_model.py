@@ -15,7 +15,7 @@ from sce_lm.objectives import get
 from sce_lm.training.config import TrainConfig
 from sce_lm.training.language_model import LanguageModelTask
 from sce_lm.training.models import build_model
-from sce_lm.training.text import read_documents
+from sce_lm.training.text import hold_out, read_documents
 
 
 @pytest.mark.parametrize(
@@ -40,7 +40,7 @@ def test_figures_equal_those_of_stock_logits(corpus, model_config):
     fields = lm_fields(corpus, model_config=model_config, eval_batches=3)
     config = TrainConfig(**fields)
     tokenizer = AutoTokenizer.from_pretrained(config.tokenizer)
-    task = LanguageModelTask(*read_documents(config), tokenizer, config)
+    task = LanguageModelTask(*hold_out(read_documents(config)[0], config), tokenizer, config)
     torch.manual_seed(0)
     model = build_model(config, tokenizer)
     with torch.no_grad():
@@ -50,7 +50,7 @@ def test_figures_equal_those_of_stock_logits(corpus, model_config):
     stock.load_state_dict(model.state_dict())
     apply_sce(model, get("sce", num_buckets=0, tail_candidates=8))
 
-    figures = task.evaluate(model.eval(), Accelerator(), final=True)
+    figures = task.evaluate(model.eval(), Accelerator(), on="test")
 
     blocks = torch.stack([torch.from_numpy(block) for block in task.held_out])
     with torch.no_grad():
@@ -74,11 +74,11 @@ def test_figures_equal_those_of_stock_logits(corpus, model_config):
 def test_a_diverged_model_has_figures_that_say_so(corpus):
     config = TrainConfig(**lm_fields(corpus))
     tokenizer = AutoTokenizer.from_pretrained(config.tokenizer)
-    task = LanguageModelTask(*read_documents(config), tokenizer, config)
+    task = LanguageModelTask(*hold_out(read_documents(config)[0], config), tokenizer, config)
     model = apply_sce(build_model(config, tokenizer), get("exact")).eval()
     with torch.no_grad():
         model.get_output_embeddings().weight.fill_(torch.nan)
-    figures = task.evaluate(model, Accelerator(), final=True)
+    figures = task.evaluate(model, Accelerator(), on="test")
     assert math.isnan(figures["nll"])
     assert math.isnan(figures["ece"])
 
@@ -86,12 +86,12 @@ def test_a_diverged_model_has_figures_that_say_so(corpus):
 def test_an_evaluation_in_the_course_of_training_is_bounded(corpus, monkeypatch):
     config = TrainConfig(**lm_fields(corpus, eval_batches=2))
     tokenizer = AutoTokenizer.from_pretrained(config.tokenizer)
-    task = LanguageModelTask(*read_documents(config), tokenizer, config)
+    task = LanguageModelTask(*hold_out(read_documents(config)[0], config), tokenizer, config)
     model = apply_sce(build_model(config, tokenizer), get("exact")).eval()
     sizes = []
     hook = model.register_forward_pre_hook(
         lambda _, args, kwargs: sizes.append(len(kwargs["input_ids"])), with_kwargs=True
     )
-    task.evaluate(model, Accelerator(), final=False)
+    task.evaluate(model, Accelerator(), on="validation")
     assert sizes == [config.per_device_batch_size] * 2
     hook.remove()

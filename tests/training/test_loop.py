@@ -57,7 +57,7 @@ def test_a_run_leaves_a_stock_model_metrics_report_and_a_summary(corpus, tmp_pat
 
     records = read_metrics(tmp_path / "metrics.jsonl")
     assert [r["step"] for r in records if "loss" in r] == [1, 2, 3, 4, 5, 6]
-    assert [r["step"] for r in records if "nll" in r] == [5, 6]
+    assert [r["step"] for r in records if "validation/nll" in r] == [5, 6]
     assert {"objective/coverage", "seconds_per_step", "tokens_per_second"} <= records[0].keys()
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["steps"] == 6
@@ -200,7 +200,10 @@ def test_a_checkpoint_in_the_making_is_passed_over(corpus, tmp_path, monkeypatch
     monkeypatch.undo()
     with (broken / "metrics.jsonl").open("a") as file:
         file.write('{"step": 5, "lo')  # a line that was cut off
-    assert list((broken / "checkpoints").glob(".partial-*"))
+    assert [path.name for path in (broken / "checkpoints").iterdir()] == ["step-00000002"]
+    killed = broken / "checkpoints" / ".partial-step-00000004"  # what SIGKILL would have left
+    killed.mkdir()
+    (killed / "model.safetensors").write_bytes(b"the first half")
 
     resumed = Run(TrainConfig(**{**fields, "output_dir": str(broken)}))
     assert resumed.step == 2
@@ -217,14 +220,14 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_serves(corpus, tmp_
     before = parameters(tmp_path)
     (tmp_path / "summary.json").unlink()
     newest = tmp_path / "checkpoints" / "step-00000006"
-    weights = newest / "pytorch_model.bin"
+    weights = newest / "model.safetensors"
     content = bytearray(weights.read_bytes())
     content[len(content) // 2] ^= 1
     weights.write_bytes(content)
-    with pytest.raises(ValueError, match=r"step-00000006 is damaged \(pytorch_model.bin"):
+    with pytest.raises(ValueError, match=r"step-00000006 is damaged \(model.safetensors"):
         Run(TrainConfig(**fields))
     weights.unlink()
-    with pytest.raises(ValueError, match=r"step-00000006 is damaged \(pytorch_model.bin"):
+    with pytest.raises(ValueError, match=r"step-00000006 is damaged \(model.safetensors"):
         Run(TrainConfig(**fields))
 
     for file in newest.iterdir():
