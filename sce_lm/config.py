@@ -437,8 +437,11 @@ class PublishedSCESizes:
     """What :meth:`PublishedSCEConfig.resolve` decided for one problem."""
 
     num_buckets: int
+    """n_b."""
     bucket_positions: int
+    """b_x."""
     bucket_candidates: int
+    """b_y."""
 
     def __str__(self) -> str:
         return _table(self)

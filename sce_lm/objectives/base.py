@@ -89,7 +89,7 @@ class Objective(ABC):
         return call.begin(self.state, labels, head.vocab_size, generator)
 
     def to_dict(self) -> dict[str, Any]:
-        """Name and options as JSON-able values; ``objectives.get(**d)`` builds it again."""
+        """Name and options as JSON-able values; ``objectives.from_dict(d)`` builds it again."""
         return {"name": self.name, **dataclasses.asdict(self.config)}
 
     def largest_of(self, x: torch.Tensor) -> torch.Tensor:

@@ -135,7 +135,7 @@ def test_equals_the_straight_line_given_the_draw(proposal, way, monkeypatch):
     loss = objective(50, proposal=proposal, **way)(*problem[:3], bias=problem.bias, post=CAP)
     ids, c = drawn[0]
     expected = position_reference(
-        *problem[:3], ids.expand(30, -1), c.expand(30, -1), bias=problem.bias, post=CAP
+        problem.head(CAP), problem.positions(), ids.expand(30, -1), c.expand(30, -1)
     ).mean()
     torch.testing.assert_close(loss, expected)
     for mine, want in zip(gradients(loss, problem), gradients(expected, problem)):
