@@ -55,7 +55,7 @@ def launched() -> list[Launch]:
     launches = []
     for case in CASES:
         problem, _, candidates = draw(case)
-        head, positions = problem.head(post=case.post), problem.positions()
+        head, positions = problem.head(case.post), problem.positions()
         with watched(run=False) as found:
             loss = candidate_cross_entropy(head, positions, candidates).loss
             inputs = [t for t in problem.parameters if t.requires_grad]

@@ -1,11 +1,9 @@
 """The kernels of candidate cross-entropy against fp64 straight-line code."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 from support.problems import relative_error
-from support.triton_cases import CASES, Case, draw, weighted_bucket_reference
+from support.triton_cases import CASES, Case, draw
 
 import sce_lm.ops.triton.backward_pass as backward_pass
 import sce_lm.ops.triton.configurations as configurations
@@ -26,13 +24,9 @@ def check(case: Case) -> None:
     """Loss and gradients of weighted losses."""
     problem, double, candidates = draw(case)
     weights = torch.linspace(0.5, 1.5, case.positions) / 64
-    head, positions = problem.head(post=case.post), problem.positions(weights)
+    head, positions = problem.head(case.post), problem.positions(weights)
     assert candidate_cross_entropy_supported(head, positions) is None
-    if case.weighted:
-        expected = weighted_bucket_reference(double, candidates, case.post)
-    else:
-        plain = replace(candidates, sparse_grad=False)
-        expected = candidate_reference(double.head(post=case.post), double.positions(), plain)
+    expected = candidate_reference(double.head(case.post), double.positions(), candidates)
     result = candidate_cross_entropy(head, positions, candidates)
     limit = TOLERANCE[case.dtype]
     wanted_loss = (expected * weights).sum()

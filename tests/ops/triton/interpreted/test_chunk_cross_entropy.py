@@ -16,7 +16,7 @@ def test_equals_the_plain_one(reach):
     of_position = torch.randint(1, 5, (1, 40), generator=generator)
     of_class = torch.randint(0, 4, (1, 90), generator=generator)
     chunks = Chunks(of_position, of_class, 5, reach)
-    head, positions = problem.head(post=LogitTransform(1.5, 2.0)), problem.positions()
+    head, positions = problem.head(LogitTransform(1.5, 2.0)), problem.positions()
     found, expected = (
         chunk_cross_entropy(head, positions, chunks, backend=backend)
         for backend in ("triton", "torch")

@@ -20,18 +20,19 @@ def check(n, v, d, *, dtype=torch.float32, bias=False, post=LogitTransform(), pi
     double = Problem(tensors[0], tensors[1], problem.labels, tensors[3])
     for tensor in double.parameters:
         tensor.requires_grad_()
-    expected = exact_reference(double.head(post=post), double.positions())
+    head, positions = double.head(post), double.positions()
+    expected = exact_reference(head, positions)
     weights = torch.linspace(0.5, 1.5, n) / 64
     kept = backward_pass.WORKSPACE_ELEMENTS
     backward_pass.WORKSPACE_ELEMENTS = 1 if pieces else kept
     try:
-        result = exact_cross_entropy(problem.head(post=post), problem.positions(weights))
+        result = exact_cross_entropy(problem.head(post), problem.positions(weights))
         found = torch.autograd.grad(result.loss, problem.parameters)
     finally:
         backward_pass.WORKSPACE_ELEMENTS = kept
     limit = TOLERANCE[dtype]
     assert relative_error(result.loss, (expected * weights).sum()) < limit
-    s = post(raw_logits(double.hidden, double.weight, double.bias))
+    s = post(raw_logits(head, double.hidden))
     assert torch.equal(result.correct, s.argmax(dim=1) == problem.labels)
     assert relative_error(result.confidence, s.softmax(dim=1).amax(dim=1)) < limit
     wanted = torch.autograd.grad((expected * weights).sum(), double.parameters)
