@@ -149,52 +149,40 @@ class Objective(ABC):
             TypeError: labels that are not integers.
         """
         options: dict[str, Any] = {
-            "bias": bias,
-            "post": post,
             "reduction": reduction,
             "ignore_index": ignore_index,
             "num_items_in_batch": num_items_in_batch,
         }
         traceable = low_rank is None and can_trace(self.config, generator, return_stats)
         if torch.compiler.is_compiling() and traceable:
+            options |= {"bias": bias, "post": post}
             return head_loss(_number_of(self), hidden_states, weight, labels, **options)
-        return self._call_eagerly(
-            hidden_states,
-            weight,
-            labels,
-            generator=generator,
-            return_stats=return_stats,
-            low_rank=low_rank,
-            **options,
-        )
+        options |= {"generator": generator, "return_stats": return_stats}
+        head = Head(weight, low_rank, bias, post)
+        return self._call_eagerly(head, hidden_states, labels, **options)
 
     @outside_graphs
     def _call_eagerly(
         self,
-        hidden_states,
-        weight,
-        labels,
+        head: Head,
+        hidden_states: torch.Tensor,
+        labels: torch.Tensor,
         *,
-        bias,
-        post,
-        generator,
-        reduction,
-        ignore_index,
-        num_items_in_batch,
-        return_stats,
-        low_rank,
+        generator: torch.Generator | None,
+        reduction: Reduction,
+        ignore_index: int,
+        num_items_in_batch: torch.Tensor | int | None,
+        return_stats: bool,
     ) -> Any:
         """The call in eager code."""
-        head = Head(weight, low_rank, bias, post)
         check_inputs(hidden_states, head, labels, reduction)
         vocab_size = self.vocab_size or head.vocab_size
-        dtype = compute_dtype(hidden_states, weight)
+        dtype = compute_dtype(hidden_states, head.weight)
         flat_labels = labels.reshape(-1).long()
         is_out = None
-        if bias is not None and self.state is not None:  # without a state nothing is drawn
-            bias = within_reach(bias, post)
-            head = head._replace(bias=bias)
-            is_out = is_masked(bias, post, self.largest_of)
+        if head.bias is not None and self.state is not None:  # without a state nothing is drawn
+            head = head._replace(bias=within_reach(head.bias, head.post))
+            is_out = is_masked(head.bias, head.post, self.largest_of)
         valid, num_masked = valid_positions(flat_labels, ignore_index, vocab_size, is_out)
         num_valid = valid.numel()
         hidden = hidden_states.reshape(-1, hidden_states.shape[-1])
