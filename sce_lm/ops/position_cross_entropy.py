@@ -199,8 +199,11 @@ class _Gradients(NamedTuple):
     """Gradients with respect to ``[N, D]`` hidden states and the ``[U, D]`` touched rows, these
     without the columns that are frozen; without rows where they were not asked for."""
 
-    touched: _Touched
+    head: Head
     needs: Needs
+    touched: torch.Tensor
+    """``[U]`` their ids, ascending."""
+    sparse: bool
     hidden: torch.Tensor
     rows: torch.Tensor
 
@@ -210,11 +213,8 @@ class _Gradients(NamedTuple):
             self.rows.mul_(factor)
         of_head = [None] * 3
         if any(self.needs.head):
-            of_head = self.touched.head.gradients(
-                self.needs.head,
-                self.touched.touched,
-                self.rows,
-                sparse=self.touched.candidates.sparse_grad,
+            of_head = self.head.gradients(
+                self.needs.head, self.touched, self.rows, sparse=self.sparse
             )
         return self.hidden if self.needs.hidden else None, *of_head
 
@@ -254,5 +254,6 @@ class PositionPass(Pass):
         grad_rows = p.rows.new_empty(0, p.rows.shape[1])
         if needs_rows:
             grad_rows = p.row_gradient(g_own, num_frozen).index_add_(0, p.common, grad_common)
-        gradients = _Gradients(p, needs, grad_hidden, grad_rows)
+        sparse = self.candidates.sparse_grad
+        gradients = _Gradients(head, needs, p.touched, sparse, grad_hidden, grad_rows)
         return Found(losses, (log_partition,), gradients)
