@@ -128,7 +128,7 @@ def tensors_in(value, seen):
     elif isinstance(value, (list, tuple)):
         parts = list(value)
     else:
-        parts = list(getattr(value, "__dict__", {}).values())
+        parts = (value if isinstance(value, dict) else getattr(value, "__dict__", {})).values()
     return [tensor for part in parts for tensor in tensors_in(part, seen)]
 
 
