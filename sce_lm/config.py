@@ -49,7 +49,7 @@ MIN_FLOOR = 0.03
 """Least share of the proposal that "auto" spreads evenly."""
 MIN_BUCKETS = 8
 """Buckets below which "auto" makes none."""
-PRIORS = ("labels", "uniform", "in_batch", "cache", "kernel", "gradient")
+PRIORS = ("labels", "uniform", "gradient")
 """Components of the tail's proposal (:mod:`sce_lm.objectives.tail_proposal`)."""
 
 
@@ -103,14 +103,10 @@ class ObjectiveConfig:
 
 @dataclass(frozen=True)
 class SCEConfig(ObjectiveConfig):
-    """Configuration of SCE: corrected by default, as published by :meth:`published`.
+    """Configuration of corrected SCE; :meth:`published` gives the published form's.
 
     Raises ValueError for a value out of range and for combinations that mean nothing.
     """
-
-    correction: Literal["priority", "none"] = "priority"
-    """"priority": a priority sample of the rest of the catalogue makes the partition function
-    unbiased. "none": a softmax over the candidates alone, a lower bound of the partition."""
 
     num_buckets: int | Auto = "auto"
     """Buckets of positions, each with candidates of its own; 0 skips the catalogue scan."""
@@ -123,14 +119,9 @@ class SCEConfig(ObjectiveConfig):
     by the softmax at the bucket's centre, mixed with ``prior``. Such a sample is the bucket's own
     tail, so there is no other and no control variate."""
 
-    assignment: Literal["nearest", "balanced", "topk"] = "nearest"
+    assignment: Literal["nearest", "balanced"] = "nearest"
     """"nearest": a position belongs to its nearest centre's bucket. "balanced": the same, cut into
-    equal buckets. "topk": a bucket takes the positions nearest to it, so that a position may be
-    in several or in none (the published form)."""
-
-    centers: Literal["kmeans", "mix", "random"] = "kmeans"
-    """"kmeans": a few k-means steps on the batch's hidden states. "mix": random mixtures of them.
-    "random": Gaussian directions. The last two go with assignment "topk"."""
+    equal buckets."""
 
     shared_labels: bool = True
     """Keep the labels of the batch as candidates of every position, with certainty."""
@@ -148,11 +139,9 @@ class SCEConfig(ObjectiveConfig):
     there. The loss is biased by about half the square of it. None: the tail keeps its size."""
 
     prior: str | Mapping[str, float] = "labels"
-    """Proposal of the tail: "labels" (frequencies seen so far), "uniform", "in_batch" (this batch's
-    labels), "cache" (the softmax of past calls, as XIR's cache), "kernel" (the positions' mean
-    kernel mass) or "gradient" (norms of the rows' gradients at k-means centres); or a mapping of
-    several to their shares. Any choice is unbiased. The last two read W once a call, at 16·V/N
-    products a position for "gradient"."""
+    """Proposal of the tail: "labels" (frequencies seen so far), "uniform", or "gradient" (norms of
+    the rows' gradients at k-means centres, a read of W once a call, at 16·V/N products a position);
+    or a mapping of several to their shares. Any choice is unbiased."""
 
     prior_power: float = 0.75
     """Power on the frequencies of component "labels", in [0, 1]."""
@@ -175,22 +164,6 @@ class SCEConfig(ObjectiveConfig):
     once a call and makes a second gradient of its size; the centres are those of the buckets,
     or 16."""
 
-    tail_strata: int = 1
-    """Parts of the rest by label count, octaves of it at most, each with a control variate of its
-    own: the logits of rare and of frequent classes have other means. Several read W once a call."""
-
-    bucket_positions: int | Auto = "auto"
-    """Positions of a bucket; assignment "topk" only."""
-
-    alpha: float = 2.0
-    """Size factor: num_buckets · bucket_positions = alpha² · N; assignment "topk" only."""
-
-    beta: float = 1.0
-    """Shape factor: bucket_positions / num_buckets; assignment "topk" only."""
-
-    reduce: Literal["max", "mean"] = "max"
-    """A position's loss over its buckets; assignment "topk" only."""
-
     labels_first: int = 0
     """In the first so many calls (batches) the batch's labels alone are candidates, uncorrected: an
     in-batch softmax. Models from scratch learn to rank sooner by it, and the calls after it make a
@@ -203,20 +176,15 @@ class SCEConfig(ObjectiveConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_choice(self, "correction", "priority", "none")
-        check_choice(self, "assignment", "nearest", "balanced", "topk")
-        check_choice(self, "centers", "kmeans", "mix", "random")
+        check_choice(self, "assignment", "nearest", "balanced")
         check_choice(self, "bucket_sampling", "top", "priority")
-        check_choice(self, "reduce", "max", "mean")
         check_choice(self, "control_variate", True, False, "auto")
         for name in ("row_control_variate", "shared_labels", "sparse_grad"):
             check_choice(self, name, True, False)
         for name in ("num_buckets", "shared_frequent", "tail_candidates"):
             check_count(self, name, low=0, auto=True)
         check_count(self, "labels_first", low=0)
-        for name in ("bucket_candidates", "bucket_positions"):
-            check_count(self, name, auto=True)
-        check_count(self, "tail_strata")
+        check_count(self, "bucket_candidates", auto=True)
         self._check_prior()
         check_share(self, "prior_power")
         if self.target_relative_error is not None:
@@ -227,10 +195,6 @@ class SCEConfig(ObjectiveConfig):
                 f"SCEConfig.uniform_floor is {self.uniform_floor!r}; give one in (0, 1], or "
                 '"auto": without a floor the weights of rare classes have no bound.'
             )
-        for name in ("alpha", "beta"):
-            value = getattr(self, name)
-            if not (is_number(value) and value > 0):
-                raise ValueError(f"SCEConfig.{name} is {value!r}; give a positive number.")
         self._refuse_meaningless()
 
     def _check_prior(self) -> None:
@@ -258,147 +222,62 @@ class SCEConfig(ObjectiveConfig):
         return {name: share / total for name, share in self.prior.items()}
 
     def _refuse_meaningless(self) -> None:
-        defaults = {f.name: f.default for f in dataclasses.fields(self)}
-        if self.assignment == "topk":
-            asked = {
-                "correction": self.correction != "none",
-                "centers": self.centers == "kmeans",
-                "shared_labels": self.shared_labels,
-                "shared_frequent": self.shared_frequent not in (0, "auto"),
-                "num_buckets": self.num_buckets == 0,
-                "bucket_sampling": self.bucket_sampling != "top",
-                "labels_first": self.labels_first > 0,
-            }
-            reason = (
-                'assignment="topk" puts a position into several buckets or none, as published: '
-                'it takes correction="none", centers "mix" or "random", shared_labels=False, '
-                'shared_frequent=0, bucket_sampling="top", labels_first=0 and at least one '
-                "bucket (SCEConfig.published() sets them)"
-            )
-        else:
-            asked = {
-                "centers": self.centers != "kmeans",
-                **{
-                    name: getattr(self, name) != defaults[name]
-                    for name in ("bucket_positions", "alpha", "beta", "reduce")
-                },
-            }
-            reason = (
-                'centers "mix" and "random", bucket_positions, alpha, beta and reduce belong to '
-                'assignment="topk"'
-            )
-        wrong = [name for name, is_wrong in asked.items() if is_wrong]
-        if wrong:
-            raise ValueError(f"SCEConfig: {', '.join(wrong)} cannot be set like this; {reason}.")
+        def refuse(name: str, why: str) -> None:
+            raise ValueError(f"SCEConfig: {name}={getattr(self, name)!r} {why}.")
+
         if self.labels_first and not self.shared_labels:
-            raise ValueError(
-                f"SCEConfig: labels_first={self.labels_first} begins with the batch's labels as "
-                "candidates, and shared_labels=False leaves them out; change one of the two."
+            refuse(
+                "labels_first",
+                "begins with the batch's labels as candidates, and shared_labels=False leaves them "
+                "out; change one of the two",
             )
-        if self.correction == "none":
-            if self.tail_candidates not in (0, "auto"):
-                raise ValueError(
-                    f"SCEConfig: tail_candidates={self.tail_candidates} is a sample that must be "
-                    'weighted; use correction="priority", or tail_candidates=0.'
-                )
-            if self.control_variate is True:
-                raise ValueError(
-                    "SCEConfig: control_variate=True corrects a sampled tail; use "
-                    'correction="priority", or control_variate=False.'
-                )
         if self.bucket_sampling == "priority":
-            asked = {
-                "correction": self.correction == "none",
+            wrong = {
                 "num_buckets": self.num_buckets == 0,
                 "tail_candidates": self.tail_candidates not in (0, "auto"),
                 "control_variate": self.control_variate is True,
             }
-            for name in (name for name, is_wrong in asked.items() if is_wrong):
-                raise ValueError(
-                    f"SCEConfig: {name}={getattr(self, name)!r} does not go with "
-                    'bucket_sampling="priority", where each bucket has a weighted sample of '
-                    'everything that is not shared; leave it out, or use bucket_sampling="top".'
+            for name in (name for name, is_wrong in wrong.items() if is_wrong):
+                refuse(
+                    name,
+                    'does not go with bucket_sampling="priority", where each bucket has a weighted '
+                    "sample of everything that is not shared; leave it out, or use "
+                    'bucket_sampling="top"',
                 )
-            if "cache" in self.prior_shares():
-                raise ValueError(
-                    'SCEConfig: prior "cache" does not go with bucket_sampling="priority", whose '
-                    "lists are drawn again under gradient checkpointing; choose another."
-                )
-        has_control = self.control_variate is not False and self.tail_candidates != 0
-        if self.tail_strata > 1 and not (has_control and self.bucket_sampling == "top"):
-            raise ValueError(
-                f"SCEConfig: tail_strata={self.tail_strata} are means for the control variate of a "
-                "tail; give both, or tail_strata=1."
+        has_tail = self.tail_candidates != 0 and self.bucket_sampling == "top"
+        if self.target_relative_error is not None and not has_tail:
+            refuse(
+                "target_relative_error",
+                "sets the size of a sampled tail; give one, or leave target_relative_error out",
             )
-        if self.tail_strata > 1 and (self.sparse_grad or self.correction == "none"):
-            raise ValueError(
-                f"SCEConfig: tail_strata={self.tail_strata} reads the whole weight at each call, "
-                'and belongs to correction="priority" without sparse_grad; use tail_strata=1.'
-            )
-        has_tail = self.correction == "priority" and self.tail_candidates != 0
-        if self.target_relative_error is not None and not (
-            has_tail and self.bucket_sampling == "top"
-        ):
-            raise ValueError(
-                f"SCEConfig: target_relative_error={self.target_relative_error} sets the size of a "
-                "sampled tail; give one, or leave target_relative_error out."
-            )
-        if self.row_control_variate and not (
-            has_tail and self.bucket_sampling == "top" and not self.sparse_grad
-        ):
-            raise ValueError(
-                "SCEConfig: row_control_variate=True corrects a dense gradient by the draws of a "
-                'tail; it goes with correction="priority", bucket_sampling="top" and '
-                "sparse_grad=False, or leave it out."
+        if self.row_control_variate and (not has_tail or self.sparse_grad):
+            refuse(
+                "row_control_variate",
+                "corrects a dense gradient by the draws of a tail; it goes with a tail, "
+                'bucket_sampling="top" and sparse_grad=False, or leave it out',
             )
         if self.num_buckets == 0 and self.bucket_candidates != "auto":
-            raise ValueError(
-                f"SCEConfig: bucket_candidates={self.bucket_candidates} with num_buckets=0 is "
-                "never used; give num_buckets, or leave bucket_candidates out."
+            refuse(
+                "bucket_candidates",
+                "with num_buckets=0 is never used; give num_buckets, or leave bucket_candidates "
+                "out",
             )
         if self.tail_candidates == 0 and self.control_variate is True:
-            raise ValueError(
-                "SCEConfig: control_variate=True needs a tail; give tail_candidates, or "
-                "control_variate=False."
+            refuse(
+                "control_variate",
+                "needs a tail; give tail_candidates, or control_variate=False",
             )
-        no_candidates = (
-            self.num_buckets == 0
-            and self.tail_candidates == 0
-            and not self.shared_labels
-            and self.shared_frequent == 0
-        )
-        if no_candidates:
+        if (self.num_buckets, self.tail_candidates, self.shared_frequent) == (0, 0, 0) and (
+            not self.shared_labels
+        ):
             raise ValueError(
                 "SCEConfig: no candidates are left; give buckets, a shared list or a tail."
             )
 
     @classmethod
-    def published(
-        cls,
-        alpha: float = 2.0,
-        beta: float = 1.0,
-        bucket_candidates: int = 256,
-        mix: bool = True,
-        **options: Any,
-    ) -> SCEConfig:
-        """SCE as in arXiv 2409.18721: n_b = alpha·sqrt(N/beta), b_x = alpha·sqrt(N·beta).
-
-        ``mix`` makes the centres random mixtures of the batch's hidden states instead of Gaussian
-        directions. Further ``options`` are fields, for instance ``num_buckets``.
-        """
-        fields: dict[str, Any] = {
-            "correction": "none",
-            "assignment": "topk",
-            "centers": "mix" if mix else "random",
-            "shared_labels": False,
-            "shared_frequent": 0,
-            "tail_candidates": 0,
-            "control_variate": False,
-            "alpha": alpha,
-            "beta": beta,
-            "bucket_candidates": bucket_candidates,
-        }
-        return cls(**{**fields, **options})
+    def published(cls, **options: Any) -> PublishedSCEConfig:
+        """The configuration of SCE as published; ``options`` are its fields."""
+        return PublishedSCEConfig(**options)
 
     def resolve(
         self,
@@ -424,27 +303,19 @@ class SCEConfig(ObjectiveConfig):
         def here(size: int) -> int:
             return -(-min(size, v) * rows // v)
 
-        published = self.assignment == "topk"
-        sampled_buckets = self.bucket_sampling == "priority"
-        corrected = self.correction == "priority" and not sampled_buckets
+        has_tail = self.bucket_sampling == "top"
         auto_candidates = 1024
-        if published:
-            auto_buckets = max(1, round(self.alpha * math.sqrt(n / self.beta)))
-            auto_positions = max(1, round(self.alpha * math.sqrt(n * self.beta)))
-            num_buckets = _pick(self.num_buckets, auto_buckets)
-            bucket_positions = min(_pick(self.bucket_positions, auto_positions), n)
-        else:
-            auto_buckets = max(1, min(64, n // 32))
-            if corrected:  # else there is no tail and must be a bucket, whatever the scan costs
-                auto_buckets = min(auto_buckets, SCAN_PRODUCTS * n // v)
-                auto_buckets = auto_buckets if v >= 2**16 and auto_buckets >= MIN_BUCKETS else 0
-            num_buckets = min(_pick(self.num_buckets, auto_buckets), n)
-            bucket_positions = -(-n // num_buckets) if num_buckets else 0
-            if corrected:
-                auto_candidates = max(1024, min(CANDIDATES_PER_POSITION * bucket_positions, 4096))
+        auto_buckets = max(1, min(64, n // 32))
+        if has_tail:  # else there must be a bucket, whatever the scan costs
+            auto_buckets = min(auto_buckets, SCAN_PRODUCTS * n // v)
+            auto_buckets = auto_buckets if v >= 2**16 and auto_buckets >= MIN_BUCKETS else 0
+        num_buckets = min(_pick(self.num_buckets, auto_buckets), n)
+        bucket_positions = -(-n // num_buckets) if num_buckets else 0
+        if has_tail:
+            auto_candidates = max(1024, min(CANDIDATES_PER_POSITION * bucket_positions, 4096))
         # The same number of candidates again where there are no buckets.
         auto_frequent, auto_tail = (1024, 2048) if num_buckets else (2048, 4096)
-        tail = here(_pick(self.tail_candidates, auto_tail if corrected else 0))
+        tail = here(_pick(self.tail_candidates, auto_tail if has_tail else 0))
         control = prefer_control_variate if self.control_variate == "auto" else self.control_variate
         labels_share = self.prior_shares().get("labels", 0.0)
         return SCESizes(
@@ -453,7 +324,7 @@ class SCEConfig(ObjectiveConfig):
             bucket_candidates=(
                 here(_pick(self.bucket_candidates, auto_candidates)) if num_buckets else 0
             ),
-            shared_frequent=0 if published else here(_pick(self.shared_frequent, auto_frequent)),
+            shared_frequent=here(_pick(self.shared_frequent, auto_frequent)),
             tail_candidates=tail,
             control_variate=control and tail > 0,
             uniform_floor=(
@@ -474,7 +345,7 @@ class SCESizes:
     num_buckets: int
     """Buckets of positions; 0: no scan of the catalogue."""
     bucket_positions: int
-    """Positions a bucket takes ("topk"), or holds on average."""
+    """Positions that a bucket holds on average."""
     bucket_candidates: int
     """Candidates of each bucket."""
     shared_frequent: int
@@ -501,11 +372,86 @@ class SCESizes:
         return _table(self)
 
 
+@dataclass(frozen=True)
+class PublishedSCEConfig(ObjectiveConfig):
+    """Configuration of SCE as in arXiv 2409.18721. Raises ValueError for a value out of range.
+
+    "auto" is the paper's: n_b = alpha·sqrt(N / beta) buckets of b_x = alpha·sqrt(N·beta) positions.
+    """
+
+    alpha: float = 2.0
+    """Size of buckets and number of them, in square roots of the number of positions."""
+
+    beta: float = 1.0
+    """Positions of a bucket over the number of buckets."""
+
+    bucket_candidates: int = 256
+    """b_y, classes of each bucket."""
+
+    num_buckets: int | Auto = "auto"
+    """n_b."""
+
+    bucket_positions: int | Auto = "auto"
+    """b_x."""
+
+    mix: bool = True
+    """Centres are random mixtures of the batch's hidden states; False: Gaussian directions."""
+
+    reduce: Literal["max", "mean"] = "max"
+    """The loss of a position in several buckets: the largest (published), or the mean."""
+
+    sparse_grad: bool = False
+    """Return a row-sparse gradient of the weight: candidate and label rows."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("num_buckets", "bucket_positions"):
+            check_count(self, name, auto=True)
+        check_count(self, "bucket_candidates")
+        check_choice(self, "reduce", "max", "mean")
+        for name in ("mix", "sparse_grad"):
+            check_choice(self, name, True, False)
+        for name in ("alpha", "beta"):
+            value = getattr(self, name)
+            is_number = isinstance(value, int | float) and not isinstance(value, bool)
+            if not (is_number and math.isfinite(value) and value > 0):
+                raise ValueError(f"PublishedSCEConfig.{name} is {value!r}; give a positive number.")
+
+    def resolve(self, num_positions: int, vocab_size: int) -> PublishedSCESizes:
+        """A number for every "auto", and no list longer than there are positions or classes."""
+        n = num_positions
+        auto_buckets = max(1, round(self.alpha * math.sqrt(n / self.beta)))
+        auto_positions = max(1, round(self.alpha * math.sqrt(n * self.beta)))
+        return PublishedSCESizes(
+            _pick(self.num_buckets, auto_buckets),
+            min(_pick(self.bucket_positions, auto_positions), n),
+            min(self.bucket_candidates, vocab_size),
+        )
+
+    def __str__(self) -> str:
+        return _table(self)
+
+
+@dataclass(frozen=True)
+class PublishedSCESizes:
+    """What :meth:`PublishedSCEConfig.resolve` decided for one problem."""
+
+    num_buckets: int
+    """n_b."""
+    bucket_positions: int
+    """b_x."""
+    bucket_candidates: int
+    """b_y."""
+
+    def __str__(self) -> str:
+        return _table(self)
+
+
 def _pick(value: int | Auto, auto: int) -> int:
     return auto if value == "auto" else value
 
 
-def _table(config: SCEConfig | SCESizes) -> str:
+def _table(config: Any) -> str:
     """Field and value, one line each."""
     fields = dataclasses.asdict(config)
     width = max(map(len, fields))

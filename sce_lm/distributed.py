@@ -23,32 +23,32 @@ What a call communicates does not depend on its data:
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from abc import abstractmethod
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor, Shard
 from torch.nn.functional import pad
 
 from sce_lm import objectives
-from sce_lm.candidates.noise import draw_seed
 from sce_lm.candidates.state import SCEState
 from sce_lm.config import SCEConfig
-from sce_lm.objectives.base import HeadInputs, Objective, Reduction, Statistics
+from sce_lm.objectives.base import Objective, Reduction, Statistics
+from sce_lm.objectives.call import Call
 from sce_lm.objectives.compiled import outside_graphs
 from sce_lm.objectives.exact import Exact
+from sce_lm.objectives.published_sce import PublishedSCE
 from sce_lm.objectives.sce import SCE
-from sce_lm.ops.candidate_cross_entropy import CandidatePasses, Sums
-from sce_lm.ops.exact_cross_entropy import ExactPasses, ExactScores, Scan, compute_dtype
+from sce_lm.ops.candidate_cross_entropy import CandidatePass, Sums
+from sce_lm.ops.candidates import Candidates
+from sce_lm.ops.dtypes import compute_dtype
+from sce_lm.ops.exact_cross_entropy import ExactScan, ExactScores, Scan, Taken, Top
+from sce_lm.ops.head import Head, Needs
+from sce_lm.ops.head_loss import Found, Gradients, OfInputs, Pass, head_loss
 from sce_lm.ops.logits import LogitTransform
-from sce_lm.ops.rows import HeadColumns, Needs
-
-MakePasses = Callable[[torch.Tensor, HeadColumns], CandidatePasses | ExactPasses]
-"""Of hidden states and the columns of this rank's rows."""
+from sce_lm.ops.positions import Positions
 
 
 @outside_graphs
@@ -102,7 +102,7 @@ def vocab_parallel_loss(
         if objective is config:
             raise ValueError("an objective has a state of its own; give state with an SCEConfig.")
         objective.state = state
-    own, shard = _own_part(HeadColumns(weight, low_rank, bias), vocab_size, group)
+    own, shard = _own_part(Head(weight, low_rank, bias, post), vocab_size, group)
     return VocabParallel(objective, shard)(
         hidden_states,
         own.weight,
@@ -141,9 +141,9 @@ def vocab_parallel_scores(
     The other arguments are those of :func:`vocab_parallel_loss`, and it raises what that raises.
     Collectives: two for the loss, two for accuracy, and two that gather scores and classes.
     """
-    own, shard = _own_part(HeadColumns(weight, low_rank, bias), vocab_size, group)
+    own, shard = _own_part(Head(weight, low_rank, bias, post), vocab_size, group)
     own_labels = shard.own_labels(labels)
-    found = ExactPasses(hidden, own, own_labels, post).scan(top_k=top_k)
+    found = ExactScan(own, Positions(hidden, own_labels)).scan(top_k=top_k)
     log_partition, label_logit = shard.add_up(found, own_labels >= 0)
     values, classes = found.top.values, found.top.indices + shard.rows.start
     missing = (0, top_k - values.shape[1])  # a rank may have fewer rows than top_k
@@ -239,7 +239,9 @@ class VocabParallel(Objective):
 
     def __init__(self, objective: Objective, shard: VocabShard) -> None:
         lacks = None if isinstance(objective, Exact) else f"objective {objective.name!r}"
-        if isinstance(objective, SCE):
+        if isinstance(objective, PublishedSCE):
+            lacks = "published SCE"
+        elif isinstance(objective, SCE):
             lacks = _not_by_rank(objective.config)
         if lacks is not None:
             raise ValueError(
@@ -253,38 +255,40 @@ class VocabParallel(Objective):
     def largest_of(self, x: torch.Tensor) -> torch.Tensor:
         return self.shard.reduce(x, dist.ReduceOp.MAX)
 
-    def compute(self, inputs: HeadInputs) -> tuple[torch.Tensor, Statistics]:
-        own = replace(inputs, labels=self.shard.own_labels(inputs.labels))
+    def begin(
+        self, call: Call, head: Head, labels: torch.Tensor, generator: torch.Generator | None
+    ) -> Call:
+        own = self.shard.own_labels(labels)
+        return super().begin(call, head, own[own >= 0], generator)
+
+    def compute(
+        self, head: Head, positions: Positions, call: Call
+    ) -> tuple[torch.Tensor, Statistics]:
+        own = replace(positions, labels=self.shard.own_labels(positions.labels))
         if isinstance(self.objective, SCE):
-            loss, statistics = self._sce(self.objective, own)
-        else:
-            loss, statistics = self._exact(own, inputs.labels)
-        if inputs.position_weight is not None:
-            loss = (loss * inputs.position_weight).sum()
-        return loss, statistics
+            return self._sce(self.objective, head, own, call)
+        return self._exact(head, own, positions.labels, call)
 
-    def nothing(self, inputs: HeadInputs) -> torch.Tensor:
+    def nothing(self, head: Head, positions: Positions, call: Call) -> torch.Tensor:
         """Empty tensors go through the collectives of any other call."""
-        none = inputs.hidden.new_empty(0, dtype=compute_dtype(inputs.hidden, inputs.weight))
-        loss, _ = self._over_ranks(inputs, None, Sums(none, none, inputs.labels))
-        if inputs.want_statistics and isinstance(self.objective, SCE):
+        none = positions.hidden.new_empty(0, dtype=compute_dtype(positions.hidden, head.weight))
+        run = _ExactOverRanks(self.shard)
+        run.found = Scan(none, none, none, positions.labels, Top(none, positions.labels), None)
+        loss, _ = head_loss(run, head, positions)
+        if call.want_statistics and isinstance(self.objective, SCE):
             self.shard.reduce(none)
-        elif inputs.want_statistics:
-            self.shard.winner(none, inputs.labels)
-        return loss.sum() + super().nothing(inputs)
+        elif call.want_statistics:
+            self.shard.winner(none, positions.labels)
+        return loss.sum() + super().nothing(head, positions, call)
 
-    def _sce(self, objective: SCE, own: HeadInputs) -> tuple[torch.Tensor, Statistics]:
-        seed = draw_seed(own.generator)
-        listed = replace(own, labels=own.labels[own.labels >= 0])
-        chosen = objective.choose(listed, seed, self.shard.vocab_size)
-        make = partial(
-            CandidatePasses, labels=own.labels, candidates=chosen.candidates, post=own.post
-        )
-        with torch.no_grad():
-            found = make(own.hidden, own.columns).scan()
-        loss, log_partition = self._over_ranks(own, make, found)
-        statistics = objective.observe(own, chosen, log_partition)
-        if own.want_statistics:  # the variances of independent samples add up
+    def _sce(
+        self, objective: SCE, head: Head, own: Positions, call: Call
+    ) -> tuple[torch.Tensor, Statistics]:
+        chosen = objective.choose(head, own, call, self.shard.vocab_size)
+        run = _CandidatesOverRanks(self.shard, chosen.candidates)
+        loss, (log_partition,) = head_loss(run, head, own)
+        statistics = objective.observe(head, own, call, chosen, log_partition)
+        if call.want_statistics:  # the variances of independent samples add up
             assert statistics.candidates is not None
             ids = statistics.candidates + self.shard.rows.start
             error = statistics.relative_error
@@ -294,29 +298,22 @@ class VocabParallel(Objective):
             )
         return loss, statistics
 
-    def _exact(self, own: HeadInputs, labels: torch.Tensor) -> tuple[torch.Tensor, Statistics]:
-        make = partial(ExactPasses, labels=own.labels, post=own.post)
-        with torch.no_grad():
-            found = make(own.hidden, own.columns).scan()
-        loss, log_partition = self._over_ranks(own, make, found)
-        statistics = Statistics(len(labels), products_per_position=float(len(own.weight)))
-        if own.want_statistics:
-            best, winner = self.shard.winner(found.best, found.best_class)
+    def _exact(
+        self, head: Head, own: Positions, labels: torch.Tensor, call: Call
+    ) -> tuple[torch.Tensor, Statistics]:
+        run = _ExactOverRanks(self.shard)
+        loss, (log_partition,) = head_loss(run, head, own)
+        statistics = Statistics(len(labels), products_per_position=float(head.vocab_size))
+        if call.want_statistics:
+            assert run.found is not None
+            best, winner = self.shard.winner(run.found.best, run.found.best_class)
             confidence = (best - log_partition).exp()
             statistics = replace(statistics, correct=winner == labels, confidence=confidence)
         return loss, statistics
 
-    def _over_ranks(
-        self, own: HeadInputs, make: MakePasses | None, found: Sums | Scan
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """``[N]`` losses, and log Z without gradient."""
-        return _LossOverRanks.apply(own.hidden, *own.columns, own.labels, make, found, self.shard)
-
 
 def _not_by_rank(config: SCEConfig) -> str | None:
     """What a rank cannot choose by itself, or from its own labels alone."""
-    if config.assignment == "topk":
-        return "published SCE"
     if config.bucket_sampling != "top":
         return f"bucket_sampling={config.bucket_sampling!r}"
     if config.target_relative_error is not None:
@@ -327,43 +324,80 @@ def _not_by_rank(config: SCEConfig) -> str | None:
     return f"prior {others[0]!r}" if others else None
 
 
-class _LossOverRanks(torch.autograd.Function):
-    """``log Z - s_y`` from each rank's sums; ``make`` builds the passes again for the gradients."""
+class _OverRanks(Pass):
+    """``log Z - s_y`` from each rank's sums; the gradients are taken once log Z is known."""
 
-    @staticmethod
-    def forward(ctx, hidden, weight, low_rank, bias, labels, make, found, shard):
-        log_partition, label_logit = shard.add_up(found, labels >= 0)
-        ctx.make, ctx.shard = make, shard
-        ctx.save_for_backward(hidden, weight, low_rank, bias, log_partition)
-        ctx.mark_non_differentiable(log_partition)
-        return log_partition - label_logit, log_partition
+    def __init__(self, shard: VocabShard) -> None:
+        self.shard = shard
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, *grad_outputs):
-        hidden, *head, log_partition = ctx.saved_tensors
-        columns, needs = HeadColumns(*head), Needs.of(ctx, True)
-        if len(hidden):
-            passes = ctx.make(hidden, columns)
-            grad_hidden, *of_head = passes.gradients(log_partition, grad_outputs[0], needs)
+    @abstractmethod
+    def sums(self, head: Head, positions: Positions) -> Sums | Scan:
+        """This rank's."""
+
+    @abstractmethod
+    def gradients(
+        self, head: Head, positions: Positions, needs: Needs, log_partition: torch.Tensor
+    ) -> OfInputs:
+        """Of this rank's rows, and its part of the hidden states'."""
+
+    def forward(self, head: Head, positions: Positions, needs: Needs) -> Found:
+        is_own = positions.labels >= 0
+        log_partition, label_logit = self.shard.add_up(self.sums(head, positions), is_own)
+        return Found(log_partition - label_logit, (log_partition,), kept=log_partition)
+
+    def backward(
+        self, head: Head, positions: Positions, needs: Needs, kept: torch.Tensor | None
+    ) -> Gradients:
+        assert kept is not None
+        assert positions.weight is not None
+        positions = replace(positions, weight=positions.weight.expand(len(positions)))
+        if len(positions):
+            hidden, *of_head = self.gradients(head, positions, needs, kept)
         else:
-            grad_hidden, of_head = log_partition.new_empty(hidden.shape), [None] * 3
-        if needs.hidden:
-            # In the dtype of the computation: what is rounded to that of the hidden states is the
-            # whole gradient, once.
-            grad_hidden = grad_hidden[:, : hidden.shape[1]].contiguous()
-            grad_hidden = ctx.shard.reduce(grad_hidden).to(hidden.dtype)
-        else:
-            grad_hidden = None
-        of_head = [None if g is None else g.to(part.dtype) for g, part in zip(of_head, columns)]
-        return grad_hidden, *of_head, None, None, None, None
+            hidden, of_head = kept.new_empty(positions.hidden.shape), [None] * 3
+        if not needs.hidden or hidden is None:
+            return Taken((None, *of_head))
+        # In the dtype of the computation: what is rounded to that of the hidden states is the
+        # whole gradient, once.
+        hidden = hidden[:, : positions.hidden.shape[1]].contiguous()
+        return Taken((self.shard.reduce(hidden), *of_head))
+
+
+class _CandidatesOverRanks(_OverRanks):
+    def __init__(self, shard: VocabShard, candidates: Candidates) -> None:
+        super().__init__(shard)
+        self.own = CandidatePass(candidates)
+
+    def sums(self, head: Head, positions: Positions) -> Sums:
+        return self.own.run(head, positions)[0]
+
+    def gradients(
+        self, head: Head, positions: Positions, needs: Needs, log_partition: torch.Tensor
+    ) -> OfInputs:
+        return self.own.run(head, positions, needs, log_partition)[1].of_inputs()
+
+
+class _ExactOverRanks(_OverRanks):
+    found: Scan | None = None
+    """What this rank's scan found."""
+
+    def sums(self, head: Head, positions: Positions) -> Scan:
+        if len(positions) or self.found is None:
+            self.found = ExactScan(head, positions).scan()
+        return self.found
+
+    def gradients(
+        self, head: Head, positions: Positions, needs: Needs, log_partition: torch.Tensor
+    ) -> OfInputs:
+        assert positions.weight is not None
+        return ExactScan(head, positions).gradients(log_partition, positions.weight, needs)
 
 
 def _own_part(
-    columns: HeadColumns, vocab_size: int | None, group: dist.ProcessGroup | None
-) -> tuple[HeadColumns, VocabShard]:
+    head: Head, vocab_size: int | None, group: dist.ProcessGroup | None
+) -> tuple[Head, VocabShard]:
     """This rank's rows as plain tensors, and which they are."""
-    weight = columns.weight
+    weight = head.weight
     if isinstance(weight, DTensor):
         if weight.device_mesh.ndim != 1 or weight.placements != (Shard(0),):
             raise ValueError(
@@ -377,11 +411,12 @@ def _own_part(
         raise ValueError(
             "weight is one rank's rows and no DTensor; give vocab_size, the rows of the whole head."
         )
-    low_rank, bias = (t.to_local() if isinstance(t, DTensor) else t for t in columns[1:])
+    low_rank, bias = (t.to_local() if isinstance(t, DTensor) else t for t in head.tensors[1:])
     rows = own_rows(vocab_size, group)
     if len(weight) != rows.stop - rows.start:
         raise ValueError(
             f"weight has {len(weight)} rows, but this rank holds rows {rows.start} to "
             f"{rows.stop} of {vocab_size}; pass W[own_rows(vocab_size, group)]."
         )
-    return HeadColumns(weight, low_rank, bias), VocabShard(vocab_size, rows, group)
+    own = head._replace(weight=weight, low_rank=low_rank, bias=bias)
+    return own, VocabShard(vocab_size, rows, group)

@@ -5,25 +5,16 @@ import inspect
 
 import pytest
 
-import sce_lm.config
 from sce_lm import SCEConfig
-from sce_lm.config import SCESizes
+from sce_lm.config import PublishedSCEConfig, PublishedSCESizes, SCESizes
 
 REFUSED = {
-    "correction": {"correction": "yes"},
+    "an unknown assignment": {"assignment": "topk"},
     "a negative size": {"tail_candidates": -1},
     "a fractional size": {"num_buckets": 2.5},
     "a bool as a size": {"tail_candidates": True},
     "power": {"prior_power": 1.5},
     "no floor": {"uniform_floor": 0.0},
-    "alpha": {"alpha": 0.0, "assignment": "topk"},
-    "published with correction": {"assignment": "topk"},
-    "mix without topk": {"centers": "mix"},
-    "alpha without topk": {"alpha": 3.0},
-    "reduce without topk": {"reduce": "mean"},
-    "bucket positions without topk": {"bucket_positions": 10},
-    "tail without correction": {"correction": "none", "tail_candidates": 10},
-    "control without correction": {"correction": "none", "control_variate": True},
     "control without tail": {"tail_candidates": 0, "control_variate": True},
     "candidates of no bucket": {"num_buckets": 0, "bucket_candidates": 10},
     "an unknown prior": {"prior": "labells"},
@@ -34,12 +25,13 @@ REFUSED = {
     "bucket samples without buckets": {"bucket_sampling": "priority", "num_buckets": 0},
     "bucket samples with a tail": {"bucket_sampling": "priority", "tail_candidates": 10},
     "bucket samples with control": {"bucket_sampling": "priority", "control_variate": True},
-    "bucket samples by a cache": {"bucket_sampling": "priority", "prior": "cache"},
-    "bucket samples uncorrected": {"bucket_sampling": "priority", "correction": "none"},
-    "strata without a mean": {"tail_strata": 4, "control_variate": False},
-    "strata of nothing": {"tail_strata": 4, "tail_candidates": 0},
-    "strata and sparse_grad": {"tail_strata": 4, "sparse_grad": True},
-    "no strata": {"tail_strata": 0},
+    "labels first without labels": {"labels_first": 3, "shared_labels": False},
+    "row control without a tail": {"row_control_variate": True, "tail_candidates": 0},
+    "row control and sparse_grad": {"row_control_variate": True, "sparse_grad": True},
+    "row control for bucket samples": {
+        "row_control_variate": True,
+        "bucket_sampling": "priority",
+    },
     "a target of nothing": {"target_relative_error": 0.0},
     "a target without a tail": {"target_relative_error": 0.1, "tail_candidates": 0},
     "a target for bucket samples": {
@@ -57,8 +49,25 @@ REFUSED = {
 
 @pytest.mark.parametrize("options", REFUSED.values(), ids=REFUSED)
 def test_refused(options):
-    with pytest.raises(ValueError, match=r"SCEConfig.*(give|choose|use|belong|published)"):
+    with pytest.raises(ValueError, match=r"SCEConfig.*(give|choose|use|change|leave)"):
         SCEConfig(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"alpha": 0.0}, "alpha is 0.0; give a positive number"),
+        ({"beta": float("inf")}, "beta is inf; give a positive number"),
+        ({"num_buckets": 0}, 'num_buckets is 0; give an integer from 1 up, or "auto"'),
+        ({"bucket_positions": 2.5}, "bucket_positions is 2.5; give an integer"),
+        ({"bucket_candidates": "auto"}, "bucket_candidates is 'auto'; give an integer from 1 up"),
+        ({"mix": "yes"}, "mix is 'yes'; choose one of True, False"),
+        ({"reduce": "sum"}, "reduce is 'sum'; choose one of 'max', 'mean'"),
+    ],
+)
+def test_published_refuses(options, message):
+    with pytest.raises(ValueError, match=f"PublishedSCEConfig.{message}"):
+        SCEConfig.published(**options)
 
 
 @pytest.mark.parametrize("n", [1, 31, 4096])
@@ -69,7 +78,7 @@ def test_refused(options):
         SCEConfig(),
         SCEConfig.published(),
         SCEConfig.published(mix=False, alpha=8),
-        SCEConfig(correction="none"),
+        SCEConfig(num_buckets=4, tail_candidates=0, control_variate=False),
         SCEConfig(num_buckets=64),
         SCEConfig(bucket_sampling="priority"),
     ],
@@ -79,9 +88,9 @@ def test_auto_resolves_within_the_problem(config, n, v):
     sizes = config.resolve(n, v)
     assert "auto" not in dataclasses.asdict(sizes).values()
     assert sizes.bucket_candidates <= v
-    assert sizes.tail_candidates <= v
+    assert getattr(sizes, "tail_candidates", 0) <= v
     assert sizes.bucket_positions <= n
-    assert sizes.num_buckets >= (config.correction == "none")
+    assert sizes.num_buckets >= (not isinstance(config, SCEConfig))
 
 
 def test_control_variate_follows_the_past_only_when_auto():
@@ -91,15 +100,17 @@ def test_control_variate_follows_the_past_only_when_auto():
 
 
 def test_every_field_is_documented_and_printed():
-    source = inspect.getsource(sce_lm.config)
-    for config_class in (SCEConfig, SCESizes):
+    for config_class in (SCEConfig, SCESizes, PublishedSCEConfig, PublishedSCESizes):
+        classes = [base for base in config_class.__mro__ if base is not object]
+        source = "".join(map(inspect.getsource, classes))
         for field in dataclasses.fields(config_class):
             start = source.index(f"    {field.name}: ")
             following = source[source.index("\n", start) + 1 :]
             assert following.lstrip().startswith('"""'), field.name
-    lines = str(SCEConfig(tail_candidates=77)).splitlines()
-    assert len(lines) == len(dataclasses.fields(SCEConfig))
-    assert any(line.split() == ["tail_candidates", "77"] for line in lines)
+    for config in (SCEConfig(num_buckets=77), SCEConfig.published(num_buckets=77)):
+        lines = str(config).splitlines()
+        assert len(lines) == len(dataclasses.fields(config))
+        assert any(line.split() == ["num_buckets", "77"] for line in lines)
 
 
 @pytest.mark.parametrize(
@@ -135,6 +146,6 @@ def test_auto_floor_trusts_what_does_not_hang_on_labels():
 
 
 def test_shares_of_a_prior_sum_to_1():
-    assert SCEConfig(prior="kernel").prior_shares() == {"kernel": 1.0}
-    mixed = SCEConfig(prior={"labels": 3, "cache": 1}).prior_shares()
-    assert mixed == {"labels": 0.75, "cache": 0.25}
+    assert SCEConfig(prior="gradient").prior_shares() == {"gradient": 1.0}
+    mixed = SCEConfig(prior={"labels": 3, "uniform": 1}).prior_shares()
+    assert mixed == {"labels": 0.75, "uniform": 0.25}

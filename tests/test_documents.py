@@ -1,13 +1,18 @@
 """README and manual: every Python block runs, every link leads somewhere, every command's files are
 there."""
 
+import dataclasses
 import re
+import runpy
 import subprocess
 import sys
 
 import pytest
 from support.documents import HUB_MODEL, PAGES, ROOT, anchors, code_blocks, links, write_files
 from support.launch import ONE_THREAD
+
+from sce_lm import objectives
+from sce_lm.training.config import TrainConfig
 
 
 def page_id(page):
@@ -31,6 +36,25 @@ def test_every_block_runs_as_it_stands(tmp_path):
         timeout=600,
     )
     assert found.returncode == 0, found.stderr[-3000:]
+
+
+def test_configuration_page_names_every_configuration():
+    """Their fields come from the dataclasses themselves, and the script's from docs/hooks.py."""
+    page = (ROOT / "docs" / "configuration.md").read_text()
+    named = set(re.findall(r"^::: sce_lm\.\w+\.(\w+)$", page, re.MULTILINE))
+    configs = {type(objectives.get(name).config).__name__ for name in objectives.names()}
+    assert named == configs | {"PublishedSCEConfig"}
+    assert len(re.findall("^TRAINING_FIELDS$", page, re.MULTILINE)) == 1
+
+
+def test_table_of_the_script_has_every_field():
+    hooks = runpy.run_path(str(ROOT / "docs" / "hooks.py"))
+    rows = hooks["on_page_markdown"]("TRAINING_FIELDS").splitlines()[2:]
+    assert [row.split("`")[1] for row in rows] == [f.name for f in dataclasses.fields(TrainConfig)]
+    assert all(
+        "`" in row and field.metadata["help"].replace("|", "\\|") in row
+        for row, field in zip(rows, dataclasses.fields(TrainConfig), strict=True)
+    )
 
 
 @pytest.mark.parametrize("page", PAGES, ids=page_id)

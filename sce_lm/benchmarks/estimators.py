@@ -7,8 +7,8 @@ of a forward and backward pass. --scales multiplies the model's logits: a softma
 more peaked, whose mean largest probability (top 1) and effective number of classes, exp(entropy),
 head each table; the last table says which objective is nearest to exact at each. With --initial the
 model is measured again with fresh weights, on the same text. BCE and gBCE have no partition
-function and are not shown. A cache (XIR, prior "cache") has met the very positions that it is
-measured on, in the passes before, as no training run's has.
+function and are not shown. XIR's cache has met the very positions that it is measured on, in the
+passes before, as no training run's has.
 """
 
 from __future__ import annotations
@@ -50,15 +50,10 @@ def estimators(logits: int, vocab_size: int) -> list[Method]:
         "tail, no control": tail | {"control_variate": False},
         "tail, power 1": flat,
         "tail, uniform": tail | {"prior": "uniform"},
-        "tail, in batch": tail | {"prior": {"labels": 1, "in_batch": 1}},
-        "tail, cache": tail | {"prior": "cache"},
-        "tail, kernel": tail | {"prior": "kernel"},
         "tail, gradient": by_gradient,
         "tail, mixture": flat | {"prior": {"labels": 1, "gradient": 3}},
         "tail, row control": tail | {"row_control_variate": True},
         "tail, gradient, row control": by_gradient | {"row_control_variate": True},
-        "tail, 4 strata": flat | {"tail_strata": 4},
-        "tail, gradient, 4 strata": by_gradient | {"tail_strata": 4},
         "16 bucket samples": own,
         "bucket samples, gradient": own | {"prior": "gradient"},
     }

@@ -79,7 +79,7 @@ def work_of(
     objective = objectives.get(**specification)
     if isinstance(objective, Exact):
         return Work(shared=vocab_size)
-    if not isinstance(objective, SCE) or objective.config.assignment == "topk":
+    if not isinstance(objective, SCE):
         return None
     sizes = objective.config.resolve(len(labels), vocab_size)
     listed = torch.topk(counts, sizes.shared_frequent).indices

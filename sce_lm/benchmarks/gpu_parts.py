@@ -29,10 +29,12 @@ from sce_lm.benchmarks.problem import random_inputs
 from sce_lm.benchmarks.step import time_steps
 from sce_lm.candidates.state import SCEState
 from sce_lm.objectives import SCE
-from sce_lm.objectives.base import HeadInputs
+from sce_lm.objectives.call import Call
 from sce_lm.ops.candidate_cross_entropy import candidate_cross_entropy
 from sce_lm.ops.exact_cross_entropy import exact_cross_entropy
+from sce_lm.ops.head import Head
 from sce_lm.ops.logits import LogitTransform
+from sce_lm.ops.positions import Positions
 from sce_lm.training.loss_cost import Inputs, Loss, cost_of, loss_of, warm_up
 
 ROOT = Path(__file__).parents[2]
@@ -133,15 +135,15 @@ def correctness(sizes: tuple[int, int, int], dtype: str, device: str) -> Result:
     double = {k: _double(t) for k, t in low.items()}
     state = SCEState()
     state.begin_call(past, sizes[1], seed=0)
-    hidden, weight, labels = low.values()
-    head = HeadInputs(hidden, weight, labels, None, POST, None, None, want_statistics=False)
-    candidates = SCE(state=state).choose(head, 1, sizes[1]).candidates
+    head, positions = _head_and_positions(low)
+    call = Call().begin(state, positions.labels, sizes[1], torch.Generator().manual_seed(1))
+    candidates = SCE(state=state).choose(head, positions, call).candidates
 
     def exact(backend, x):
-        return exact_cross_entropy(**_named(x), backend=backend).loss
+        return exact_cross_entropy(*_head_and_positions(x), backend=backend).loss
 
     def chosen(backend, x):
-        return candidate_cross_entropy(**_named(x), candidates=candidates, backend=backend).loss
+        return candidate_cross_entropy(*_head_and_positions(x), candidates, backend=backend).loss
 
     def stock(backend, x):
         logits = x["hidden_states"] @ x["weight"].T
@@ -165,8 +167,8 @@ def correctness(sizes: tuple[int, int, int], dtype: str, device: str) -> Result:
     return result
 
 
-def _named(x: Inputs) -> dict[str, Any]:
-    return {"hidden": x["hidden_states"], "weight": x["weight"], "labels": x["labels"]}
+def _head_and_positions(x: Inputs) -> tuple[Head, Positions]:
+    return Head(x["weight"]), Positions(x["hidden_states"], x["labels"])
 
 
 def _double(tensor: torch.Tensor) -> torch.Tensor:

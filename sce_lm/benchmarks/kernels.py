@@ -23,8 +23,10 @@ from triton import knobs
 
 from sce_lm.benchmarks import report, roofline, tune
 from sce_lm.config import SCEConfig
-from sce_lm.ops.candidate_cross_entropy import Candidates
+from sce_lm.ops.candidates import Candidates
+from sce_lm.ops.head import Head
 from sce_lm.ops.logits import LogitTransform
+from sce_lm.ops.positions import Positions
 from sce_lm.ops.triton.candidate_cross_entropy import candidate_cross_entropy
 from sce_lm.ops.triton.catalogue_scan import catalogue_topk
 from sce_lm.ops.triton.compile_offline import Compiled, Launch, compile_launch, recording
@@ -124,15 +126,15 @@ def launches(architecture: Architecture, dtype: torch.dtype, variant: Variant) -
         bucket_log_weights=torch.zeros(2, 64) if variant.weighted else None,
         control_variate=variant.control,
     )
-    options = {"bias": bias, "post": variant.post}
+    head, positions = Head(weight, None, bias, variant.post), Positions(hidden, labels)
     with recording(architecture) as found:
         for loss in (
-            candidate_cross_entropy(hidden, weight, labels, candidates, **options).loss,
-            exact_cross_entropy(hidden, weight, labels, **options).loss,
+            candidate_cross_entropy(head, positions, candidates).loss,
+            exact_cross_entropy(head, positions).loss,
         ):
             loss.sum().backward()
         excluded = torch.arange(16) if variant.bias else None
-        catalogue_topk(hidden.detach(), weight.detach(), 16, bias=bias, excluded=excluded)
+        catalogue_topk(hidden.detach(), head, 16, excluded=excluded)
         priority_sample(torch.zeros(v), 32, torch.Generator())
     return list({launch.key: launch for launch in found}.values())
 

@@ -18,7 +18,9 @@ import torch
 
 from sce_lm.benchmarks import report
 from sce_lm.config import SCEConfig
-from sce_lm.ops.candidate_cross_entropy import Candidates
+from sce_lm.ops.candidates import Candidates
+from sce_lm.ops.head import Head
+from sce_lm.ops.positions import Positions
 from sce_lm.ops.triton.candidate_cross_entropy import candidate_cross_entropy
 from sce_lm.ops.triton.catalogue_scan import catalogue_topk
 from sce_lm.ops.triton.configurations import Configuration, configuration, replaced
@@ -126,7 +128,8 @@ def problem(
     buckets = max(sizes.num_buckets, 1)
     queries = torch.randn(buckets, width, **options)
     own = max(sizes.bucket_candidates, 1024)
-    items = catalogue_topk(queries, weight.detach(), own, excluded=shared)
+    head = Head(weight.detach())
+    items = catalogue_topk(queries, head, own, excluded=shared)
     candidates = Candidates(
         shared,
         tail,
@@ -137,11 +140,12 @@ def problem(
     )
 
     def loss() -> None:
-        value = candidate_cross_entropy(hidden, weight, labels, candidates).loss.mean()
+        positions = Positions(hidden, labels)
+        value = candidate_cross_entropy(Head(weight), positions, candidates).loss.mean()
         torch.autograd.grad(value, (hidden, weight))
 
     def scan() -> None:
-        catalogue_topk(queries, weight.detach(), own, excluded=shared)
+        catalogue_topk(queries, head, own, excluded=shared)
 
     proposal, noise = torch.randn(vocab, device="cuda"), torch.Generator("cuda")
 

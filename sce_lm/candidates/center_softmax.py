@@ -6,8 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from sce_lm.ops.logits import LogitTransform
-from sce_lm.ops.rows import HeadColumns
+from sce_lm.ops.head import Head
 
 CENTERS = 16
 """Centres where there are no buckets to take them from; their scan costs 16·V/N products a
@@ -37,41 +36,36 @@ class CenterSoftmax(NamedTuple):
 def center_softmax(
     centers: torch.Tensor,
     center_of: torch.Tensor,
-    columns: HeadColumns,
-    post: LogitTransform,
+    head: Head,
     *,
     control_variate: bool,
-    left_out: torch.Tensor | None = None,
 ) -> CenterSoftmax:
     """One scan, ``C·V`` inner products.
 
     Args:
         centers: ``[C, d]`` (``[C, d + r]`` for a head with a low-rank operand).
         center_of: ``[N]``.
-        columns: of the head.
-        post: g.
+        head: the output head; masked classes have no share and are no part of the mean.
         control_variate: whether the tail has one.
-        left_out: ``[M]`` ids of classes without a share and outside the mean; None: there are none.
     """
-    extended = columns.extend(centers, centers.dtype)
-    vocab_size, width = columns.weight.shape
+    extended, masked, post = head.extend(centers, centers.dtype), head.masked, head.post
+    vocab_size, width = head.weight.shape
     tile = max(1, TILE_ELEMENTS // max(len(centers), width))
     scores = torch.cat(
         [
-            extended @ columns.rows(slice(start, start + tile), centers.dtype).T
+            extended @ head.rows(slice(start, start + tile), centers.dtype).T
             for start in range(0, vocab_size, tile)
         ],
         dim=1,
     )
-    counted = scores if left_out is None else scores.index_fill(1, left_out, 0.0)
-    num_counted = vocab_size - (0 if left_out is None else len(left_out))
-    g_mean = post(counted.sum(dim=1) / max(num_counted, 1))
+    counted = scores if masked is None else scores.index_fill(1, masked, 0.0)
+    g_mean = post(counted.sum(dim=1) / max(head.num_classes, 1))
     s = post.apply_(scores)
     slope = post.slope(s)
     log_z = torch.logsumexp(s, dim=1)
     share = s.sub_(log_z.unsqueeze(1)).exp_().mul_(slope)
     if control_variate:
         share -= ((g_mean - log_z).exp() * post.slope(g_mean)).unsqueeze(1)
-    if left_out is not None:
-        share.index_fill_(1, left_out, 0.0)
+    if masked is not None:
+        share.index_fill_(1, masked, 0.0)
     return CenterSoftmax(centers, center_of, share)

@@ -46,7 +46,7 @@ def priority_sample(
     Raises:
         ValueError: backend "triton", and it cannot run.
     """
-    run = kernels("priority_sample", backend, log_proposal)
+    run = kernels("priority_sample", backend, log_proposal.device, log_proposal)
     if run is not None:
         return run(log_proposal, size, generator)
     available = torch.isfinite(log_proposal)

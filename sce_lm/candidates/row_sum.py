@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
+from sce_lm.ops.head import Head
 from sce_lm.ops.memory import row_sum
-from sce_lm.ops.rows import HeadColumns
 
 
 class RowSum:
@@ -26,16 +26,15 @@ class RowSum:
         self._read_at: tuple[int, int] | None = None
         self._is_followed = False
 
-    def of(self, columns: HeadColumns, left_out: torch.Tensor | None = None) -> torch.Tensor | None:
+    def of(self, head: Head) -> torch.Tensor | None:
         """fp64 ``[D]``, or None for a weight that is trained densely. The narrow columns beside the
-        weight's are summed at each call, and so are the rows at the ids ``left_out``, which are not
-        in the sum."""
-        weight = columns.weight
+        weight's are summed at each call, and so are the masked rows, which are not in the sum."""
+        weight = head.weight
         if weight.is_inference() or (weight.requires_grad and not self._is_followed):
             return None
         if self._sum is None or self._read_at != _version(weight):
             self._sum, self._read_at = row_sum(weight), _version(weight)
-        return columns.row_sum(self._sum, left_out=left_out)
+        return head.row_sum(self._sum)
 
     def forget(self) -> None:
         """Read the weight again at the next call."""

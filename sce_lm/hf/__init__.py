@@ -9,11 +9,10 @@ from sce_lm.hf.adapter import (
     remove_sce,
 )
 from sce_lm.hf.callback import SCECallback
-from sce_lm.hf.lazy_logits import HeadParts, LazyLogits
+from sce_lm.hf.lazy_logits import LazyLogits
 from sce_lm.hf.saving import load_objective, save_objective
 
 __all__ = [
-    "HeadParts",
     "LazyLogits",
     "SCECallback",
     "apply_sce",

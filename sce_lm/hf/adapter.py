@@ -1,6 +1,7 @@
 """`apply_sce`: any language model of transformers trains with another loss; the rest stays stock.
 
-Two things are put on the model instance, and `remove_sce` takes them away again.
+Two things are put on the model instance (:mod:`sce_lm.hf.attachment`), and `remove_sce` takes them
+away again.
 
 1. Hooks around ``forward``. When labels are passed, and only until that forward ends, the attribute
    of the output head is shadowed in its owner's ``__dict__`` by a stand-in that answers with
@@ -28,52 +29,28 @@ streamed, so an ``eval_loss`` is a likelihood whatever was trained.
 from __future__ import annotations
 
 import inspect
-import time
-import warnings
-import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
-from typing import Any, NamedTuple, TypeVar
+from typing import TypeVar
 
-import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss, ForMaskedLMLoss
 
 from sce_lm import objectives
-from sce_lm.config import SCEConfig
-from sce_lm.distributed import vocab_parallel_loss
-from sce_lm.hf.head import (
-    HeadProduct,
-    call_inside,
-    check_linear,
-    merged_adapters,
-    other_adapter,
-    vocab_size,
-)
-from sce_lm.hf.lazy_logits import LazyLogits
-from sce_lm.hf.recorded_logits import CrossEntropy, RecordedLogits
-from sce_lm.hf.traced_logits import TracedLogits, is_traceable
+from sce_lm.config import PublishedSCEConfig, SCEConfig
+from sce_lm.hf.attachment import Attachment, find_head
+from sce_lm.hf.head import check_linear
 from sce_lm.objectives import Objective, Statistics
-from sce_lm.objectives.compiled import (
-    can_trace,
-    head_loss,
-    outside_graphs,
-    refuse_export,
-    register,
-)
 from sce_lm.objectives.probe import Probe
-from sce_lm.ops.logits import LogitTransform
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
 _KEY = "_sce_attachment"
-"""Where a patched model keeps its :class:`_Attachment` (a plain attribute, not a submodule)."""
+"""Where a patched model keeps its :class:`Attachment` (a plain attribute, not a submodule)."""
 
 
-def apply_sce(model: ModelT, config: SCEConfig | Objective) -> ModelT:
+def apply_sce(model: ModelT, config: SCEConfig | PublishedSCEConfig | Objective) -> ModelT:
     """Train a language model of transformers with ``config``'s loss.
 
     Args:
@@ -95,7 +72,7 @@ def apply_sce(model: ModelT, config: SCEConfig | Objective) -> ModelT:
     objective = objectives.from_config(config)
     attachment = _attachment_of(model)
     if attachment is not None:
-        attachment.use(objective)
+        attachment.observed.use(objective)
         return model
     target = next((m for m in model.modules() if isinstance(m, PreTrainedModel)), None)
     if target is None:
@@ -103,7 +80,7 @@ def apply_sce(model: ModelT, config: SCEConfig | Objective) -> ModelT:
             f"apply_sce got a {type(model).__name__}, which is no transformers model and holds "
             "none; pass a PreTrainedModel with an output head, or use sce_loss in your own loop."
         )
-    check_linear(_find_head(target).module)
+    check_linear(find_head(target).module)
     if "labels" not in inspect.signature(target.forward).parameters:
         raise ValueError(
             f"the forward of {type(target).__name__} takes no labels, so it computes no loss to "
@@ -117,7 +94,7 @@ def apply_sce(model: ModelT, config: SCEConfig | Objective) -> ModelT:
             "ForCausalLMLoss and ForMaskedLMLoss; set model.loss_function back or call sce_loss "
             "yourself."
         )
-    target.__dict__[_KEY] = _Attachment(target, objective)
+    target.__dict__[_KEY] = Attachment(target, objective)
     return model
 
 
@@ -132,7 +109,7 @@ def remove_sce(model: ModelT) -> ModelT:
 def objective_of(model: nn.Module) -> Objective | None:
     """The objective that ``model``, or the model inside a wrapper, trains with."""
     attachment = _attachment_of(model)
-    return None if attachment is None else attachment.objective
+    return None if attachment is None else attachment.observed.objective
 
 
 def last_statistics(model: nn.Module) -> Statistics | None:
@@ -142,7 +119,7 @@ def last_statistics(model: nn.Module) -> Statistics | None:
     averages of those are in ``objective_of(model).state.summary()``.
     """
     attachment = _attachment_of(model)
-    return None if attachment is None else attachment.statistics
+    return None if attachment is None else attachment.observed.statistics
 
 
 def loss_seconds(model: nn.Module) -> float:
@@ -153,7 +130,7 @@ def loss_seconds(model: nn.Module) -> float:
     it is the time until the work is queued.
     """
     attachment = _attachment_of(model)
-    return 0.0 if attachment is None else attachment.seconds
+    return 0.0 if attachment is None else attachment.observed.seconds
 
 
 def probe_loss(
@@ -180,7 +157,8 @@ def probe_loss(
         raise ValueError(
             f"this {type(model).__name__} has no objective to probe; call apply_sce first."
         )
-    probe = attachment.probes[training] = Probe(every, positions, tell_classes=not training)
+    probe = Probe(every, positions, tell_classes=not training)
+    attachment.observed.probes[training] = probe
     return probe
 
 
@@ -188,22 +166,14 @@ def accept_new_state(model: nn.Module) -> None:
     """Not warn that the state of ``model`` starts anew beside loaded weights: that was said."""
     attachment = _attachment_of(model)
     if attachment is not None:
-        attachment.weights_loaded = False
+        attachment.observed.weights_loaded = False
 
 
 def objective_figures(model: nn.Module) -> dict[str, float]:
     """What logs show of the objective: running averages of its state and the probe's latest
     figures. Warns once where they say that something should be changed."""
     attachment = _attachment_of(model)
-    if attachment is None:
-        return {}
-    state, probe = attachment.objective.state, attachment.probes.get(True)
-    figures = {} if state is None else state.summary()
-    advice = attachment.objective.advice()
-    if advice is not None and not attachment.advised:
-        attachment.advised = True
-        warnings.warn(advice, stacklevel=2)
-    return figures if probe is None else figures | probe.figures
+    return {} if attachment is None else attachment.observed.figures()
 
 
 @contextmanager
@@ -224,374 +194,11 @@ def lazy_logits(model: nn.Module) -> Iterator[None]:
         attachment.always_lazy = before
 
 
-class _Head(NamedTuple):
-    """An output head and where the model looks for it."""
-
-    module: Any  # nn.Linear, or what acts as one
-    owner: str  # a name, since a reference to the model would keep it alive in a cycle
-    attribute: str
-
-
-class _LazyHead:
-    """Stands in the head's place during a forward that computes a loss."""
-
-    def __init__(self, head: Any, cross_entropy: CrossEntropy, in_graph: bool) -> None:
-        self.head = head
-        self.cross_entropy = cross_entropy
-        self.in_graph = in_graph
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if len(args) != 1 or kwargs:
-            return self.head(*args, **kwargs)
-        if torch.compiler.is_compiling() and self.in_graph:
-            return TracedLogits.from_head(self.head, args[0], self.cross_entropy)
-        return self.lazy(args[0])
-
-    @outside_graphs
-    def lazy(self, hidden_states: torch.Tensor) -> LazyLogits:
-        return LazyLogits.from_head(self.head, hidden_states, self.cross_entropy)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.head, name)
-
-
-class _Attachment:
-    """What :func:`apply_sce` put on one model."""
-
-    def __init__(self, model: PreTrainedModel, objective: Objective) -> None:
-        self.use(objective)
-        self.seconds = 0.0
-        self.always_lazy = False
-        self.training = model.training
-        self.weights_loaded = False
-        self.vocab_size = vocab_size(_find_head(model).module)
-        self.was_called = False
-        self.in_forward = False
-        self.is_lazy = False
-        self.missing_loss = False
-        self.other_adapter: str | None = None
-        self.warned: set[str] = set()
-        self.head: _Head | None = None
-        self.merged: tuple[Any, list[str]] = (None, [])
-        parameters = list(inspect.signature(model.forward).parameters)
-        self.position = {name: i for i, name in enumerate(parameters)}
-        # A loss that forward makes itself is inlined by compilers, past every hook of tensors.
-        names = inspect.unwrap(type(model).forward).__code__.co_names
-        self.asks_loss_function = "loss_function" in names and "CrossEntropyLoss" not in names
-        self.had_own_loss = "_loss_function" in model.__dict__
-        self.stock_loss: Callable = model.loss_function
-        if self.stock_loss is ForCausalLMLoss:
-            model.loss_function = self.loss  # pyright: ignore[reportAttributeAccessIssue]
-        self.handles = [
-            model.register_forward_pre_hook(self.before_forward, prepend=True, with_kwargs=True),
-            model.register_forward_hook(self.after_forward, with_kwargs=True, always_call=True),
-            model.register_load_state_dict_post_hook(self.after_load),
-        ]
-
-    def use(self, objective: Objective) -> None:
-        """Train with ``objective``, and evaluate with exact cross-entropy by its backend."""
-        self.objective = objective
-        self.evaluation = objectives.get("exact", backend=objective.config.backend)
-        self.statistics: Statistics | None = None
-        self.probes: dict[bool, Probe] = {}  # of losses in training mode, and in eval()
-        self.advised = False
-
-    def detach(self, model: PreTrainedModel) -> None:
-        """Take everything off ``model`` again."""
-        for handle in self.handles:
-            handle.remove()
-        self.unshadow(model)
-        if self.stock_loss is ForCausalLMLoss:
-            del model._loss_function
-        if self.had_own_loss:
-            model.loss_function = self.stock_loss
-
-    # -- hooks ---------------------------------------------------------------------------------
-
-    def before_forward(self, model: PreTrainedModel, args: tuple, kwargs: dict[str, Any]) -> None:
-        self.unshadow(model)  # a forward that was interrupted may have left it
-        if getattr(model, "_is_replica", False):
-            raise RuntimeError(
-                "apply_sce does not work under torch.nn.DataParallel; start one process for each "
-                "GPU with accelerate launch or torchrun, or show this process a single GPU."
-            )
-        self.training = model.training
-        self.was_called = self.in_forward = True
-        self.missing_loss = self.given("labels", args, kwargs)
-        self.is_lazy = (
-            self.missing_loss or self.always_lazy or self.given("shift_labels", args, kwargs)
-        )
-        if self.missing_loss:
-            refuse_export()
-        if self.is_lazy:
-            self.shadow(model)
-
-    def shadow(self, model: PreTrainedModel) -> None:
-        if self.head is None or not _is_at_place(self.head, model):
-            head = _find_head(model)
-            check_linear(head.module)
-            self.head = head
-        self.other_adapter = other_adapter(self.head.module)
-        if self.other_adapter is not None:
-            return
-        owner = model.get_submodule(self.head.owner)
-        objective = self.objective if self.training else self.evaluation
-        head = self.head.module
-        in_graph = self.asks_loss_function and is_traceable(head) and can_trace(objective.config)
-        owner.__dict__[self.head.attribute] = _LazyHead(head, self.cross_entropy, in_graph)
-
-    def unshadow(self, model: PreTrainedModel) -> None:
-        if self.head is not None:
-            model.get_submodule(self.head.owner).__dict__.pop(self.head.attribute, None)
-
-    def given(self, name: str, args: tuple, kwargs: dict[str, Any]) -> bool:
-        position = self.position.get(name, len(args))
-        return kwargs.get(name) is not None or (position < len(args) and args[position] is not None)
-
-    def after_forward(self, model: PreTrainedModel, args: tuple, kwargs: dict, output: Any) -> None:
-        self.unshadow(model)
-        self.in_forward = False
-        missing, self.missing_loss = self.missing_loss, False
-        if output is None or not self.training or not torch.is_grad_enabled():
-            return
-        if missing:
-            why = (
-                "its forward does something to the head's output that is no bias, scale or soft "
-                "cap, or a trainer has replaced its forward."
-            )
-            if self.other_adapter is not None:
-                why = (
-                    f"its output head carries an adapter ({self.other_adapter}) whose result is no "
-                    "product with the head's weight. LoRA without variants, trainable tokens and "
-                    "modules_to_save work there; or leave the head out of target_modules."
-                )
-            self.warn_once(
-                f"{type(model).__name__} computed its loss from full logits, without the objective "
-                f"{self.objective.name!r}: {why} The result is the stock loss."
-            )
-        elif not self.is_lazy:
-            self.warn_once(
-                f"{type(model).__name__} is being trained without labels in its forward, so on a "
-                "loss from elsewhere (label smoothing, compute_loss_func, a loss of your own) and "
-                f"not on the objective {self.objective.name!r}."
-            )
-
-    def after_load(self, model: PreTrainedModel, incompatible_keys: Any) -> None:
-        self.weights_loaded = True
-
-    # -- the loss ------------------------------------------------------------------------------
-
-    def loss(self, logits: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Stands in for ``ForCausalLMLoss``, whose arguments and normalisation it has."""
-        if isinstance(logits, LazyLogits):
-            return self.loss_outside_graphs(logits, *args, **kwargs)
-        return self.causal_loss(logits, *args, **kwargs)
-
-    @outside_graphs
-    def loss_outside_graphs(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        return self.causal_loss(*args, **kwargs)
-
-    def causal_loss(
-        self,
-        logits: torch.Tensor,
-        labels: torch.Tensor | None,
-        vocab_size: int,
-        num_items_in_batch: torch.Tensor | int | None = None,
-        ignore_index: int = -100,
-        shift_labels: torch.Tensor | None = None,
-        **kwargs: Any,
-    ) -> torch.Tensor:
-        post = logits.transform if isinstance(logits, RecordedLogits) else None
-        targets = shift_labels
-        if targets is None and labels is not None:
-            targets = nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
-        positions = logits.shape[:-1]
-        if (
-            not isinstance(logits, RecordedLogits)
-            or post is None
-            or targets is None
-            or targets.numel() != positions.numel()
-            or vocab_size != logits.shape[-1]
-        ):
-            if not self.was_called and logits.requires_grad:
-                self.warn_once(
-                    "the forward of this model was called past its hooks, as model.forward(...) "
-                    "instead of model(...), which PEFT's AdaLoRA does; its loss is the stock loss "
-                    f"of full logits and not the objective {self.objective.name!r}."
-                )
-            # The stock loss is right for whatever this is, or says what is wrong with it.
-            return self.stock_loss(
-                logits,
-                labels,
-                vocab_size,
-                num_items_in_batch=num_items_in_batch,
-                ignore_index=ignore_index,
-                shift_labels=shift_labels,
-                **kwargs,
-            )
-        return self.objective_loss(
-            logits,
-            post,
-            targets.reshape(positions),
-            ignore_index=ignore_index,
-            num_items_in_batch=num_items_in_batch,
-        )
-
-    def cross_entropy(
-        self, logits: RecordedLogits, labels: torch.Tensor, ignore_index: int, reduction: str
-    ) -> Any:
-        """Stands in for ``torch.nn.functional.cross_entropy`` of the lazy logits in a forward."""
-        post = logits.transform
-        # After the forward: what a user computes from the model's outputs stays what it says.
-        if not self.in_forward or post is None:
-            return NotImplemented
-        options = {"ignore_index": ignore_index, "reduction": reduction}
-        return self.objective_loss(logits, post, labels, **options)
-
-    def objective_loss(
-        self, logits: RecordedLogits, post: LogitTransform, labels: torch.Tensor, **options: Any
-    ) -> torch.Tensor:
-        """The objective, or in ``eval()`` exact cross-entropy, inside the head's own call."""
-        self.missing_loss = False
-        if isinstance(logits, TracedLogits):
-            head, hidden_states = logits.head, logits.hidden_states
-            return head_loss(
-                _number_of_loss(self, self.training),
-                hidden_states,
-                head.weight,
-                labels.to(hidden_states.device),
-                bias=logits.with_added_bias(head.bias),
-                post=post,
-                **options,
-            )
-
-        def compute(product: HeadProduct) -> torch.Tensor:
-            self.note_merged(logits.head)
-            return self.compute_loss(
-                self.training,
-                product.hidden_states,
-                product.weight,
-                labels.to(product.hidden_states.device),
-                bias=logits.with_added_bias(product.bias),
-                low_rank=product.low_rank,
-                post=post,
-                **options,
-            )
-
-        with self.timed(self.training):
-            loss = call_inside(logits.head, compute, logits.hidden_states)
-        return loss.to(logits.device)  # accelerate may have moved them since
-
-    def compute_loss(self, training: bool, *inputs: Any, **options: Any) -> torch.Tensor:
-        """A loss in one of the two modes, with what is noted about it."""
-        if training:
-            self.note_new_state()
-            self.note_vocabulary(inputs[1])
-        objective = self.objective if training else self.evaluation
-        if isinstance(inputs[1], DTensor):  # the weight of a tensor-parallel plan's head
-            objective = partial(vocab_parallel_loss, config=objective)
-        elif training in self.probes and (torch.is_grad_enabled() or not training):
-            started = time.perf_counter()
-            self.probes[training](self.objective, *inputs, **options)
-            if training:  # the time of the loss includes it
-                self.seconds -= time.perf_counter() - started
-        loss = objective(*inputs, return_stats=not training, **options)
-        self.statistics = None
-        if isinstance(loss, tuple):
-            loss, self.statistics = loss
-        if loss.requires_grad and not training:
-            loss.register_hook(self.note_gradient_in_eval)
-        return loss
-
-    def compute_loss_in_graph(self, training: bool, *args: Any, **options: Any) -> torch.Tensor:
-        with self.timed(training):
-            return self.compute_loss(training, *args, **options)
-
-    @contextmanager
-    def timed(self, training: bool) -> Iterator[None]:
-        started = time.perf_counter()
-        yield
-        if training:
-            self.seconds += time.perf_counter() - started
-
-    def note_vocabulary(self, weight: torch.Tensor) -> None:
-        """The state of this model alone follows a resizing of its embeddings; another model's
-        state is refused where it is used."""
-        before, self.vocab_size = self.vocab_size, len(weight)
-        state = self.objective.state
-        if before == self.vocab_size or state is None or state.counts is None:
-            return
-        if state.counts.numel() == before:
-            state.resize(self.vocab_size)
-            self.warn_once(
-                f"the vocabulary of this model went from {before} to {self.vocab_size} classes; "
-                "its SCEState keeps the counts of those that stayed, and what else it learned "
-                "about them it learns again."
-            )
-
-    def note_new_state(self) -> None:
-        state = self.objective.state
-        if self.weights_loaded and state is not None and state.is_new and torch.is_grad_enabled():
-            self.warn_once(
-                "weights were loaded into this model but its SCEState starts anew, which is still "
-                "unbiased; add SCECallback() to the Trainer, or call "
-                "objective_of(model).state.load(path), to go on with a saved state."
-            )
-
-    def note_merged(self, head: Any) -> None:
-        """What is known of a frozen weight is forgotten when adapters are merged into it."""
-        merged = (head, merged_adapters(head))
-        if merged != self.merged and self.objective.state is not None:
-            self.objective.state.row_sum.forget()
-        self.merged = merged
-
-    def note_gradient_in_eval(self, gradient: torch.Tensor) -> None:
-        self.warn_once(
-            "this model is being trained in eval mode, where the loss is always exact "
-            f"cross-entropy; call model.train() to train with {self.objective.name!r}."
-        )
-
-    def warn_once(self, message: str) -> None:
-        if message not in self.warned:
-            self.warned.add(message)
-            warnings.warn(message, stacklevel=2)
-
-
-@torch.compiler.assume_constant_result
-def _number_of_loss(attachment: _Attachment, training: bool) -> int:
-    owner = weakref.proxy(attachment)
-    return register(lambda: partial(owner.compute_loss_in_graph, training))
-
-
 def _patched(model: nn.Module) -> nn.Module | None:
     """The module inside ``model`` that apply_sce patched."""
     return next((m for m in model.modules() if _KEY in m.__dict__), None)
 
 
-def _attachment_of(model: nn.Module) -> _Attachment | None:
+def _attachment_of(model: nn.Module) -> Attachment | None:
     target = _patched(model)
     return None if target is None else target.__dict__[_KEY]
-
-
-def _find_head(model: PreTrainedModel) -> _Head:
-    """Raises one sentence if there is none."""
-    head = model.get_output_embeddings()
-    if head is None:
-        raise ValueError(
-            f"{type(model).__name__} has no output head (get_output_embeddings() is None); load "
-            "it with AutoModelForCausalLM or another class that has a language-model head."
-        )
-    for owner_name, owner in model.named_modules():
-        for name, child in owner._modules.items():
-            if child is head:
-                return _Head(head, owner_name, name)
-    raise ValueError(
-        f"the output head of {type(model).__name__} is not among its submodules; apply_sce needs "
-        "a head that is an attribute of the model or of a part of it."
-    )
-
-
-def _is_at_place(head: _Head, model: PreTrainedModel) -> bool:
-    owner = model.get_submodule(head.owner)
-    is_child = owner._modules.get(head.attribute) is head.module
-    return is_child and model.get_output_embeddings() is head.module

@@ -14,26 +14,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
 
+from sce_lm.ops.head import Head
 
-class HeadProduct(NamedTuple):
-    """The factors of a head's result."""
-
-    hidden_states: torch.Tensor
-    """``[..., d + r]``."""
-    weight: torch.Tensor
-    """``[V, d]``, the layer's own."""
-    low_rank: torch.Tensor | None
-    """``[V, r]`` or None."""
-    bias: torch.Tensor | None
-    """``[V]`` or None."""
-
-
-Compute = Callable[[HeadProduct], Any]
+Compute = Callable[[torch.Tensor, Head], Any]
+"""Of ``[..., d + r]`` hidden states and the head whose result is their product."""
 
 
 def base_layer(head: Any) -> Any:
@@ -50,7 +39,8 @@ def vocab_size(head: Any) -> int:
 
 
 def check_linear(head: Any) -> None:
-    """Raise one sentence unless ``head(x)``, adapters aside, is a :class:`HeadProduct`."""
+    """Raise one sentence unless ``head(x)``, adapters aside, is a product with a
+    :class:`~sce_lm.ops.head.Head`."""
     for part in _parts(head):
         if other_adapter(part) is not None:
             continue
@@ -65,7 +55,8 @@ def check_linear(head: Any) -> None:
 
 
 def other_adapter(head: Any) -> str | None:
-    """The kind of an adapter with which ``head(x)`` is no :class:`HeadProduct`, or None.
+    """The kind of an adapter with which ``head(x)`` is no product with a
+    :class:`~sce_lm.ops.head.Head`, or None.
 
     Of LoRA's variants (DoRA, ...) one that is switched off or merged does not count.
     """
@@ -110,8 +101,8 @@ def call_inside(head: nn.Module, compute: Compute, hidden_states: torch.Tensor) 
     """
     computed: list[Any] = []
 
-    def keep(product: HeadProduct) -> Any:
-        computed.append(compute(product))
+    def keep(hidden: torch.Tensor, product: Head) -> Any:
+        computed.append(compute(hidden, product))
         return computed[-1]
 
     with ExitStack() as stack:
@@ -134,7 +125,7 @@ def _inside(part: Any, compute: Compute) -> Callable[..., Any]:
             return _lora(part, hidden, compute)
         if _has_tokens(part):
             return _trainable_tokens(part, hidden, compute)
-        return compute(HeadProduct(hidden, part.weight, None, part.bias))
+        return compute(hidden, Head(part.weight, None, part.bias))
 
     return forward
 
@@ -154,14 +145,9 @@ def _lora(layer: Any, hidden: torch.Tensor, compute: Compute) -> Any:
             if b.bias is not None:
                 extra = b.bias * layer.scaling[name]
                 bias = extra if bias is None else bias + extra
-        return compute(
-            HeadProduct(
-                torch.cat([h, *u], dim=-1) if u else h,
-                base.weight,
-                _side_by_side([b.weight for b in factors]),
-                bias,
-            )
-        )
+        low_rank = _side_by_side([b.weight for b in factors])
+        hidden = torch.cat([h, *u], dim=-1) if u else h
+        return compute(hidden, Head(base.weight, low_rank, bias))
 
     return _call_all([(base, hidden), *zip(factors, low)], product)
 
@@ -188,18 +174,18 @@ def _trainable_tokens(layer: Any, hidden: torch.Tensor, compute: Compute) -> Any
     def product(h: torch.Tensor) -> Any:
         weight = base.weight
         if is_off or layer.merged:
-            return compute(HeadProduct(h, weight, None, base.bias))
+            return compute(h, Head(weight, None, base.bias))
         # PEFT leaves the bias out of a head with trainable tokens.
         ids = torch.cat([torch.tensor(layer.token_indices[name]) for name in names])
         ids = ids.to(weight.device)
         if len(ids) >= weight.shape[1]:  # more columns than the weight itself has
-            return compute(HeadProduct(h, layer.get_merged_weights(names), None, None))
+            return compute(h, Head(layer.get_merged_weights(names)))
         rows = torch.cat([layer.trainable_tokens_delta[name] for name in names])
         one_hot = weight.new_zeros(len(weight), len(ids))
         one_hot[ids, torch.arange(len(ids), device=ids.device)] = 1.0
         with torch.autocast(h.device.type, enabled=False):
             u = h.float() @ (rows.float() - weight[ids].float()).T
-        return compute(HeadProduct(torch.cat([h, u.to(_wider(h))], dim=-1), weight, one_hot, None))
+        return compute(torch.cat([h, u.to(_wider(h))], dim=-1), Head(weight, one_hot))
 
     return _call_all([(base, hidden)], product)
 

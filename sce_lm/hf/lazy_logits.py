@@ -26,7 +26,6 @@ from sce_lm.hf.logit_operations import answer
 from sce_lm.hf.recorded_logits import (
     APPLY,
     CrossEntropy,
-    HeadParts,
     Modes,
     RecordedLogits,
     Source,
@@ -34,7 +33,7 @@ from sce_lm.hf.recorded_logits import (
     version,
 )
 
-__all__ = ["HeadParts", "LazyLogits"]
+__all__ = ["LazyLogits"]
 
 
 class LazyLogits(RecordedLogits):

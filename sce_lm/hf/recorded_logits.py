@@ -18,23 +18,8 @@ import torch
 from torch import nn
 
 from sce_lm.hf.head import call_inside
+from sce_lm.ops.head import Head
 from sce_lm.ops.logits import LogitTransform
-
-
-@dataclass(frozen=True, slots=True)
-class HeadParts:
-    """What unformed logits are made of: ``post(hidden_states @ [weight | low_rank].T + bias)``."""
-
-    hidden_states: torch.Tensor
-    """``[..., d + r]``, after the slicing of positions that the model did on its logits."""
-    weight: torch.Tensor
-    """``[V, d]``, the head's own (no copy)."""
-    low_rank: torch.Tensor | None
-    """``[V, r]`` of adapters on the head (module :mod:`sce_lm.hf.head`), or None with r = 0."""
-    bias: torch.Tensor | None
-    """``[V]`` or None."""
-    post: LogitTransform
-    """What the model did to the raw logits."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,8 +155,10 @@ class RecordedLogits(torch.Tensor):
                 bias = value.flatten() if bias is None else bias + value.flatten()
         return bias
 
-    def parts(self) -> HeadParts:
-        """Hidden states, weight, bias and transform, for code that wants no ``[..., V]``.
+    def parts(self) -> tuple[torch.Tensor, Head]:
+        """What the logits are made of, for code that wants no ``[..., V]``: hidden states
+        ``[..., d + r]``, after the slicing of positions that the model did on its logits, and the
+        head (no copy) with what the model did to the raw logits.
 
         Raises:
             ValueError: the model did something that is no LogitTransform, or already formed them.
@@ -184,9 +171,8 @@ class RecordedLogits(torch.Tensor):
                 "them as an ordinary tensor."
             )
         with self._source.modes.restored():
-            product = call_inside(self.head, lambda product: product, self._hidden)
-        hidden, weight, low_rank, bias = product
-        return HeadParts(hidden, weight, low_rank, self.with_added_bias(bias), post)
+            hidden, head = call_inside(self.head, lambda *product: product, self._hidden)
+        return hidden, head._replace(bias=self.with_added_bias(head.bias), post=post)
 
     def _root(self) -> Any:
         return self if self._view_of is None else self._view_of[0]._root()

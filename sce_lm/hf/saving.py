@@ -1,6 +1,6 @@
 """An objective beside the weights it trains: its options as JSON, its state as safetensors.
 
-    objective.json                   name and options; `objectives.get(**...)` builds it again
+    objective.json                   name and options; `objectives.from_dict` builds it again
     sce_state_rank0.safetensors      what one process counted so far, one file a process
 
 `SCECallback` writes both into every checkpoint of the Trainer; `scripts/train.py` writes the
@@ -43,6 +43,8 @@ def save_objective(objective: Objective, folder: str | os.PathLike, rank: int = 
 def load_objective(folder: str | os.PathLike, rank: int = 0) -> Objective:
     """The objective that a folder was saved with, and this process's state if the folder has it.
 
+    Options that an earlier version saved and this one does not have are named in one warning.
+
     Raises:
         FileNotFoundError: the folder has no objective.json.
         ValueError: the file names no objective of this version, or one of the two is damaged.
@@ -60,7 +62,7 @@ def load_objective(folder: str | os.PathLike, rank: int = 0) -> Objective:
             f"{file} holds {options!r:.60}; expected the name and options of an objective; put the "
             "file back that was written."
         )
-    objective = objectives.get(**options)
+    objective = objectives.from_dict(options)
     state = state_file(folder, rank)
     if objective.state is not None and state.is_file():
         objective.state.load(state)

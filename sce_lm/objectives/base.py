@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import weakref
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -13,11 +13,12 @@ import torch
 from sce_lm.candidates.masks import is_masked, within_reach
 from sce_lm.candidates.state import SCEState
 from sce_lm.config import ObjectiveConfig
+from sce_lm.objectives.call import Call
 from sce_lm.objectives.compiled import can_trace, head_loss, outside_graphs, register
-from sce_lm.ops.dispatch import Backend
-from sce_lm.ops.exact_cross_entropy import compute_dtype
+from sce_lm.ops.dtypes import compute_dtype
+from sce_lm.ops.head import Head
 from sce_lm.ops.logits import LogitTransform
-from sce_lm.ops.rows import HeadColumns
+from sce_lm.ops.positions import Positions
 
 Reduction = Literal["mean", "sum", "none"]
 
@@ -47,63 +48,6 @@ class Statistics:
     no candidate, aside. Only where statistics were asked for; None: all classes."""
 
 
-@dataclass(frozen=True, slots=True)
-class HeadInputs:
-    """One checked call without its ignored positions: what a method's own code works on."""
-
-    hidden: torch.Tensor
-    """``[N, d]``, N >= 1; ``[N, d + r]`` with ``low_rank``."""
-    weight: torch.Tensor
-    """``[V, d]``."""
-    labels: torch.Tensor
-    """``[N]`` int64 in ``[0, V)``."""
-    bias: torch.Tensor | None
-    """``[V]`` or None."""
-    post: LogitTransform
-    position_weight: torch.Tensor | None
-    """0-dim factor on the sum of losses; None asks for a loss per position."""
-    generator: torch.Generator | None
-    want_statistics: bool
-    low_rank: torch.Tensor | None = None
-    """``[V, r]`` or None."""
-    backend: Backend = "auto"
-    masked: torch.Tensor | None = None
-    """``[M]`` int64 ids, ascending, of the classes that the bias keeps out of the softmax (module
-    :mod:`sce_lm.candidates.masks`); None: there are none."""
-    kept: torch.Tensor | slice = field(default_factory=lambda: slice(None))
-    """Index of all others, ascending, into anything ``[V, ...]``."""
-
-    @property
-    def num_classes(self) -> int:
-        """V without the masked ones."""
-        return len(self.weight) - (0 if self.masked is None else len(self.masked))
-
-    def named(self, places: torch.Tensor) -> torch.Tensor:
-        """Ids of the classes at these places among those that are not masked."""
-        return self.kept[places] if isinstance(self.kept, torch.Tensor) else places
-
-    @property
-    def columns(self) -> HeadColumns:
-        """The columns of the head's rows."""
-        return HeadColumns(self.weight, self.low_rank, self.bias)
-
-    @property
-    def head(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Hidden states, weight and labels: the first arguments of every loss in `sce_lm.ops`."""
-        return self.hidden, self.weight, self.labels
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """The keyword arguments that every loss in :mod:`sce_lm.ops` takes."""
-        return {
-            "bias": self.bias,
-            "low_rank": self.low_rank,
-            "post": self.post,
-            "position_weight": self.position_weight,
-            "backend": self.backend,
-        }
-
-
 class Objective(ABC):
     """A training loss over a linear head, called as :func:`sce_lm.sce_loss` is.
 
@@ -125,16 +69,27 @@ class Objective(ABC):
         self.config = self.config_class() if config is None else config
 
     @abstractmethod
-    def compute(self, inputs: HeadInputs) -> tuple[torch.Tensor, Statistics]:
+    def compute(
+        self, head: Head, positions: Positions, call: Call
+    ) -> tuple[torch.Tensor, Statistics]:
         """The weighted sum of losses (or ``[N]`` losses) and statistics with ``[N]`` fields."""
 
-    def nothing(self, inputs: HeadInputs) -> torch.Tensor:
+    def nothing(self, head: Head, positions: Positions, call: Call) -> torch.Tensor:
         """The loss where no position has a label (N = 0): a zero that is connected to the graph."""
         is_sparse = getattr(self.config, "sparse_grad", False)
-        return connected_zero(inputs.hidden, inputs.columns, is_sparse)
+        return connected_zero(head, positions.hidden, is_sparse)
+
+    def begin(
+        self, call: Call, head: Head, labels: torch.Tensor, generator: torch.Generator | None
+    ) -> Call:
+        """The call once its labels ``[N]`` are known: with a seed, and counted, if there is a
+        state."""
+        if self.state is None:
+            return call
+        return call.begin(self.state, labels, head.vocab_size, generator)
 
     def to_dict(self) -> dict[str, Any]:
-        """Name and options as JSON-able values; ``objectives.get(**d)`` builds it again."""
+        """Name and options as JSON-able values; ``objectives.from_dict(d)`` builds it again."""
         return {"name": self.name, **dataclasses.asdict(self.config)}
 
     def largest_of(self, x: torch.Tensor) -> torch.Tensor:
@@ -194,65 +149,50 @@ class Objective(ABC):
             TypeError: labels that are not integers.
         """
         options: dict[str, Any] = {
-            "bias": bias,
-            "post": post,
             "reduction": reduction,
             "ignore_index": ignore_index,
             "num_items_in_batch": num_items_in_batch,
         }
         traceable = low_rank is None and can_trace(self.config, generator, return_stats)
         if torch.compiler.is_compiling() and traceable:
+            options |= {"bias": bias, "post": post}
             return head_loss(_number_of(self), hidden_states, weight, labels, **options)
-        return self._call_eagerly(
-            hidden_states,
-            weight,
-            labels,
-            generator=generator,
-            return_stats=return_stats,
-            low_rank=low_rank,
-            **options,
-        )
+        options |= {"generator": generator, "return_stats": return_stats}
+        head = Head(weight, low_rank, bias, post)
+        return self._call_eagerly(head, hidden_states, labels, **options)
 
     @outside_graphs
     def _call_eagerly(
         self,
-        hidden_states,
-        weight,
-        labels,
+        head: Head,
+        hidden_states: torch.Tensor,
+        labels: torch.Tensor,
         *,
-        bias,
-        post,
-        generator,
-        reduction,
-        ignore_index,
-        num_items_in_batch,
-        return_stats,
-        low_rank,
+        generator: torch.Generator | None,
+        reduction: Reduction,
+        ignore_index: int,
+        num_items_in_batch: torch.Tensor | int | None,
+        return_stats: bool,
     ) -> Any:
         """The call in eager code."""
-        columns = HeadColumns(weight, low_rank, bias)
-        check_inputs(hidden_states, columns, labels, reduction)
-        dtype = compute_dtype(hidden_states, weight)
+        check_inputs(hidden_states, head, labels, reduction)
+        vocab_size = self.vocab_size or head.vocab_size
+        dtype = compute_dtype(hidden_states, head.weight)
         flat_labels = labels.reshape(-1).long()
         is_out = None
-        if bias is not None and self.state is not None:  # without a state nothing is drawn
-            bias = within_reach(bias, post)
-            is_out = is_masked(bias, post, self.largest_of)
-        valid, num_masked = valid_positions(
-            flat_labels, ignore_index, self.vocab_size or len(weight), is_out
-        )
+        if head.bias is not None and self.state is not None:  # without a state nothing is drawn
+            head = head._replace(bias=within_reach(head.bias, head.post))
+            is_out = is_masked(head.bias, head.post, self.largest_of)
+        valid, num_masked = valid_positions(flat_labels, ignore_index, vocab_size, is_out)
         num_valid = valid.numel()
+        hidden = hidden_states.reshape(-1, hidden_states.shape[-1])
+        call = Call(self.config.backend, return_stats)
         if num_valid == 0:
-            none = hidden_states.reshape(-1, hidden_states.shape[-1])[:0]
-            inputs = HeadInputs(
-                none, weight, valid, bias, post, None, generator, return_stats, low_rank
-            )
-            loss = self.nothing(inputs).to(dtype)
+            loss = self.nothing(head, Positions(hidden[:0], valid), call).to(dtype)
             if reduction == "none":
                 loss = loss + hidden_states.new_zeros(labels.shape, dtype=dtype)
             return (loss, Statistics(num_valid=0)) if return_stats else loss
 
-        hidden = hidden_states.reshape(-1, hidden_states.shape[-1])
         if num_valid < flat_labels.numel():
             hidden, flat_labels = hidden[valid], flat_labels[valid]
         position_weight = None
@@ -263,26 +203,16 @@ class Objective(ABC):
             if torch.is_tensor(denominator):
                 denominator = denominator.to(hidden.device, dtype)
             position_weight = hidden.new_ones((), dtype=dtype) / denominator
-        inputs = HeadInputs(
-            hidden,
-            weight,
-            flat_labels,
-            bias,
-            post,
-            position_weight,
-            generator,
-            return_stats,
-            low_rank,
-            self.config.backend,
-        )
         # A head whose classes are all masked has a loss of NaN, and is left to it.
-        if is_out is not None and 0 < num_masked < (self.vocab_size or len(weight)):
+        if is_out is not None and 0 < num_masked < vocab_size:
             order = torch.argsort(is_out, stable=True)
             kept, masked = order.tensor_split([len(order) - num_masked])
-            inputs = replace(inputs, masked=masked, kept=kept)
+            head = head._replace(masked=masked, kept=kept)
+        positions = Positions(hidden, flat_labels, position_weight)
+        call = self.begin(call, head, flat_labels, generator)
         # Autocast would round the logits; the losses choose their own dtype.
         with torch.autocast(hidden.device.type, enabled=False):
-            loss, statistics = self.compute(inputs)
+            loss, statistics = self.compute(head, positions, call)
         if reduction == "none":
             loss = scatter_to(labels, valid, loss)
         if not return_stats:
@@ -308,10 +238,10 @@ def scatter_to(labels: torch.Tensor, valid: torch.Tensor, values: torch.Tensor) 
     return full.index_copy(0, valid, values).reshape(labels.shape)
 
 
-def connected_zero(hidden: torch.Tensor, columns: HeadColumns, is_sparse: bool) -> torch.Tensor:
+def connected_zero(head: Head, hidden: torch.Tensor, is_sparse: bool) -> torch.Tensor:
     """0 that depends on every input, so that ranks without labels still join the backward pass;
     ``is_sparse`` keeps the gradient of the weight row-sparse."""
-    weight, *others = columns
+    weight, *others = head.tensors
     nothing = torch.empty(0, dtype=torch.int64, device=weight.device)
     rows = torch.nn.functional.embedding(nothing, weight, sparse=is_sparse)
     parts = [hidden[:0], rows, *(part[:0] for part in others if part is not None)]
@@ -342,9 +272,9 @@ def valid_positions(
     return torch.argsort(is_valid, descending=True, stable=True)[:num_valid], num_masked
 
 
-def check_inputs(hidden_states, columns: HeadColumns, labels, reduction) -> None:
+def check_inputs(hidden_states, head: Head, labels, reduction) -> None:
     """Raise one sentence for inputs that do not fit together."""
-    weight, low_rank, bias = columns
+    weight, low_rank, bias = head.tensors
     if weight.dim() != 2:
         raise ValueError(
             f"weight has shape {tuple(weight.shape)}; the output head's [vocab_size, hidden_size] "

@@ -18,12 +18,14 @@ from dataclasses import dataclass
 
 import torch
 
-from sce_lm.candidates.noise import draw_seed, stream
 from sce_lm.candidates.proposals import Uniform
 from sce_lm.config import ObjectiveConfig, check_choice, check_count, check_share
-from sce_lm.objectives.base import HeadInputs, Statistics
+from sce_lm.objectives.base import Statistics
+from sce_lm.objectives.call import Call
 from sce_lm.objectives.sampled import SampledObjective
+from sce_lm.ops.head import Head
 from sce_lm.ops.position_cross_entropy import PositionCandidates, position_binary_cross_entropy
+from sce_lm.ops.positions import Positions
 
 
 @dataclass(frozen=True)
@@ -77,25 +79,24 @@ class BCE(SampledObjective):
     config_class = BCEConfig
     config: BCEConfig
 
-    def compute(self, inputs: HeadInputs) -> tuple[torch.Tensor, Statistics]:
-        config, num_positions, num_classes = self.config, len(inputs.labels), inputs.num_classes
-        seed = draw_seed(inputs.generator)
-        counted = self.state.begin_call(inputs.labels, len(inputs.weight), seed)[2]
-        generator = stream(seed, "negatives", inputs.labels.device)
-        lists = 1 if config.shared else num_positions
-        ids = Uniform(num_classes).draw((lists, config.num_negatives), generator)
-        ids = inputs.named(ids)
+    def compute(
+        self, head: Head, positions: Positions, call: Call
+    ) -> tuple[torch.Tensor, Statistics]:
+        config = self.config
+        lists = 1 if config.shared else len(positions)
+        places = Uniform(head.num_classes).draw(
+            (lists, config.num_negatives), call.stream("negatives")
+        )
+        ids = head.named(places)
+        even = torch.zeros_like(ids[:1], dtype=torch.float32)
         loss = position_binary_cross_entropy(
-            *inputs.head,
-            PositionCandidates(
-                ids, torch.zeros_like(ids[:1], dtype=torch.float32), sparse_grad=config.sparse_grad
-            ),
-            positive_weight=config.positive_weight(num_classes),
-            **inputs.options,
+            head,
+            positions,
+            PositionCandidates(ids, even, sparse_grad=config.sparse_grad),
+            positive_weight=config.positive_weight(head.num_classes),
+            backend=call.backend,
         )
-        return loss, self.statistics(
-            inputs, float(config.num_negatives), counted=counted, ids=[ids]
-        )
+        return loss, self.statistics(positions, call, float(config.num_negatives), ids=[ids])
 
 
 class GBCE(BCE):

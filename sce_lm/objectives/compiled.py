@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from sce_lm.ops.exact_cross_entropy import compute_dtype
+from sce_lm.ops.dtypes import compute_dtype
 from sce_lm.ops.logits import LogitTransform
 
 ONE_GRAPH = torch.__version__ >= "2.13"

@@ -7,8 +7,11 @@ from dataclasses import dataclass
 import torch
 
 from sce_lm.config import ObjectiveConfig
-from sce_lm.objectives.base import HeadInputs, Objective, Statistics
+from sce_lm.objectives.base import Objective, Statistics
+from sce_lm.objectives.call import Call
 from sce_lm.ops.exact_cross_entropy import exact_cross_entropy
+from sce_lm.ops.head import Head
+from sce_lm.ops.positions import Positions
 
 
 @dataclass(frozen=True)
@@ -22,11 +25,13 @@ class Exact(Objective):
     name = "exact"
     config_class = ExactConfig
 
-    def compute(self, inputs: HeadInputs) -> tuple[torch.Tensor, Statistics]:
-        result = exact_cross_entropy(*inputs.head, **inputs.options)
+    def compute(
+        self, head: Head, positions: Positions, call: Call
+    ) -> tuple[torch.Tensor, Statistics]:
+        result = exact_cross_entropy(head, positions, backend=call.backend)
         return result.loss, Statistics(
-            num_valid=inputs.labels.numel(),
-            products_per_position=float(inputs.weight.shape[0]),
+            num_valid=len(positions),
+            products_per_position=float(head.vocab_size),
             correct=result.correct,
             confidence=result.confidence,
         )

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 
 from sce_lm.candidates.state import SCEState
-from sce_lm.config import SCEConfig
+from sce_lm.config import PublishedSCEConfig, SCEConfig
 from sce_lm.objectives.base import Reduction
 from sce_lm.objectives.compiled import can_trace, head_loss, outside_graphs, register
+from sce_lm.objectives.published_sce import PublishedSCE
 from sce_lm.objectives.sce import SCE
 from sce_lm.ops.logits import LogitTransform
 
@@ -22,7 +23,7 @@ def sce_loss(
     *,
     bias: torch.Tensor | None = None,
     post: LogitTransform = LogitTransform(),
-    config: SCEConfig = SCEConfig(),
+    config: SCEConfig | PublishedSCEConfig = SCEConfig(),
     state: SCEState | None = None,
     generator: torch.Generator | None = None,
     reduction: Reduction = "mean",
@@ -57,13 +58,26 @@ def sce_loss(
 
 
 @outside_graphs
-def _eagerly(config: SCEConfig, state: SCEState | None, *inputs: Any, **options: Any) -> Any:
-    return SCE(config, state)(*inputs, **options)
+def _eagerly(
+    config: SCEConfig | PublishedSCEConfig,
+    state: SCEState | None,
+    *inputs: Any,
+    **options: Any,
+) -> Any:
+    return _objective(config, state)(*inputs, **options)
+
+
+def _objective(
+    config: SCEConfig | PublishedSCEConfig, state: SCEState | None
+) -> SCE | PublishedSCE:
+    if isinstance(config, PublishedSCEConfig):
+        return PublishedSCE(config, state)
+    return SCE(config, state)
 
 
 @torch.compiler.assume_constant_result
-def _number_of(config: SCEConfig, state: SCEState | None) -> int:
+def _number_of(config: SCEConfig | PublishedSCEConfig, state: SCEState | None) -> int:
     if state is None:
-        return register(lambda: SCE(config))
+        return register(lambda: _objective(config, None))
     owner = weakref.ref(state)
-    return register(lambda: SCE(config, owner()))
+    return register(lambda: _objective(config, owner()))

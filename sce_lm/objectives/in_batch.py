@@ -25,12 +25,15 @@ from typing import Literal
 
 import torch
 
-from sce_lm.candidates.noise import draw_seed
 from sce_lm.candidates.state import SCEState
 from sce_lm.config import ObjectiveConfig, check_choice, check_share
-from sce_lm.objectives.base import HeadInputs, Statistics
+from sce_lm.objectives.base import Statistics
+from sce_lm.objectives.call import Call
 from sce_lm.objectives.sampled import SampledObjective
-from sce_lm.ops.candidate_cross_entropy import Candidates, candidate_cross_entropy
+from sce_lm.ops.candidate_cross_entropy import candidate_cross_entropy
+from sce_lm.ops.candidates import Candidates
+from sce_lm.ops.head import Head
+from sce_lm.ops.positions import Positions
 
 
 @dataclass(frozen=True)
@@ -64,17 +67,16 @@ class InBatch(SampledObjective):
     config_class = InBatchConfig
     config: InBatchConfig
 
-    def compute(self, inputs: HeadInputs) -> tuple[torch.Tensor, Statistics]:
-        num_positions = len(inputs.labels)
-        seed = draw_seed(inputs.generator)
-        counts, _, counted = self.state.begin_call(inputs.labels, len(inputs.weight), seed)
-        ids, occurrences = torch.unique(inputs.labels, return_counts=True)
+    def compute(
+        self, head: Head, positions: Positions, call: Call
+    ) -> tuple[torch.Tensor, Statistics]:
+        counts = call.counts
+        ids, occurrences = torch.unique(positions.labels, return_counts=True)
         log_weights = occurrences.to(torch.float64).log()
         if self.config.logq:
             q = counts[ids].to(torch.float64) / counts.sum()
             if self.config.frequency == "streaming":
-                q = self.state.once(
-                    seed,
+                q = call.once(
                     "frequency",
                     lambda: streaming_frequency(
                         self.state,
@@ -82,13 +84,13 @@ class InBatch(SampledObjective):
                         occurrences,
                         len(counts),
                         self.config.streaming_rate,
-                        keep=counted,
+                        keep=call.counted,
                     ),
                 )
-            log_weights -= torch.log(q * max(num_positions - 1, 1))
+            log_weights -= torch.log(q * max(len(positions) - 1, 1))
         candidates = Candidates(ids[:0], ids, log_weights, sparse_grad=self.config.sparse_grad)
-        loss = candidate_cross_entropy(*inputs.head, candidates, **inputs.options).loss
-        return loss, self.statistics(inputs, float(len(ids)), counted=counted, ids=[ids])
+        loss = candidate_cross_entropy(head, positions, candidates, backend=call.backend).loss
+        return loss, self.statistics(positions, call, float(len(ids)), ids=[ids])
 
 
 def streaming_frequency(

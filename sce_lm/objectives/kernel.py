@@ -9,9 +9,8 @@ change, so that few draws do. Zhat is unbiased: the label's logit is not correct
 hits the label is left out.
 
 The square is blind to the sign: a class with a very negative logit is drawn as often as one with a
-very positive one. The paper therefore trains an absolute softmax, over ``|s|``, with it
-(``absolute=True``): for models from scratch, whose predictions must take absolute values too;
-evaluation with the ordinary softmax then says nothing. The square also sees a common shift of the
+very positive one. The paper therefore also trains an absolute softmax, over ``|s|``, which is not
+here: predictions would have to take absolute values too. The square also sees a common shift of the
 logits, which a softmax does not, and trained models have one: their mean logit lies well below 0,
 so that the published kernel spends its draws on the least likely classes. ``center=True`` takes it
 of the logits less their mean over the catalogue, a position at a time, and costs nothing. On the
@@ -34,14 +33,17 @@ from typing import Literal
 import torch
 
 from sce_lm.candidates.kernel_sampler import KernelSampler, fit_projection, mean_kernel_proposal
-from sce_lm.candidates.noise import draw_seed, stream
-from sce_lm.candidates.proposals import Categorical, draw_with_replacement
+from sce_lm.candidates.proposals import draw_with_replacement
 from sce_lm.config import ObjectiveConfig, check_choice, check_count
-from sce_lm.objectives.base import HeadInputs, Statistics
+from sce_lm.objectives.base import Statistics
+from sce_lm.objectives.call import Call
 from sce_lm.objectives.sampled import SampledObjective
-from sce_lm.ops.candidate_cross_entropy import Candidates, candidate_cross_entropy
-from sce_lm.ops.exact_cross_entropy import compute_dtype
+from sce_lm.ops.candidate_cross_entropy import candidate_cross_entropy
+from sce_lm.ops.candidates import Candidates
+from sce_lm.ops.dtypes import compute_dtype
+from sce_lm.ops.head import EVERYTHING, Head
 from sce_lm.ops.position_cross_entropy import PositionCandidates, position_cross_entropy
+from sce_lm.ops.positions import Positions
 
 AUTO_WIDTH, AUTO_PROJECTION = 128, 64
 """Models wider than the first are projected to the second by "auto"."""
@@ -49,6 +51,8 @@ TILE_ELEMENTS = 2**22
 """Elements of the weight that are projected at a time."""
 PROJECTION_ROWS = 32
 """Rows for each dimension from which a projection is fitted."""
+PROJECTION_REFRESH = 100
+"""Calls after which it is fitted again."""
 AUTO_ALPHAS = tuple(10.0 ** (k / 2) for k in range(-4, 9))
 """Values that alpha="auto" chooses from."""
 AUTO_POSITIONS, AUTO_ROWS = 64, 1024
@@ -76,18 +80,12 @@ class KernelConfig(ObjectiveConfig):
     shared: bool = False
     """One sample for all positions of a call, from the mean of their distributions."""
 
-    absolute: bool = False
-    """Train the absolute softmax of the paper; for models from scratch, not for pretrained ones."""
-
     block_size: int | Literal["auto"] = "auto"
     """Rows of a block; "auto": from the cost model."""
 
     projection: int | Literal["auto"] | None = "auto"
     """Width that the kernel is taken at; None: that of the model. "auto": 64 for models wider than
     128, else None. A narrower kernel costs less and follows the logits less closely."""
-
-    projection_refresh: int = 100
-    """Calls after which the projection is fitted again."""
 
     sparse_grad: bool = False
     """Return a row-sparse gradient of the weight."""
@@ -96,10 +94,9 @@ class KernelConfig(ObjectiveConfig):
         super().__post_init__()
         check_count(self, "num_negatives")
         check_choice(self, "kernel", "quadratic", "quartic")
-        for name in ("center", "shared", "absolute", "sparse_grad"):
+        for name in ("center", "shared", "sparse_grad"):
             check_choice(self, name, True, False)
         check_count(self, "block_size", auto=True)
-        check_count(self, "projection_refresh")
         if self.projection is not None:
             check_count(self, "projection", auto=True)
         is_number = isinstance(self.alpha, int | float) and not isinstance(self.alpha, bool)
@@ -108,8 +105,7 @@ class KernelConfig(ObjectiveConfig):
                 f'KernelConfig.alpha is {self.alpha!r}; give a positive number, or "auto".'
             )
         if self.shared:
-            wrong = {"absolute": self.absolute, "kernel": self.kernel == "quartic"}
-            wrong["block_size"] = self.block_size != "auto"
+            wrong = {"kernel": self.kernel == "quartic", "block_size": self.block_size != "auto"}
             for name in (name for name, is_wrong in wrong.items() if is_wrong):
                 raise ValueError(
                     f"KernelConfig: {name}={getattr(self, name)!r} needs draws for each position; "
@@ -124,20 +120,22 @@ class Kernel(SampledObjective):
     config_class = KernelConfig
     config: KernelConfig
 
-    def compute(self, inputs: HeadInputs) -> tuple[torch.Tensor, Statistics]:
+    def compute(
+        self, head: Head, positions: Positions, call: Call
+    ) -> tuple[torch.Tensor, Statistics]:
         config, m = self.config, self.config.num_negatives
-        num_positions, width = inputs.hidden.shape
-        seed = draw_seed(inputs.generator)
-        counted = self.state.begin_call(inputs.labels, len(inputs.weight), seed)[2]
-        generator = stream(seed, "negatives", inputs.labels.device)
+        num_positions, width = positions.hidden.shape
+        queries, rows, shift, alpha = self._kernel(head, positions, call)
         if config.shared:
-            ids, c = draw_with_replacement(self.proposal(inputs, seed, counted), m, generator)
-            ids = inputs.named(ids)
+            proposal = mean_kernel_proposal(rows, queries, alpha, shift)
+            places, c = draw_with_replacement(proposal, m, call.stream("negatives"))
+            ids = head.named(places)
             candidates = Candidates(ids[:0], ids, c, sparse_grad=config.sparse_grad)
-            loss = candidate_cross_entropy(*inputs.head, candidates, **inputs.options).loss
-            products = m + self.proposal_products(inputs.num_classes, width, num_positions)
+            loss = candidate_cross_entropy(head, positions, candidates, backend=call.backend).loss
+            rank = rows.shape[1]
+            projection = width * rank if rank < width else 0
+            products = m + len(rows) * (2.0 * rank**2 + projection) / (width * num_positions)
         else:
-            queries, rows, shift, alpha = self._kernel(inputs, seed, counted)
             sampler = KernelSampler(
                 rows,
                 m,
@@ -145,34 +143,17 @@ class Kernel(SampledObjective):
                 power=4 if config.kernel == "quartic" else 2,
                 block_size=None if config.block_size == "auto" else config.block_size,
             )
-            ids, log_q = sampler.draw(queries, m, generator, shift)
-            ids = inputs.named(ids)
-            loss = position_cross_entropy(
-                *inputs.head,
-                PositionCandidates(ids, -log_q - math.log(m), sparse_grad=config.sparse_grad),
-                **inputs.options,
-                absolute=config.absolute,
-            ).loss
+            places, log_q = sampler.draw(queries, m, call.stream("negatives"), shift)
+            ids = head.named(places)
+            own = PositionCandidates(ids, -log_q - math.log(m), sparse_grad=config.sparse_grad)
+            loss = position_cross_entropy(head, positions, own, backend=call.backend).loss
             operations = sampler.operations(num_positions, m)
             if rows.shape[1] < width:  # their projection
                 operations += len(rows) * width * rows.shape[1] / num_positions
             products = m + operations / width
         return loss, self.statistics(
-            inputs, products, counted=counted, ids=[ids], candidates=float(ids.shape[-1])
+            positions, call, products, ids=[ids], candidates=float(ids.shape[-1])
         )
-
-    def proposal(self, inputs: HeadInputs, seed: int, counted: bool) -> Categorical:
-        """The mean of the positions' quadratic kernel distributions, one for all of them, over the
-        classes that are not masked. After the state's ``begin_call``, which has said whether the
-        call is ``counted``."""
-        queries, rows, shift, alpha = self._kernel(inputs, seed, counted)
-        return mean_kernel_proposal(rows, queries, alpha, shift)
-
-    def proposal_products(self, vocab_size: int, width: int, num_positions: int) -> float:
-        """Inner products of the model's width a position that :meth:`proposal` costs."""
-        rank = self._rank(width)
-        projection = width * rank if rank < width else 0
-        return vocab_size * (2.0 * rank**2 + projection) / (width * num_positions)
 
     def _rank(self, width: int) -> int:
         """Width that the kernel is taken at."""
@@ -182,62 +163,62 @@ class Kernel(SampledObjective):
         return width if rank is None else min(rank, width)
 
     @torch.no_grad()
-    def _kernel(self, inputs: HeadInputs, seed: int, counted: bool):
+    def _kernel(self, head: Head, positions: Positions, call: Call):
         """Queries, rows, shift of each query and alpha of this call's kernel."""
-        queries, rows = self._features(inputs, seed, counted)
+        queries, rows = self._features(head, positions, call)
         shift = queries @ rows.mean(dim=0) if self.config.center else None
-        return queries, rows, shift, self._alpha(inputs, queries, rows, shift)
+        return queries, rows, shift, self._alpha(head, positions, queries, rows, shift)
 
     def _features(
-        self, inputs: HeadInputs, seed: int, counted: bool
+        self, head: Head, positions: Positions, call: Call
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """``[N, r]`` queries and the rows, ``[V, r]`` without those that are masked, whose inner
         products the kernel is taken of."""
-        dtype = compute_dtype(inputs.hidden, inputs.weight)
-        queries = _extended_hidden(inputs, slice(None), dtype)
+        dtype = compute_dtype(positions.hidden, head.weight)
+        queries = _extended_hidden(head, positions, EVERYTHING, dtype)
         wide = queries.shape[1]
         width = self._rank(wide)
         if width == wide:
-            return queries, inputs.columns.rows(inputs.kept, dtype)
-        of_hidden, of_rows = self.state.once(
-            seed, "projection", lambda: self._projection(inputs, queries, width, counted)
+            return queries, head.rows(head.kept, dtype)
+        of_hidden, of_rows = call.once(
+            "projection", lambda: self._projection(head, queries, width, call.counted)
         )
-        rows = queries.new_empty(inputs.num_classes, width)
-        kept, tile = inputs.kept, max(1, TILE_ELEMENTS // wide)
+        rows = queries.new_empty(head.num_classes, width)
+        kept, tile = head.kept, max(1, TILE_ELEMENTS // wide)
         for start in range(0, len(rows), tile):
             part = slice(start, start + tile)
             some = part if isinstance(kept, slice) else kept[part]
-            torch.mm(inputs.columns.rows(some, dtype), of_rows, out=rows[part])
+            torch.mm(head.rows(some, dtype), of_rows, out=rows[part])
         return queries @ of_hidden, rows
 
-    def _projection(self, inputs: HeadInputs, queries: torch.Tensor, width: int, counted: bool):
+    def _projection(self, head: Head, queries: torch.Tensor, width: int, counted: bool):
         """The maps of hidden states and rows; kept in the state, fitted again now and then."""
         memory = self.state.memory
-        is_due = counted and (self.state.step - 1) % self.config.projection_refresh == 0
+        is_due = counted and (self.state.step - 1) % PROJECTION_REFRESH == 0
         shape = (queries.shape[1], width)
         if is_due or "of_hidden" not in memory or memory["of_hidden"].shape != shape:
-            some = _spread(inputs.num_classes, PROJECTION_ROWS * queries.shape[1], queries.device)
-            rows = inputs.columns.rows(inputs.named(some), queries.dtype)
+            some = _spread(head.num_classes, PROJECTION_ROWS * queries.shape[1], queries.device)
+            rows = head.rows(head.named(some), queries.dtype)
             fitted = fit_projection(queries, rows, width)
             if counted:
                 memory["of_hidden"], memory["of_rows"] = fitted
             return fitted
         return tuple(memory[name].to(queries) for name in ("of_hidden", "of_rows"))
 
-    def _alpha(self, inputs: HeadInputs, queries, rows, shift) -> float:
+    def _alpha(self, head: Head, positions: Positions, queries, rows, shift) -> float:
         """The configured alpha, or the candidate with the least
         ``sum_j exp(2 s_j) / k_j · sum_j k_j / (sum_j exp s_j)²``, ``k = alpha·x^p + 1``, the
         relative second moment of a draw, on average over some positions."""
         if self.config.alpha != "auto":
             return self.config.alpha
-        positions = _spread(len(queries), AUTO_POSITIONS, queries.device)
+        some = _spread(len(queries), AUTO_POSITIONS, queries.device)
         classes = _spread(len(rows), AUTO_ROWS, queries.device)
-        exact = _extended_hidden(inputs, positions, queries.dtype)
-        x = exact @ inputs.columns.rows(inputs.named(classes), queries.dtype).T
-        p = torch.softmax(inputs.post(x / inputs.post.scale), dim=1)
-        kernel = queries[positions] @ rows[classes].T
+        exact = _extended_hidden(head, positions, some, queries.dtype)
+        x = exact @ head.rows(head.named(classes), queries.dtype).T
+        p = torch.softmax(head.post(x / head.post.scale), dim=1)
+        kernel = queries[some] @ rows[classes].T
         if shift is not None:
-            kernel -= shift[positions, None]
+            kernel -= shift[some, None]
         power = kernel ** (4 if self.config.kernel == "quartic" else 2)
         alphas = torch.tensor(AUTO_ALPHAS, dtype=power.dtype, device=power.device)
         moments = [
@@ -247,10 +228,10 @@ class Kernel(SampledObjective):
         return AUTO_ALPHAS[int(torch.stack(moments).argmin())]
 
 
-def _extended_hidden(inputs: HeadInputs, positions, dtype: torch.dtype) -> torch.Tensor:
+def _extended_hidden(head: Head, positions: Positions, at, dtype: torch.dtype) -> torch.Tensor:
     """Hidden states with a 1 that meets the bias, times the model's scale."""
-    hidden = inputs.columns.extend(inputs.hidden[positions], dtype)
-    return hidden if inputs.post.scale == 1.0 else hidden * inputs.post.scale
+    hidden = head.extend(positions.hidden[at], dtype)
+    return hidden if head.post.scale == 1.0 else hidden * head.post.scale
 
 
 def _spread(total: int, size: int, device: torch.device) -> torch.Tensor:

@@ -56,8 +56,6 @@ class Probe:
         weight: torch.Tensor,
         labels: torch.Tensor,
         *,
-        bias: torch.Tensor | None = None,
-        low_rank: torch.Tensor | None = None,
         ignore_index: int = -100,
         num_items_in_batch: Any = None,
         reduction: str = "mean",
@@ -72,9 +70,8 @@ class Probe:
         count = min(len(valid), self.positions)
         chosen = valid[torch.linspace(0, len(valid) - 1, count, device=valid.device).long()]
         hidden = hidden_states.detach().reshape(-1, hidden_states.shape[-1])
+        options = {k: v.detach() if torch.is_tensor(v) else v for k, v in options.items()}
         options |= {
-            "bias": None if bias is None else bias.detach(),
-            "low_rank": None if low_rank is None else low_rank.detach(),
             "reduction": "none",
             "ignore_index": ignore_index,
             "generator": torch.Generator().manual_seed(self.calls),

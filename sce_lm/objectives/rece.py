@@ -24,12 +24,14 @@ from typing import Literal
 import torch
 
 from sce_lm.candidates.hashing import hash_chunks
-from sce_lm.candidates.noise import draw_seed, stream
 from sce_lm.config import ObjectiveConfig, check_count
-from sce_lm.objectives.base import HeadInputs, Statistics
+from sce_lm.objectives.base import Statistics
+from sce_lm.objectives.call import Call
 from sce_lm.objectives.sampled import SampledObjective
 from sce_lm.ops.chunk_cross_entropy import Chunks, chunk_cross_entropy
-from sce_lm.ops.exact_cross_entropy import compute_dtype
+from sce_lm.ops.dtypes import compute_dtype
+from sce_lm.ops.head import Head
+from sce_lm.ops.positions import Positions
 
 
 @dataclass(frozen=True)
@@ -77,26 +79,26 @@ class RECE(SampledObjective):
     config_class = RECEConfig
     config: RECEConfig
 
-    def compute(self, inputs: HeadInputs) -> tuple[torch.Tensor, Statistics]:
-        num_positions, vocab_size = len(inputs.labels), len(inputs.weight)
-        seed = draw_seed(inputs.generator)
-        counted = self.state.begin_call(inputs.labels, vocab_size, seed)[2]
-        chunks = self._chunks(inputs, stream(seed, "directions", inputs.labels.device))
-        loss = chunk_cross_entropy(*inputs.head, chunks, **inputs.options)
-        buckets, count = self.config.resolve(num_positions, inputs.num_classes)
-        met = min(1.0, (1 + 2 * chunks.reach) / count) * inputs.num_classes
-        products = self.config.rounds * (met + buckets * (1 + vocab_size / num_positions))
+    def compute(
+        self, head: Head, positions: Positions, call: Call
+    ) -> tuple[torch.Tensor, Statistics]:
+        num_positions = len(positions)
+        chunks = self._chunks(head, positions.hidden, call.stream("directions"))
+        loss = chunk_cross_entropy(head, positions, chunks, backend=call.backend)
+        buckets, count = self.config.resolve(num_positions, head.num_classes)
+        met = min(1.0, (1 + 2 * chunks.reach) / count) * head.num_classes
+        products = self.config.rounds * (met + buckets * (1 + head.vocab_size / num_positions))
         return loss, self.statistics(
-            inputs, products, counted=counted, ids=None, candidates=self.config.rounds * met
+            positions, call, products, ids=None, candidates=self.config.rounds * met
         )
 
     @torch.no_grad()
-    def _chunks(self, inputs: HeadInputs, generator: torch.Generator) -> Chunks:
-        num_positions, width = inputs.hidden.shape
-        buckets, count = self.config.resolve(num_positions, inputs.num_classes)
+    def _chunks(self, head: Head, hidden: torch.Tensor, generator: torch.Generator) -> Chunks:
+        num_positions, width = hidden.shape
+        buckets, count = self.config.resolve(num_positions, head.num_classes)
         nowhere = count + self.config.extra_chunks  # a chunk that no position reaches
-        dtype = compute_dtype(inputs.hidden, inputs.weight)
-        classes = [part for part in (inputs.weight, inputs.low_rank) if part is not None]
+        dtype = compute_dtype(hidden, head.weight)
+        classes = [part for part in (head.weight, head.low_rank) if part is not None]
         chunks = []
         for _ in range(self.config.rounds):
             directions = torch.randn(
@@ -104,8 +106,8 @@ class RECE(SampledObjective):
             )
             chunks.append(
                 [
-                    hash_chunks([inputs.hidden], directions, count),
-                    hash_chunks(classes, directions, count, inputs.kept, nowhere),
+                    hash_chunks([hidden], directions, count),
+                    hash_chunks(classes, directions, count, head.kept, nowhere),
                 ]
             )
         of_position, of_class = (torch.stack(rounds) for rounds in zip(*chunks))

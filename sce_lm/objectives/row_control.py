@@ -25,21 +25,24 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from sce_lm.candidates.center_softmax import CenterSoftmax
-from sce_lm.objectives.base import HeadInputs
-from sce_lm.ops.candidate_cross_entropy import Candidates
+from sce_lm.ops.candidates import Candidates
+from sce_lm.ops.head import Head, Needs
 from sce_lm.ops.memory import TILE_ELEMENTS, gradient_memory
-from sce_lm.ops.rows import HeadColumns, Needs
+from sce_lm.ops.positions import Positions
 
 
 def with_expected_rows(
-    loss: torch.Tensor, inputs: HeadInputs, candidates: Candidates, expected: CenterSoftmax
+    loss: torch.Tensor,
+    head: Head,
+    positions: Positions,
+    candidates: Candidates,
+    expected: CenterSoftmax,
 ) -> torch.Tensor:
     """The same loss, whose gradient adds ``(1 - [j drawn] / pi_j)·ghat_j`` to each row.
 
     Args:
         loss: of :func:`~sce_lm.ops.candidate_cross_entropy.candidate_cross_entropy`.
-        inputs: that it was taken on.
-        candidates: and its lists.
+        head, positions, candidates: that it was taken on.
         expected: softmax at the centres; at those of the buckets, if there are any.
     """
     centers, center_of, share = expected
@@ -49,8 +52,8 @@ def with_expected_rows(
     share = share * left
     if candidates.bucket_items is not None:
         share.scatter_(1, candidates.bucket_items, 0.0)
-    a = inputs.position_weight
-    return _ExpectedRows.apply(loss, *inputs.columns, share, centers, center_of, a)
+    a = positions.weight
+    return _ExpectedRows.apply(loss, *head.tensors, share, centers, center_of, a)
 
 
 class _ExpectedRows(torch.autograd.Function):
@@ -58,23 +61,23 @@ class _ExpectedRows(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, loss, weight, low_rank, bias, share, centers, center_of, position_weight):
-        ctx.needs = Needs.of(ctx, grad_enabled=True).head
+        ctx.needs = Needs.of(ctx).head
         ctx.save_for_backward(weight, low_rank, bias, share, centers, center_of, position_weight)
         return loss.view_as(loss)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *grad_outputs):
-        *head, share, centers, center_of, position_weight = ctx.saved_tensors
-        columns = HeadColumns(*head)
+        *tensors, share, centers, center_of, position_weight = ctx.saved_tensors
+        head = Head(*tensors)
         a = grad_outputs[0] if position_weight is None else grad_outputs[0] * position_weight
         a_of = share.new_zeros(len(centers))
         a_of.index_add_(0, center_of, a.to(share.dtype).expand(len(center_of)))
-        rows = columns.extend(centers, centers.dtype) * a_of.unsqueeze(1)
-        parts = columns.split(ctx.needs, rows[:, columns.num_frozen(ctx.needs) :])
+        rows = head.extend(centers, centers.dtype) * a_of.unsqueeze(1)
+        parts = head.split(ctx.needs, rows[:, head.num_frozen(ctx.needs) :])
         of_head = [
             None if part is None or like is None else _product(share, part, like)
-            for part, like in zip(parts, columns)
+            for part, like in zip(parts, head.tensors)
         ]
         return grad_outputs[0], *of_head, None, None, None, None
 

@@ -8,7 +8,9 @@ from typing import Any
 import torch
 
 from sce_lm.candidates.state import SCEState
-from sce_lm.objectives.base import HeadInputs, Objective, Statistics
+from sce_lm.objectives.base import Objective, Statistics
+from sce_lm.objectives.call import Call
+from sce_lm.ops.positions import Positions
 
 
 class SampledObjective(Objective):
@@ -20,10 +22,10 @@ class SampledObjective(Objective):
 
     def statistics(
         self,
-        inputs: HeadInputs,
+        positions: Positions,
+        call: Call,
         products: float,
         *,
-        counted: bool,
         ids: Sequence[torch.Tensor] | None,
         candidates: float | None = None,
         relative_error: torch.Tensor | None = None,
@@ -35,7 +37,7 @@ class SampledObjective(Objective):
             ids: of the candidates, in any shapes and number; None: all classes.
             candidates: of a position; None: ``products``, where choosing them takes none.
         """
-        if counted:
+        if call.counted:
             self.state.average(
                 coverage=1.0,
                 candidates_per_position=products if candidates is None else candidates,
@@ -43,10 +45,10 @@ class SampledObjective(Objective):
                 **averages,
             )
         met = None
-        if inputs.want_statistics and ids is not None:
+        if call.want_statistics and ids is not None:
             met = torch.unique(torch.cat([part.reshape(-1) for part in ids]))
         return Statistics(
-            num_valid=len(inputs.labels),
+            num_valid=len(positions),
             products_per_position=products,
             relative_error=relative_error,
             candidates=met,

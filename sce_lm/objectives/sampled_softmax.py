@@ -15,7 +15,6 @@ from typing import Literal
 
 import torch
 
-from sce_lm.candidates.noise import draw_seed, stream
 from sce_lm.candidates.prior import log_label_prior
 from sce_lm.candidates.priority import priority_sample
 from sce_lm.candidates.proposals import (
@@ -28,11 +27,15 @@ from sce_lm.candidates.proposals import (
     draw_with_replacement,
 )
 from sce_lm.config import ObjectiveConfig, check_choice, check_count, check_share
-from sce_lm.objectives.base import HeadInputs, Statistics
+from sce_lm.objectives.base import Statistics
+from sce_lm.objectives.call import Call
 from sce_lm.objectives.sampled import SampledObjective
-from sce_lm.ops.candidate_cross_entropy import Candidates, candidate_cross_entropy
+from sce_lm.ops.candidate_cross_entropy import candidate_cross_entropy
+from sce_lm.ops.candidates import Candidates
 from sce_lm.ops.dispatch import Backend
+from sce_lm.ops.head import Head
 from sce_lm.ops.position_cross_entropy import PositionCandidates, position_cross_entropy
+from sce_lm.ops.positions import Positions
 
 
 @dataclass(frozen=True)
@@ -88,26 +91,25 @@ class SampledSoftmax(SampledObjective):
     config_class = SampledSoftmaxConfig
     config: SampledSoftmaxConfig
 
-    def compute(self, inputs: HeadInputs) -> tuple[torch.Tensor, Statistics]:
-        config, num_positions = self.config, len(inputs.labels)
-        seed = draw_seed(inputs.generator)
-        counts, _, counted = self.state.begin_call(inputs.labels, len(inputs.weight), seed)
-        generator = stream(seed, "negatives", inputs.labels.device)
-        proposal = self._proposal(counts[inputs.kept])
+    def compute(
+        self, head: Head, positions: Positions, call: Call
+    ) -> tuple[torch.Tensor, Statistics]:
+        config, generator = self.config, call.stream("negatives")
+        proposal = self._proposal(call.counts[head.kept])
         if config.shared:
-            ids, c = self._draw(proposal, generator, inputs.backend)
-            ids = inputs.named(ids)
+            places, c = self._draw(proposal, generator, call.backend)
+            ids = head.named(places)
             candidates = Candidates(ids[:0], ids, c, sparse_grad=config.sparse_grad)
-            loss = candidate_cross_entropy(*inputs.head, candidates, **inputs.options).loss
+            loss = candidate_cross_entropy(head, positions, candidates, backend=call.backend).loss
         else:
             is_distinct = config.sampling == "distinct"
-            ids, c = draw_rows(
-                proposal, num_positions, config.num_negatives, generator, distinct=is_distinct
+            places, c = draw_rows(
+                proposal, len(positions), config.num_negatives, generator, distinct=is_distinct
             )
-            ids = inputs.named(ids)
-            candidates = PositionCandidates(ids, c, sparse_grad=config.sparse_grad)
-            loss = position_cross_entropy(*inputs.head, candidates, **inputs.options).loss
-        return loss, self.statistics(inputs, float(ids.shape[-1]), counted=counted, ids=[ids])
+            ids = head.named(places)
+            own = PositionCandidates(ids, c, sparse_grad=config.sparse_grad)
+            loss = position_cross_entropy(head, positions, own, backend=call.backend).loss
+        return loss, self.statistics(positions, call, float(ids.shape[-1]), ids=[ids])
 
     def _proposal(self, counts: torch.Tensor) -> Proposal:
         if self.config.proposal == "uniform":

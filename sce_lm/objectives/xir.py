@@ -48,13 +48,15 @@ from typing import Literal, NamedTuple
 import torch
 
 from sce_lm.candidates.cache import Cache, draw_cache, merge_occurrences, record_draws
-from sce_lm.candidates.noise import draw_seed, stream
 from sce_lm.candidates.resampling import multinomial_counts
 from sce_lm.config import ObjectiveConfig, check_choice, check_count, check_share
-from sce_lm.objectives.base import HeadInputs, Statistics
+from sce_lm.objectives.base import Statistics
+from sce_lm.objectives.call import Call
 from sce_lm.objectives.sampled import SampledObjective
-from sce_lm.ops.exact_cross_entropy import compute_dtype
+from sce_lm.ops.dtypes import compute_dtype
+from sce_lm.ops.head import Head
 from sce_lm.ops.position_cross_entropy import PositionCandidates, position_cross_entropy
+from sce_lm.ops.positions import Positions
 
 AUTO_SIZE = 2048
 """Most draws, and largest cache, that "auto" gives."""
@@ -141,43 +143,41 @@ class BIR(SampledObjective):
     config_class = BIRConfig
     config: BIRConfig
 
-    def compute(self, inputs: HeadInputs) -> tuple[torch.Tensor, Statistics]:
-        num_positions = len(inputs.labels)
-        seed = draw_seed(inputs.generator)
-        seen, _, counted = self.state.begin_call(inputs.labels, len(inputs.weight), seed)
-        ids, n = torch.unique(inputs.labels, return_counts=True)
+    def compute(
+        self, head: Head, positions: Positions, call: Call
+    ) -> tuple[torch.Tensor, Statistics]:
+        num_positions, seen = len(positions), call.counts
+        ids, n = torch.unique(positions.labels, return_counts=True)
         if self.config.correction == "importance":
             factor = n / (max(num_positions - 1, 1) * _frequency(seen, ids))
         else:
             factor = n / _popularity(seen, ids, self.config.popularity)
-        loss, drawn = self._loss(
-            inputs,
-            _Pool(ids, factor.log()),
-            _size(self.config.num_negatives, num_positions),
-            stream(seed, "batch", ids.device),
-        )
+        draws = _size(self.config.num_negatives, num_positions)
+        pool = _Pool(ids, factor.log())
+        loss, drawn = self._loss(head, positions, pool, draws, call, "batch")
         return loss, self.statistics(
-            inputs,
+            positions,
+            call,
             2.0 * len(ids),
-            counted=counted,
             ids=[ids[drawn > 0]],
             candidates=float(len(ids)),
         )
 
     def _loss(
-        self, inputs: HeadInputs, pool: _Pool, draws: int, generator: torch.Generator
+        self, head: Head, positions: Positions, pool: _Pool, draws: int, call: Call, name: str
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The loss over ``draws`` draws from a pool, and how often each of its classes was drawn,
-        over all positions, ``[U]``."""
+        """The loss over ``draws`` draws from a pool by the call's stream ``name``, and how often
+        each of its classes was drawn, over all positions, ``[U]``."""
         corrected = self.config.correction == "importance"
-        log_weights, drawn = _resample(inputs, pool, draws, generator, corrected=corrected)
+        generator = call.stream(name)
+        log_weights, drawn = _resample(head, positions, pool, draws, generator, corrected=corrected)
         candidates = PositionCandidates(
             pool.ids[None],
             log_weights,
             keep_label=not corrected,
             sparse_grad=self.config.sparse_grad,
         )
-        loss = position_cross_entropy(*inputs.head, candidates, **inputs.options).loss
+        loss = position_cross_entropy(head, positions, candidates, backend=call.backend).loss
         return loss, drawn
 
 
@@ -188,65 +188,59 @@ class XIR(BIR):
     config_class = XIRConfig
     config: XIRConfig
 
-    def compute(self, inputs: HeadInputs) -> tuple[torch.Tensor, Statistics]:
+    def compute(
+        self, head: Head, positions: Positions, call: Call
+    ) -> tuple[torch.Tensor, Statistics]:
         config, state = self.config, self.state
-        num_positions, vocab_size = len(inputs.labels), len(inputs.weight)
-        seed = draw_seed(inputs.generator)
-        seen, _, counted = state.begin_call(inputs.labels, vocab_size, seed)
-        ids, n = torch.unique(inputs.labels, return_counts=True)
-        cache = state.once(
-            seed,
+        ids, n = torch.unique(positions.labels, return_counts=True)
+        cache = call.once(
             "cache",
             lambda: draw_cache(
                 state,
-                _size(config.cache_size, num_positions),
+                _size(config.cache_size, len(positions)),
                 ids,
-                stream(seed, "cache", ids.device),
-                vocab_size,
+                call.stream("cache"),
+                head.vocab_size,
                 among_drawn=config.cache_from == "drawn",
-                left_out=inputs.masked,
+                left_out=head.masked,
             ),
         )
         combine = self._one_pool if config.correction == "importance" else self._two_pools
-        loss, drawn_from, drawn = combine(inputs, seed, seen, ids, n, cache)
-        if counted:
-            record_draws(state, drawn_from, drawn, vocab_size, config.decay)
+        loss, drawn_from, drawn = combine(head, positions, call, ids, n, cache)
+        if call.counted:
+            record_draws(state, drawn_from, drawn, head.vocab_size, config.decay)
         distinct = float((cache.counts > 0).sum())
         return loss, self.statistics(
-            inputs,
+            positions,
+            call,
             2.0 * len(drawn_from),
-            counted=counted,
             ids=[drawn_from[drawn > 0]],
             candidates=float(len(drawn_from)),
             distinct_cached=distinct,
         )
 
-    def _two_pools(self, inputs: HeadInputs, seed: int, seen, ids, n, cache: Cache):
+    def _two_pools(self, head: Head, positions: Positions, call: Call, ids, n, cache: Cache):
         """As published: the loss, the classes of both pools and how often each was drawn."""
         held = cache.counts > 0
-        draws = _size(self.config.num_negatives, len(inputs.labels)) // 2
+        draws = _size(self.config.num_negatives, len(positions)) // 2
         losses, pools, drawn = [], [ids, cache.ids[held]], []
         for name, pool, m in zip(("batch", "cached"), pools, (n, cache.counts[held])):
-            factor = m / _popularity(seen, pool, self.config.popularity)
-            generator = stream(seed, name, ids.device)
-            loss, times = self._loss(inputs, _Pool(pool, factor.log()), draws, generator)
+            factor = m / _popularity(call.counts, pool, self.config.popularity)
+            drawable = _Pool(pool, factor.log())
+            loss, times = self._loss(head, positions, drawable, draws, call, name)
             losses.append(loss)
             drawn.append(times)
         share = self.config.cache_weight
         return share * losses[1] + (1.0 - share) * losses[0], torch.cat(pools), torch.cat(drawn)
 
-    def _one_pool(self, inputs: HeadInputs, seed: int, seen, ids, n, cache: Cache):
+    def _one_pool(self, head: Head, positions: Positions, call: Call, ids, n, cache: Cache):
         """Corrected: the same, for the pool of all classes in batch and cache."""
         found = cache.counts.index_add(0, torch.searchsorted(cache.ids, ids), n)
-        expected = max(len(inputs.labels) - 1, 1) * _frequency(seen, cache.ids)
+        expected = max(len(positions) - 1, 1) * _frequency(call.counts, cache.ids)
         expected += cache.counts.sum() * cache.q
-        draws = _size(self.config.num_negatives, len(inputs.labels))
-        loss, drawn = self._loss(
-            inputs,
-            _Pool(cache.ids, (found / expected).log()),
-            draws,
-            stream(seed, "batch", ids.device),
-        )
+        draws = _size(self.config.num_negatives, len(positions))
+        pool = _Pool(cache.ids, (found / expected).log())
+        loss, drawn = self._loss(head, positions, pool, draws, call, "batch")
         return loss, cache.ids, drawn
 
     def end_step(self, device: torch.device) -> None:
@@ -272,7 +266,13 @@ def _popularity(seen: torch.Tensor, ids: torch.Tensor, kind: str) -> torch.Tenso
 
 @torch.no_grad()
 def _resample(
-    inputs: HeadInputs, pool: _Pool, draws: int, generator: torch.Generator, *, corrected: bool
+    head: Head,
+    positions: Positions,
+    pool: _Pool,
+    draws: int,
+    generator: torch.Generator,
+    *,
+    corrected: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-weights ``[N, U]`` of a pool's classes in each position's sum, -inf where it was not
     drawn, and how often each class was drawn in all, ``[U]`` fp64.
@@ -280,19 +280,19 @@ def _resample(
     As published that is log k. Corrected, with ``Zpool = sum_j f_j exp s_j`` over the pool without
     the label, ``w_j = f_j exp(s_j) / Zpool`` and so ``c_j = log k_j - log R + log Zpool - s_j``.
     """
-    dtype = compute_dtype(inputs.hidden, inputs.weight)
-    rows = inputs.columns.rows(pool.ids, dtype)
-    hidden = inputs.columns.extend(inputs.hidden, dtype)
+    dtype = compute_dtype(positions.hidden, head.weight)
+    rows = head.rows(pool.ids, dtype)
+    hidden = head.extend(positions.hidden, dtype)
     log_factor = pool.log_factor.to(dtype)
-    log_weights = rows.new_empty(len(inputs.labels), len(pool.ids))
+    log_weights = rows.new_empty(len(positions), len(pool.ids))
     drawn = torch.zeros_like(pool.log_factor)
     step = max(1, BLOCK_ELEMENTS // max(draws, len(pool.ids)))
     for start in range(0, len(log_weights), step):
         block = slice(start, start + step)
-        s = inputs.post(hidden[block] @ rows.T)
+        s = head.post(hidden[block] @ rows.T)
         log_w = s + log_factor
         if corrected:
-            log_w.masked_fill_(pool.ids == inputs.labels[block, None], -torch.inf)
+            log_w.masked_fill_(pool.ids == positions.labels[block, None], -torch.inf)
         k = multinomial_counts(log_w, draws, generator)
         drawn += k.sum(dim=0)
         log_weights[block] = k.log()

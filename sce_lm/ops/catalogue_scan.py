@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from sce_lm.ops.dispatch import Backend, kernels
+from sce_lm.ops.head import Head
 
 TILE_ELEMENTS = 2**23
 """Scores held at a time (32 MiB in fp32)."""
@@ -12,22 +13,18 @@ TILE_ELEMENTS = 2**23
 
 def catalogue_topk(
     queries: torch.Tensor,
-    weight: torch.Tensor,
+    head: Head,
     size: int,
     *,
-    bias: torch.Tensor | None = None,
-    low_rank: torch.Tensor | None = None,
     excluded: torch.Tensor | None = None,
     backend: Backend = "auto",
 ) -> torch.Tensor:
-    """The ``size`` classes with the largest ``q·w_j + b_j`` for each query.
+    """The ``size`` classes with the largest raw logit ``q·w_j + b_j`` for each query.
 
     Args:
-        queries: ``[Q, d]``; ``[Q, d + r]`` with ``low_rank``.
-        weight: ``[V, d]``.
+        queries: ``[Q, d]``; ``[Q, d + r]`` for a head with a low-rank operand.
+        head: the output head; its transform of the logits takes no part.
         size: K; at most V minus the excluded classes.
-        bias: ``[V]`` or None.
-        low_rank: ``[V, r]`` or None: further columns of the weight, in a tensor of their own.
         excluded: ``[E]`` distinct int64 ids that no query may take.
         backend: :data:`~sce_lm.ops.dispatch.Backend`.
 
@@ -37,9 +34,10 @@ def catalogue_topk(
     Raises:
         ValueError: backend "triton", and it cannot run.
     """
-    run = kernels("catalogue_topk", backend, queries, weight, bias, low_rank)
+    run = kernels("catalogue_topk", backend, queries.device, head, queries)
     if run is not None:
-        return run(queries, weight, size, bias=bias, excluded=excluded)
+        return run(queries, head, size, excluded=excluded)
+    weight, low_rank, bias = head.tensors
     vocab_size, num_queries = weight.shape[0], queries.shape[0]
     tile = max(size, TILE_ELEMENTS // num_queries)
     q, q_low = queries[:, : weight.shape[1]].to(weight.dtype), queries[:, weight.shape[1] :]

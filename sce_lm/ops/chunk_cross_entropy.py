@@ -19,12 +19,12 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from sce_lm.ops.dispatch import Backend, kernels
-from sce_lm.ops.exact_cross_entropy import compute_dtype
-from sce_lm.ops.logits import LogitTransform
-from sce_lm.ops.rows import HeadColumns, Needs
+from sce_lm.ops.dtypes import compute_dtype
+from sce_lm.ops.head import Head, Needs
+from sce_lm.ops.head_loss import Found, OfInputs, Pass, head_loss
+from sce_lm.ops.positions import Positions
 
 BLOCK_ELEMENTS = 2**22
 """Logits held at a time (16 MiB in fp32; about three such buffers are live)."""
@@ -45,49 +45,26 @@ class Chunks:
 
 
 def chunk_cross_entropy(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    labels: torch.Tensor,
-    chunks: Chunks,
-    *,
-    bias: torch.Tensor | None = None,
-    low_rank: torch.Tensor | None = None,
-    post: LogitTransform = LogitTransform(),
-    position_weight: torch.Tensor | None = None,
-    backend: Backend = "auto",
+    head: Head, positions: Positions, chunks: Chunks, *, backend: Backend = "auto"
 ) -> torch.Tensor:
     """Cross-entropy over the union of each position's chunks.
 
     Args:
-        hidden: ``[N, d]``, fp16, bf16, fp32 or fp64; N >= 1. ``[N, d + r]`` with ``low_rank``.
-        weight: ``[V, d]``.
-        labels: ``[N]`` int64 in ``[0, V)``.
+        head: the output head.
+        positions: N >= 1 of them.
         chunks: the rounds.
-        bias: ``[V]`` or None.
-        low_rank: ``[V, r]`` or None: further columns of the weight, in a tensor of their own.
-        post: the map from raw logits to softmax logits.
-        position_weight: 0-dim tensor. Given: the result is the sum of losses times this and the
-            gradients are taken in the forward pass. None: the result is ``[N]``.
         backend: :data:`~sce_lm.ops.dispatch.Backend`.
+
+    Returns:
+        The positions' weighted sum of losses, or ``[N]`` if they have no weight.
 
     Raises:
         ValueError: backend "triton", and it cannot run.
     """
-    run = kernels("chunk_cross_entropy", backend, hidden, weight, bias, low_rank, chunks)
+    run = kernels("chunk_cross_entropy", backend, positions.hidden.device, head, positions, chunks)
     if run is not None:
-        options = {"bias": bias, "post": post, "position_weight": position_weight}
-        return run(hidden, weight, labels, chunks, **options)
-    return _ChunkCrossEntropy.apply(
-        hidden,
-        weight,
-        low_rank,
-        bias,
-        labels,
-        chunks,
-        post,
-        position_weight,
-        torch.is_grad_enabled(),
-    )
+        return run(head, positions, chunks)
+    return head_loss(ChunkPass(chunks), head, positions)[0]
 
 
 class _Piece(NamedTuple):
@@ -100,16 +77,16 @@ class _Piece(NamedTuple):
     slope: torch.Tensor | float
 
 
-class _Problem:
+class _Rounds:
     """A call's tensors, hidden states with a 1 that meets the bias."""
 
-    def __init__(self, hidden, columns, labels, chunks, post, dtype):
-        self.hidden = columns.extend(hidden, dtype)
-        self.columns, self.labels = columns, labels
-        self.chunks, self.post, self.dtype = chunks, post, dtype
+    def __init__(self, head: Head, positions: Positions, chunks: Chunks) -> None:
+        self.dtype = compute_dtype(positions.hidden, head.weight)
+        self.hidden = head.extend(positions.hidden, self.dtype)
+        self.head, self.labels, self.chunks = head, positions.labels, chunks
 
     def rows(self, ids: torch.Tensor) -> torch.Tensor:
-        return self.columns.rows(ids, self.dtype)
+        return self.head.rows(ids, self.dtype)
 
     def pieces(self) -> Iterator[tuple[_Piece, torch.Tensor]]:
         """Every chunk of every round, and the rows of its classes."""
@@ -127,12 +104,12 @@ class _Problem:
 
     def _piece(self, r: int, positions, classes, rows) -> _Piece:
         c = self.chunks
-        s = self.post(self.hidden[positions] @ rows.T)
+        s = self.head.post(self.hidden[positions] @ rows.T)
         known = classes == self.labels[positions, None]
         for earlier in range(r):
             distance = c.of_class[earlier, classes] - c.of_position[earlier, positions, None]
             known |= distance.abs() <= c.reach
-        return _Piece(positions, classes, s.masked_fill(known, -torch.inf), self.post.slope(s))
+        return _Piece(positions, classes, s.masked_fill(known, -torch.inf), self.head.post.slope(s))
 
 
 def _members(chunk: torch.Tensor, count: int) -> list[torch.Tensor]:
@@ -144,75 +121,53 @@ def _members(chunk: torch.Tensor, count: int) -> list[torch.Tensor]:
 class _Gradients(NamedTuple):
     """``[N, D]``, and ``[V, D]`` without the columns that are frozen; empty where not asked for."""
 
+    head: Head
+    needs: Needs
     hidden: torch.Tensor
     rows: torch.Tensor
 
+    def of_inputs(self, factor: torch.Tensor | None = None) -> OfInputs:
+        if factor is not None:
+            self.hidden.mul_(factor)
+            self.rows.mul_(factor)
+        of_head = self.head.split(self.needs.head, self.rows)
+        return self.hidden if self.needs.hidden else None, *of_head
 
-def _pass(p: _Problem, position_weight, needs: Needs) -> tuple[torch.Tensor, _Gradients]:
-    """Losses, and the gradients that are needed."""
-    needs_hidden, needs_rows = needs.hidden, any(needs.head)
-    label_rows = p.rows(p.labels)
-    label_s = p.post(torch.linalg.vecdot(p.hidden, label_rows))
-    log_z = label_s.clone()
-    for piece, _ in p.pieces():
-        met = torch.logsumexp(piece.s, dim=1)
-        log_z[piece.positions] = torch.logaddexp(log_z[piece.positions], met)
 
-    trained = p.hidden[:, p.columns.num_frozen(needs.head) :]
-    grad_hidden = p.hidden.new_zeros(len(p.labels) if needs_hidden else 0, p.hidden.shape[1])
-    vocab_size = len(p.columns.weight)
-    grad_rows = p.hidden.new_zeros(vocab_size if needs_rows else 0, trained.shape[1])
-    if needs:
-        per_row = position_weight.expand_as(log_z)
-        g = (torch.exp(label_s - log_z) - 1.0) * p.post.slope(label_s) * per_row
-        if needs_hidden:
-            grad_hidden.addcmul_(g.unsqueeze(1), label_rows)
-        if needs_rows:
-            grad_rows.index_add_(0, p.labels, g.unsqueeze(1) * trained)
-        for piece, rows in p.pieces():
-            at = piece.positions
-            g = (piece.s - log_z[at, None]).exp() * piece.slope * per_row[at, None]
+class ChunkPass(Pass):
+    """Over every chunk of every round, twice where gradients are wanted."""
+
+    def __init__(self, chunks: Chunks) -> None:
+        self.chunks = chunks
+
+    def forward(self, head: Head, positions: Positions, needs: Needs) -> Found:
+        p, post = _Rounds(head, positions, self.chunks), head.post
+        needs_hidden, needs_rows = needs.hidden, any(needs.head)
+        label_rows = p.rows(p.labels)
+        label_s = post(torch.linalg.vecdot(p.hidden, label_rows))
+        log_z = label_s.clone()
+        for piece, _ in p.pieces():
+            met = torch.logsumexp(piece.s, dim=1)
+            log_z[piece.positions] = torch.logaddexp(log_z[piece.positions], met)
+
+        trained = p.hidden[:, head.num_frozen(needs.head) :]
+        grad_hidden = p.hidden.new_zeros(len(p.labels) if needs_hidden else 0, p.hidden.shape[1])
+        num_rows = head.vocab_size if needs_rows else 0
+        grad_rows = p.hidden.new_zeros(num_rows, trained.shape[1])
+        if needs:
+            assert positions.weight is not None
+            per_row = positions.weight.expand_as(log_z)
+            g = (torch.exp(label_s - log_z) - 1.0) * post.slope(label_s) * per_row
             if needs_hidden:
-                grad_hidden[at] += g @ rows
+                grad_hidden.addcmul_(g.unsqueeze(1), label_rows)
             if needs_rows:
-                grad_rows.index_add_(0, piece.classes, g.T @ trained[at])
-    return log_z - label_s, _Gradients(grad_hidden, grad_rows)
-
-
-class _ChunkCrossEntropy(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx, hidden, weight, low_rank, bias, labels, chunks, post, position_weight, grad_enabled
-    ):
-        columns = HeadColumns(weight, low_rank, bias)
-        ctx.needs = Needs.of(ctx, grad_enabled)
-        ctx.chunks, ctx.post, ctx.dtype = chunks, post, compute_dtype(hidden, weight)
-        ctx.scalar = position_weight is not None
-        problem = _Problem(hidden, columns, labels, chunks, post, ctx.dtype)
-        losses, gradients = _pass(problem, position_weight, ctx.needs if ctx.scalar else Needs())
-        ctx.save_for_backward(hidden, *columns, labels)
-        if not ctx.scalar:
-            return losses
-        ctx.gradients = gradients
-        return losses.sum() * position_weight
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, *grad_outputs):
-        hidden, *head, labels = ctx.saved_tensors
-        columns = HeadColumns(*head)
-        factor = grad_outputs[0].to(ctx.dtype)
-        if ctx.scalar:
-            gradients = ctx.gradients
-        else:
-            problem = _Problem(hidden, columns, labels, ctx.chunks, ctx.post, ctx.dtype)
-            gradients = _pass(problem, factor, ctx.needs)[1]
-            factor = torch.ones_like(factor[0])
-        grad_hidden = None
-        if ctx.needs.hidden:
-            grad_hidden = (gradients.hidden[:, : hidden.shape[1]] * factor).to(hidden.dtype)
-        of_head = [
-            None if part is None or rows is None else (rows * factor).to(part.dtype)
-            for part, rows in zip(columns, columns.split(ctx.needs.head, gradients.rows))
-        ]
-        return grad_hidden, *of_head, None, None, None, None, None
+                grad_rows.index_add_(0, p.labels, g.unsqueeze(1) * trained)
+            for piece, rows in p.pieces():
+                at = piece.positions
+                g = (piece.s - log_z[at, None]).exp() * piece.slope * per_row[at, None]
+                if needs_hidden:
+                    grad_hidden[at] += g @ rows
+                if needs_rows:
+                    grad_rows.index_add_(0, piece.classes, g.T @ trained[at])
+        gradients = _Gradients(head, needs, grad_hidden, grad_rows)
+        return Found(log_z - label_s, gradients=gradients)

@@ -28,22 +28,22 @@ MODULES = {
 
 
 def kernels(
-    operation: str, backend: Backend, like: torch.Tensor, *inputs: Any
+    operation: str, backend: Backend, device: torch.device, *inputs: Any
 ) -> Callable[..., Any] | None:
     """The operation by Triton kernels, or None where PyTorch is to run it.
 
     Args:
         operation: its name in PyTorch.
         backend: what was asked for.
-        like: an input, for its device.
-        inputs: further arguments of the operation's predicate.
+        device: of the inputs.
+        inputs: what the operation's predicate looks at.
 
     Raises:
         ValueError: backend "triton", and the kernels cannot run.
     """
-    if backend == "torch" or (backend == "auto" and like.device.type != "cuda"):
+    if backend == "torch" or (backend == "auto" and device.type != "cuda"):
         return None
-    reason, found = _find(operation, like, *inputs)
+    reason, found = _find(operation, *inputs)
     if reason is not None and backend == "triton":
         raise ValueError(
             f'{operation} cannot run with backend="triton": {reason}; use backend="auto", which '

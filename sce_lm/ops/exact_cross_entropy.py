@@ -13,7 +13,7 @@ By blocks of positions: where a block of logits over all classes holds enough po
 the products busy, and dL/dW may be summed in place, gradients come from those very logits: 6·N·V·d
 operations. It serves fp32 and fp64 weights, a scalar loss and no soft cap.
 
-A low-rank operand B is further columns of W (module :mod:`sce_lm.ops.rows`); of a frozen W only
+A low-rank operand B is further columns of W (module :mod:`sce_lm.ops.head`); of a frozen W only
 dL/dB is computed.
 """
 
@@ -22,12 +22,13 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from sce_lm.ops.dispatch import Backend, kernels
-from sce_lm.ops.logits import LogitTransform
+from sce_lm.ops.dtypes import compute_dtype
+from sce_lm.ops.head import Head, Needs
+from sce_lm.ops.head_loss import Found, Gradients, OfInputs, Pass, head_loss
 from sce_lm.ops.memory import gradient_memory
-from sce_lm.ops.rows import HeadColumns, Needs
+from sce_lm.ops.positions import Positions
 
 BLOCK_ELEMENTS = 5 * 2**22
 """Logits held at a time by blocks of positions (80 MiB in fp32)."""
@@ -39,17 +40,11 @@ TILE_POSITIONS = 1024
 """Positions multiplied with a tile at a time (8 MiB of logits in fp32)."""
 
 
-def compute_dtype(*tensors: torch.Tensor | None) -> torch.dtype:
-    """fp64 if any input is, else fp32: the dtype in which every loss here is computed."""
-    is_double = any(t is not None and t.dtype == torch.float64 for t in tensors)
-    return torch.float64 if is_double else torch.float32
-
-
 class ExactLoss(NamedTuple):
     """What :func:`exact_cross_entropy` returns."""
 
     loss: torch.Tensor
-    """Scalar ``sum_t position_weight · loss_t``, or ``[N]`` if no weight was given."""
+    """The positions' weighted sum of losses, or ``[N]`` if they have no weight."""
     correct: torch.Tensor
     """``[N]`` bool: the label has the largest logit (first one, if several tie)."""
     confidence: torch.Tensor
@@ -57,41 +52,23 @@ class ExactLoss(NamedTuple):
 
 
 def exact_cross_entropy(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    labels: torch.Tensor,
-    *,
-    bias: torch.Tensor | None = None,
-    low_rank: torch.Tensor | None = None,
-    post: LogitTransform = LogitTransform(),
-    position_weight: torch.Tensor | None = None,
-    backend: Backend = "auto",
+    head: Head, positions: Positions, *, backend: Backend = "auto"
 ) -> ExactLoss:
     """Cross-entropy over all V classes.
 
     Args:
-        hidden: ``[N, d]``, fp16, bf16, fp32 or fp64; N >= 1. ``[N, d + r]`` with ``low_rank``.
-        weight: ``[V, d]``.
-        labels: ``[N]`` int64 in ``[0, V)`` (checked by the caller; there is no ignored label here).
-        bias: ``[V]`` or None.
-        low_rank: ``[V, r]`` or None: further columns of the weight, in a tensor of their own.
-        post: the map from raw logits to softmax logits.
-        position_weight: 0-dim or ``[N]`` tensor. Given: ``loss`` is the sum of losses times this.
-            None: ``loss`` is ``[N]``, minus the labels' log-probabilities.
+        head: the output head.
+        positions: N >= 1 of them, labels in ``[0, V)`` (checked by the caller).
         backend: :data:`~sce_lm.ops.dispatch.Backend`.
 
     Raises:
         ValueError: backend "triton", and it cannot run.
     """
-    run = kernels("exact_cross_entropy", backend, hidden, weight, bias, low_rank)
+    run = kernels("exact_cross_entropy", backend, positions.hidden.device, head, positions)
     if run is not None:
-        options = {"bias": bias, "post": post, "position_weight": position_weight}
-        return run(hidden, weight, labels, **options)
-    return ExactLoss(
-        *_ExactCrossEntropy.apply(
-            hidden, weight, low_rank, bias, labels, post, position_weight, torch.is_grad_enabled()
-        )
-    )
+        return run(head, positions)
+    loss, (correct, confidence) = head_loss(ExactPass(), head, positions)
+    return ExactLoss(loss, correct, confidence)
 
 
 class ExactScores(NamedTuple):
@@ -106,21 +83,14 @@ class ExactScores(NamedTuple):
 
 
 @torch.no_grad()
-def exact_scores(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    labels: torch.Tensor,
-    *,
-    top_k: int,
-    bias: torch.Tensor | None = None,
-    low_rank: torch.Tensor | None = None,
-    post: LogitTransform = LogitTransform(),
-) -> ExactScores:
+def exact_scores(head: Head, positions: Positions, *, top_k: int) -> ExactScores:
     """Log-probabilities of the labels and the ``top_k >= 1`` best classes, in one pass and without
-    gradient. Arguments as for :func:`exact_cross_entropy`."""
-    scan = ExactPasses(hidden, HeadColumns(weight, low_rank, bias), labels, post).scan(top_k=top_k)
+    gradient."""
+    scan = ExactScan(head, positions).scan(top_k=top_k)
     return ExactScores(
-        scan.label_logit - scan.log_partition, scan.best_class == labels, scan.top.indices
+        scan.label_logit - scan.log_partition,
+        scan.best_class == positions.labels,
+        scan.top.indices,
     )
 
 
@@ -149,40 +119,28 @@ class Scan(NamedTuple):
     """``[N, D]`` sum_j softmax_j g'_j W_j, if asked for."""
 
 
-class ExactPasses:
+class ExactScan:
     """The two passes over tiles of classes.
 
-    Of a head that is cut by rows over several ranks, each makes them over its own ``columns``, with
-    labels of -1 where the label's row is elsewhere.
-
-    Args:
-        hidden: ``[N, d]`` (``[N, d + r]``).
-        columns: of the head, V rows or those that are here.
-        labels: ``[N]`` int64 row numbers.
-        post: the map from raw logits to softmax logits.
+    Of a head that is cut by rows over several ranks, each makes them over its own rows, with labels
+    of -1 where the label's row is elsewhere.
     """
 
-    def __init__(
-        self,
-        hidden: torch.Tensor,
-        columns: HeadColumns,
-        labels: torch.Tensor,
-        post: LogitTransform,
-    ) -> None:
-        self.columns, self.labels, self.post = columns, labels, post
-        self.vocab_size = len(columns.weight)
-        self.dtype = compute_dtype(hidden, columns.weight)
-        self.hidden = columns.extend(hidden, self.dtype)
+    def __init__(self, head: Head, positions: Positions) -> None:
+        self.head, self.labels = head, positions.labels
+        self.post, self.vocab_size = head.post, head.vocab_size
+        self.dtype = compute_dtype(positions.hidden, head.weight)
+        self.hidden = head.extend(positions.hidden, self.dtype)
         self.blocks = [
-            slice(start, min(start + TILE_POSITIONS, len(hidden)))
-            for start in range(0, len(hidden), TILE_POSITIONS)
+            slice(start, min(start + TILE_POSITIONS, len(positions)))
+            for start in range(0, len(positions), TILE_POSITIONS)
         ]
 
     def tiles(self):
         """(slice of classes, their rows)."""
         for start in range(0, self.vocab_size, TILE_CLASSES):
             classes = slice(start, min(start + TILE_CLASSES, self.vocab_size))
-            yield classes, self.columns.rows(classes, self.dtype)
+            yield classes, self.head.rows(classes, self.dtype)
 
     def logits(self, h, w, buffer):
         """``[n, tile]`` s, in a corner of ``buffer``."""
@@ -239,7 +197,7 @@ class ExactPasses:
 
     def gradients(
         self, log_partition: torch.Tensor, position_weight: torch.Tensor, needs: Needs
-    ) -> tuple[torch.Tensor | None, ...]:
+    ) -> OfInputs:
         """dL/dh ``[N, D]`` (of these rows alone), and those of weight, low_rank and bias, for the
         loss ``sum_t position_weight_t · loss_t``.
 
@@ -252,9 +210,9 @@ class ExactPasses:
         grad_hidden = torch.zeros_like(hidden) if needs.hidden else None
         of_head = [
             gradient_memory(part, part.dtype) if need and part is not None else None
-            for part, need in zip(self.columns, needs.head)
+            for part, need in zip(self.head.tensors, needs.head)
         ]
-        weighted = hidden[:, self.columns.num_frozen(needs.head) :] * position_weight.unsqueeze(1)
+        weighted = hidden[:, self.head.num_frozen(needs.head) :] * position_weight.unsqueeze(1)
         rows_gradient = hidden.new_empty(TILE_CLASSES, weighted.shape[1])
         for classes, w in self.tiles():
             of_rows = rows_gradient[: len(w)]
@@ -269,7 +227,7 @@ class ExactPasses:
                     grad_hidden[rows].addmm_(g, w)
                 keep = 0.0 if rows.start == 0 else 1.0
                 torch.addmm(of_rows, g.T, weighted[rows], beta=keep, out=of_rows)
-            for grad, mine in zip(of_head, self.columns.split(needs.head, of_rows)):
+            for grad, mine in zip(of_head, self.head.split(needs.head, of_rows)):
                 if grad is not None and mine is not None:
                     grad[classes] = mine
         if grad_hidden is not None:
@@ -283,13 +241,17 @@ def _column(labels: torch.Tensor, classes: slice) -> tuple[torch.Tensor, torch.T
     return (labels - classes.start).masked_fill(~is_here, 0), is_here
 
 
-def _by_blocks(hidden, columns, labels, post, position_weight, needs: Needs):
+def _by_blocks(
+    head: Head, positions: Positions, needs: Needs
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, OfInputs]:
     """Losses, hits, confidence, ``[N]`` each, and gradients: a block of positions over all classes
     at a time.
 
     The factors of positions scale h and the products, never the block.
     """
-    weight, low_rank, bias = columns
+    (weight, low_rank, bias), post = head.tensors, head.post
+    hidden, labels, position_weight = positions.hidden, positions.labels, positions.weight
+    assert position_weight is not None
     count, (vocab_size, width) = len(hidden), weight.shape
     dtype = compute_dtype(hidden, weight)
     losses = hidden.new_empty(count, dtype=dtype)
@@ -297,8 +259,8 @@ def _by_blocks(hidden, columns, labels, post, position_weight, needs: Needs):
     correct = torch.empty_like(labels, dtype=torch.bool)
     grad_hidden = torch.empty_like(hidden, dtype=dtype) if needs.hidden else None
     grad_weight, grad_low_rank = (
-        gradient_memory(part, dtype) if need else None
-        for part, need in zip(columns, needs.head[:2])
+        gradient_memory(part, dtype) if need and part is not None else None
+        for part, need in zip(head.tensors, needs.head[:2])
     )
     grad_bias = hidden.new_zeros(vocab_size, dtype=dtype) if needs.head[2] else None
     factors = [(weight, slice(width), grad_weight)]
@@ -348,63 +310,46 @@ def _has_largest(s, y, ties_with_best):
     return hits
 
 
-class _ExactCrossEntropy(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, hidden, weight, low_rank, bias, labels, post, position_weight, grad_enabled):
-        columns = HeadColumns(weight, low_rank, bias)
-        dtype = compute_dtype(hidden, weight)
-        needs = ctx.needs = Needs.of(ctx, grad_enabled)
-        ctx.post, ctx.position_weight, ctx.gradients = post, position_weight, None
-        is_scalar = position_weight is not None
-        fits = min(len(hidden), MIN_BLOCK) * len(weight) <= BLOCK_ELEMENTS
-        in_place = any(needs.head[:2]) and weight.dtype == dtype and post.soft_cap is None
-        if is_scalar and in_place and fits:
-            losses, correct, confidence, ctx.gradients = _by_blocks(
-                hidden, columns, labels, post, position_weight, needs
-            )
-            log_z = None
-        else:
-            passes = ExactPasses(hidden, columns, labels, post)
-            only_hidden = position_weight is not None and needs == Needs(hidden=True)
-            scan = passes.scan(with_grad_hidden=only_hidden)
-            log_z, correct = scan.log_partition, scan.best_class == labels
-            confidence = (scan.best - log_z).exp()
-            losses = log_z - scan.label_logit
-            if scan.grad_hidden is not None and position_weight is not None:
-                pull = post.slope(scan.label_logit)
-                pull = pull if torch.is_tensor(pull) else torch.full_like(losses, pull)
-                grad = scan.grad_hidden.addcmul_(
-                    pull.unsqueeze(1), columns.rows(labels, dtype), value=-1.0
-                )
-                grad *= position_weight.expand(len(losses)).unsqueeze(1)
-                ctx.gradients = (grad, None, None, None)
-        ctx.mark_non_differentiable(correct, confidence)
-        ctx.save_for_backward(hidden, *columns, labels, log_z)
-        loss = (losses * position_weight).sum() if is_scalar else losses
-        return loss, correct, confidence
+class Taken(NamedTuple):
+    """Gradients that are there as tensors."""
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, *grad_outputs):
-        hidden, *head, labels, log_z = ctx.saved_tensors
-        columns = HeadColumns(*head)
-        factor = grad_outputs[0].to(compute_dtype(hidden, columns.weight))
-        # Gradients of the forward pass are scaled in place, so they serve once.
-        gradients, ctx.gradients = ctx.gradients, None
-        if gradients is not None:
-            gradients = [g if g is None else g.mul_(factor) for g in gradients]
-        else:
-            passes = ExactPasses(hidden, columns, labels, ctx.post)
-            if log_z is None:
-                log_z = passes.scan().log_partition
-            if ctx.position_weight is not None:
-                factor = factor * ctx.position_weight
-            gradients = passes.gradients(log_z, factor.expand(len(labels)), ctx.needs)
-        grad_hidden, *of_head = gradients
-        if grad_hidden is not None:
-            grad_hidden = grad_hidden[:, : hidden.shape[1]].to(hidden.dtype)
-        of_head = [
-            None if g is None or part is None else g.to(part.dtype)
-            for g, part in zip(of_head, columns)
-        ]
-        return grad_hidden, *of_head, None, None, None, None
+    gradients: OfInputs
+
+    def of_inputs(self, factor: torch.Tensor | None = None) -> OfInputs:
+        if factor is None:
+            return self.gradients
+        return tuple(None if g is None else g.mul_(factor) for g in self.gradients)
+
+
+class ExactPass(Pass):
+    """By blocks of positions where that is faster, else by tiles of classes."""
+
+    def forward(self, head: Head, positions: Positions, needs: Needs) -> Found:
+        dtype, post = compute_dtype(positions.hidden, head.weight), head.post
+        fits = min(len(positions), MIN_BLOCK) * head.vocab_size <= BLOCK_ELEMENTS
+        in_place = any(needs.head[:2]) and head.weight.dtype == dtype and post.soft_cap is None
+        if positions.weight is not None and in_place and fits:
+            losses, correct, confidence, gradients = _by_blocks(head, positions, needs)
+            return Found(losses, (correct, confidence), Taken(gradients))
+        only_hidden = positions.weight is not None and needs == Needs(hidden=True)
+        scan = ExactScan(head, positions).scan(with_grad_hidden=only_hidden)
+        log_z, correct = scan.log_partition, scan.best_class == positions.labels
+        losses = log_z - scan.label_logit
+        taken = None
+        if scan.grad_hidden is not None and positions.weight is not None:
+            pull = post.slope(scan.label_logit)
+            pull = pull if torch.is_tensor(pull) else torch.full_like(losses, pull)
+            grad = scan.grad_hidden.addcmul_(
+                pull.unsqueeze(1), head.rows(positions.labels, dtype), value=-1.0
+            )
+            grad *= positions.weight.expand(len(losses)).unsqueeze(1)
+            taken = Taken((grad, None, None, None))
+        return Found(losses, (correct, (scan.best - log_z).exp()), taken, log_z)
+
+    def backward(
+        self, head: Head, positions: Positions, needs: Needs, kept: torch.Tensor | None
+    ) -> Gradients:
+        passes = ExactScan(head, positions)
+        log_z = passes.scan().log_partition if kept is None else kept
+        assert positions.weight is not None
+        return Taken(passes.gradients(log_z, positions.weight.expand(len(positions)), needs))

@@ -16,7 +16,7 @@ and both are weighted bags of rows, so that rows are gathered as ``[n, K, d]`` f
 positions and for the logits alone. For a scalar loss the gradients are taken in the forward pass;
 for a loss per position they are computed again. Only the distinct rows of W are widened to fp32,
 and their gradient is summed in fp32 and cast once. A low-rank operand and a bias are further
-columns of W (module :mod:`sce_lm.ops.rows`).
+columns of W (module :mod:`sce_lm.ops.head`).
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from torch.autograd.function import once_differentiable
 from torch.nn.functional import embedding_bag, pad, softplus
 
 from sce_lm.ops.dispatch import Backend, kernels
-from sce_lm.ops.exact_cross_entropy import compute_dtype
-from sce_lm.ops.logits import LogitTransform
-from sce_lm.ops.rows import HeadColumns, Needs
+from sce_lm.ops.dtypes import compute_dtype
+from sce_lm.ops.head import Head, Needs
+from sce_lm.ops.head_loss import Found, OfInputs, Pass, head_loss
+from sce_lm.ops.positions import Positions
 
 BLOCK_ELEMENTS = 2**22
 """Elements of the gathered rows, or logits, of a block of positions (16 MiB in fp32)."""
@@ -60,71 +60,41 @@ class PositionLoss(NamedTuple):
     """What :func:`position_cross_entropy` returns."""
 
     loss: torch.Tensor
-    """Scalar ``sum_t position_weight · loss_t``, or ``[N]`` if no weight was given."""
+    """The positions' weighted sum of losses, or ``[N]`` if they have no weight."""
     log_partition: torch.Tensor
     """``[N]`` log Zhat_t, without gradient."""
 
 
 def position_cross_entropy(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    labels: torch.Tensor,
+    head: Head,
+    positions: Positions,
     candidates: PositionCandidates,
     *,
-    bias: torch.Tensor | None = None,
-    low_rank: torch.Tensor | None = None,
-    post: LogitTransform = LogitTransform(),
-    position_weight: torch.Tensor | None = None,
     backend: Backend = "auto",
-    absolute: bool = False,
 ) -> PositionLoss:
     """Cross-entropy over each position's own candidates.
 
     Args:
-        hidden: ``[N, d]``, fp16, bf16, fp32 or fp64; N >= 1. ``[N, d + r]`` with ``low_rank``.
-        weight: ``[V, d]``.
-        labels: ``[N]`` int64 in ``[0, V)``.
+        head: the output head.
+        positions: N >= 1 of them; where they have a weight the gradients are taken in the forward
+            pass.
         candidates: ids and log-weights.
-        bias: ``[V]`` or None.
-        low_rank: ``[V, r]`` or None: further columns of the weight, in a tensor of their own.
-        post: the map from raw logits to softmax logits.
-        position_weight: 0-dim or ``[N]`` tensor. Given: ``loss`` is the sum of losses times this
-            and the gradients are taken in the forward pass. None: ``loss`` is ``[N]``.
         backend: :data:`~sce_lm.ops.dispatch.Backend`; there are no kernels yet.
-        absolute: the absolute softmax of Blanc & Rendle (2018), ``|s|`` in place of s.
 
     Raises:
         ValueError: backend "triton".
     """
-    kernels("position_cross_entropy", backend, hidden)
-    terms = _absolute_softmax if absolute else _softmax
-    return PositionLoss(
-        *_PositionLoss.apply(
-            hidden,
-            weight,
-            low_rank,
-            bias,
-            labels,
-            candidates,
-            post,
-            terms,
-            position_weight,
-            torch.is_grad_enabled(),
-        )
-    )
+    kernels("position_cross_entropy", backend, positions.hidden.device)
+    loss, (log_partition,) = head_loss(PositionPass(candidates, _softmax), head, positions)
+    return PositionLoss(loss, log_partition)
 
 
 def position_binary_cross_entropy(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    labels: torch.Tensor,
+    head: Head,
+    positions: Positions,
     candidates: PositionCandidates,
     *,
     positive_weight: float = 1.0,
-    bias: torch.Tensor | None = None,
-    low_rank: torch.Tensor | None = None,
-    post: LogitTransform = LogitTransform(),
-    position_weight: torch.Tensor | None = None,
     backend: Backend = "auto",
 ) -> torch.Tensor:
     """Mean binary cross-entropy over label and candidates; arguments as above.
@@ -133,21 +103,11 @@ def position_binary_cross_entropy(
         positive_weight: beta on the label's term. ``beta·softplus(-s) = -log(sigmoid(s)^beta)``.
 
     Returns:
-        Scalar ``sum_t position_weight · loss_t``, or ``[N]`` if no weight was given.
+        The positions' weighted sum of losses, or ``[N]`` if they have no weight.
     """
-    kernels("position_binary_cross_entropy", backend, hidden)
-    return _PositionLoss.apply(
-        hidden,
-        weight,
-        low_rank,
-        bias,
-        labels,
-        candidates,
-        post,
-        _Binary(positive_weight),
-        position_weight,
-        torch.is_grad_enabled(),
-    )[0]
+    kernels("position_binary_cross_entropy", backend, positions.hidden.device)
+    run = PositionPass(candidates, _Binary(positive_weight))
+    return head_loss(run, head, positions)[0]
 
 
 def _softmax(s, log_weights):
@@ -156,11 +116,6 @@ def _softmax(s, log_weights):
     gradient = (z - log_partition.unsqueeze(1)).exp()
     gradient[:, 0] -= 1.0
     return log_partition - s[:, 0], log_partition, gradient
-
-
-def _absolute_softmax(s, log_weights):
-    loss, log_partition, gradient = _softmax(s.abs(), log_weights)
-    return loss, log_partition, gradient * s.sign()
 
 
 class _Binary(NamedTuple):
@@ -175,12 +130,13 @@ class _Binary(NamedTuple):
         return loss, loss, share * sign * torch.sigmoid(sign * s)
 
 
-class _Problem:
+class _Touched:
     """A call's distinct rows of W, and where each position's label and candidates lie in them."""
 
-    def __init__(self, hidden, columns, labels, candidates, dtype):
-        self.hidden, self.columns, self.labels, self.dtype = hidden, columns, labels, dtype
-        self.candidates = candidates
+    def __init__(self, head: Head, positions: Positions, candidates: PositionCandidates) -> None:
+        self.head, self.hidden, labels = head, positions.hidden, positions.labels
+        self.labels, self.candidates = labels, candidates
+        self.dtype = compute_dtype(positions.hidden, head.weight)
         self.is_shared = len(candidates.ids) == 1 and len(labels) > 1
         self.touched, slots = torch.unique(
             torch.cat([labels, candidates.ids.reshape(-1)]), return_inverse=True
@@ -190,12 +146,12 @@ class _Problem:
         """``[N, P]`` slots of what a position alone has: its label first."""
         self.common = listed[0] if self.is_shared else listed.new_empty(0)
         """``[K]`` slots of the shared list."""
-        self.rows = columns.rows(self.touched, dtype)
+        self.rows = head.rows(self.touched, self.dtype)
         self.common_rows = self.rows[self.common]
 
     def extend(self, positions: slice) -> torch.Tensor:
         """Hidden states, with a 1 that meets the bias."""
-        return self.columns.extend(self.hidden[positions], self.dtype)
+        return self.head.extend(self.hidden[positions], self.dtype)
 
     def blocks(self) -> list[slice]:
         columns = self.own.shape[1] * self.rows.shape[1] + len(self.common)
@@ -243,90 +199,61 @@ class _Gradients(NamedTuple):
     """Gradients with respect to ``[N, D]`` hidden states and the ``[U, D]`` touched rows, these
     without the columns that are frozen; without rows where they were not asked for."""
 
+    head: Head
+    needs: Needs
     touched: torch.Tensor
+    """``[U]`` their ids, ascending."""
+    sparse: bool
     hidden: torch.Tensor
     rows: torch.Tensor
 
-
-def _pass(p: _Problem, post, terms: Terms, position_weight, needs: Needs):
-    """Losses, log Zhat, and the gradients that are needed."""
-    needs_hidden, needs_rows = needs.hidden, any(needs.head)
-    num_frozen = p.columns.num_frozen(needs.head)
-    num_positions, num_own = p.own.shape
-    losses = p.rows.new_empty(num_positions)
-    log_partition = torch.empty_like(losses)
-    grad_hidden = p.rows.new_empty(num_positions if needs_hidden else 0, p.rows.shape[1])
-    g_own = p.rows.new_empty(num_positions if needs_rows else 0, num_own)
-    grad_common = torch.zeros_like(p.common_rows[:, num_frozen:])
-    for positions in p.blocks():
-        h = p.extend(positions)
-        s = post(p.raw_logits(h, positions))
-        losses[positions], log_partition[positions], g = terms(s, p.log_weights(positions))
-        if not needs:
-            continue
-        per_row = position_weight[positions, None] if position_weight.dim() else position_weight
-        g = g * post.slope(s) * per_row
-        if needs_hidden:
-            grad_hidden[positions] = p.hidden_gradient(g, positions)
-        if needs_rows:
-            g_own[positions] = g[:, :num_own]
-            grad_common.addmm_(g[:, num_own:].T, h[:, num_frozen:])
-    grad_rows = p.rows.new_empty(0, p.rows.shape[1])
-    if needs_rows:
-        grad_rows = p.row_gradient(g_own, num_frozen).index_add_(0, p.common, grad_common)
-    return losses, log_partition, _Gradients(p.touched, grad_hidden, grad_rows)
-
-
-class _PositionLoss(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx,
-        hidden,
-        weight,
-        low_rank,
-        bias,
-        labels,
-        candidates,
-        post,
-        terms,
-        position_weight,
-        grad_enabled,
-    ):
-        columns = HeadColumns(weight, low_rank, bias)
-        ctx.needs = Needs.of(ctx, grad_enabled)
-        ctx.candidates, ctx.post, ctx.terms = candidates, post, terms
-        ctx.dtype = compute_dtype(hidden, weight)
-        ctx.scalar = position_weight is not None
-        now = ctx.needs if ctx.scalar else Needs()
-        problem = _Problem(hidden, columns, labels, candidates, ctx.dtype)
-        losses, log_partition, gradients = _pass(problem, post, terms, position_weight, now)
-        ctx.mark_non_differentiable(log_partition)
-        ctx.save_for_backward(hidden, *columns, labels)
-        if not ctx.scalar:
-            return losses, log_partition
-        ctx.gradients = gradients
-        return (losses * position_weight).sum(), log_partition
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, *grad_outputs):
-        hidden, *head, labels = ctx.saved_tensors
-        columns = HeadColumns(*head)
-        factor = grad_outputs[0].to(ctx.dtype)
-        if ctx.scalar:
-            gradients = ctx.gradients
-        else:
-            problem = _Problem(hidden, columns, labels, ctx.candidates, ctx.dtype)
-            gradients = _pass(problem, ctx.post, ctx.terms, factor, ctx.needs)[2]
-            factor = torch.ones_like(factor[0])
-        grad_hidden, of_head = None, [None] * 3
-        if ctx.needs.hidden:
-            grad_hidden = (gradients.hidden[:, : hidden.shape[1]] * factor).to(hidden.dtype)
-        if any(ctx.needs.head):
-            of_head = columns.gradients(
-                ctx.needs.head,
-                gradients.touched,
-                gradients.rows * factor,
-                sparse=ctx.candidates.sparse_grad,
+    def of_inputs(self, factor: torch.Tensor | None = None) -> OfInputs:
+        if factor is not None:
+            self.hidden.mul_(factor)
+            self.rows.mul_(factor)
+        of_head = [None] * 3
+        if any(self.needs.head):
+            of_head = self.head.gradients(
+                self.needs.head, self.touched, self.rows, sparse=self.sparse
             )
-        return grad_hidden, *of_head, *[None] * 6
+        return self.hidden if self.needs.hidden else None, *of_head
+
+
+@dataclass(frozen=True)
+class PositionPass(Pass):
+    """Over blocks of positions, each with its own candidates."""
+
+    candidates: PositionCandidates
+    terms: Terms
+
+    def forward(self, head: Head, positions: Positions, needs: Needs) -> Found:
+        p = _Touched(head, positions, self.candidates)
+        needs_hidden, needs_rows = needs.hidden, any(needs.head)
+        num_frozen = head.num_frozen(needs.head)
+        num_positions, num_own = p.own.shape
+        losses = p.rows.new_empty(num_positions)
+        log_partition = torch.empty_like(losses)
+        grad_hidden = p.rows.new_empty(num_positions if needs_hidden else 0, p.rows.shape[1])
+        g_own = p.rows.new_empty(num_positions if needs_rows else 0, num_own)
+        grad_common = torch.zeros_like(p.common_rows[:, num_frozen:])
+        for block in p.blocks():
+            h = p.extend(block)
+            s = head.post(p.raw_logits(h, block))
+            losses[block], log_partition[block], g = self.terms(s, p.log_weights(block))
+            if not needs:
+                continue
+            assert positions.weight is not None
+            per_row = positions.weight
+            per_row = per_row[block, None] if per_row.dim() else per_row
+            g = g * head.post.slope(s) * per_row
+            if needs_hidden:
+                grad_hidden[block] = p.hidden_gradient(g, block)
+            if needs_rows:
+                g_own[block] = g[:, :num_own]
+                grad_common.addmm_(g[:, num_own:].T, h[:, num_frozen:])
+        grad_rows = p.rows.new_empty(0, p.rows.shape[1])
+        if needs_rows:
+            grad_rows = p.row_gradient(g_own, num_frozen).index_add_(0, p.common, grad_common)
+        sparse = self.candidates.sparse_grad
+        gradients = _Gradients(head, needs, p.touched, sparse, grad_hidden, grad_rows)
+        return Found(losses, (log_partition,), gradients)

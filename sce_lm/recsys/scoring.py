@@ -25,7 +25,7 @@ from torch.nn.utils.rnn import pad_sequence
 from sce_lm import objectives
 from sce_lm.hf.adapter import apply_sce, lazy_logits, objective_of, remove_sce
 from sce_lm.hf.lazy_logits import LazyLogits
-from sce_lm.ops.rows import HeadColumns
+from sce_lm.ops.head import Head
 
 History = Sequence[int] | np.ndarray | pl.Series
 """Token ids of one user's past, oldest first."""
@@ -161,9 +161,8 @@ def model_scorer(model: nn.Module, max_length: int | None = None) -> Scorer:
             # The model did more to its logits than scale and cap them: take the real ones.
             logits = logits[users, last]
             return lambda start, stop: logits[:, start:stop].to(_score_dtype(logits), copy=True)
-        head = logits.parts()
-        columns = HeadColumns(head.weight, head.low_rank, head.bias)
-        return head_scores(head.hidden_states[users, last], columns, head.post)
+        hidden, head = logits.parts()
+        return head_scores(hidden[users, last], head)
 
     return score
 
@@ -201,22 +200,19 @@ def _lazy_head(model: nn.Module) -> Iterator[None]:
             remove_sce(model)
 
 
-def head_scores(
-    hidden_states: Tensor, columns: HeadColumns, post: Callable[[Tensor], Tensor]
-) -> ScoreTile:
+def head_scores(hidden_states: Tensor, head: Head) -> ScoreTile:
     """Logits of a linear head, a tile of the vocabulary at a time, in fp32 (fp64 stays fp64).
 
     Args:
         hidden_states: [users, d], with d the width of weight and low-rank operand together.
-        columns: of the head's rows.
-        post: what the model does to its raw logits.
+        head: the output head.
     """
     dtype = _score_dtype(hidden_states)
-    hidden_states = columns.extend(hidden_states, dtype)
+    hidden_states = head.extend(hidden_states, dtype)
 
     def score_tile(start: int, stop: int) -> Tensor:
         with torch.autocast(hidden_states.device.type, enabled=False):
-            return post(hidden_states @ columns.rows(slice(start, stop), dtype).T)
+            return head.post(hidden_states @ head.rows(slice(start, stop), dtype).T)
 
     return score_tile
 

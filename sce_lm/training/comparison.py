@@ -150,18 +150,18 @@ def save_loss_inputs(
     labels = inputs.pop("labels")[:, 1:]
     model.eval()
     with torch.no_grad(), lazy_logits(model):
-        parts = model(**inputs, use_cache=False).logits.parts()
-    columns = [part for part in (parts.weight, parts.low_rank) if part is not None]
-    weight = torch.cat(columns, dim=1) if len(columns) > 1 else parts.weight
+        hidden_states, head = model(**inputs, use_cache=False).logits.parts()
+    columns = [part for part in (head.weight, head.low_rank) if part is not None]
+    weight = torch.cat(columns, dim=1) if len(columns) > 1 else head.weight
     valid = labels != -100
     tensors = {
-        "hidden_states": parts.hidden_states[:, :-1][valid],
+        "hidden_states": hidden_states[:, :-1][valid],
         "weight": weight.detach(),
         "labels": labels[valid],
     }
-    if parts.bias is not None:
-        tensors["bias"] = parts.bias.detach()
-    loss_cost.save_inputs(path, tensors, parts.post)
+    if head.bias is not None:
+        tensors["bias"] = head.bias.detach()
+    loss_cost.save_inputs(path, tensors, head.post)
     vocab_size, width = weight.shape
     return {
         "positions": int(valid.sum()),

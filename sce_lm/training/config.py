@@ -457,10 +457,17 @@ class TrainConfig:
     def _check_objective(self) -> None:
         known = objectives.names()
         self._require("objective", self.objective in known, "one of " + ", ".join(known))
-        of_objective = type(objectives.get(self.objective).config)
-        kinds = {**get_type_hints(of_objective), "published": bool, "mix": bool}
-        options = {}
-        for name, value in self.objective_options.items():
+        options = dict(self.objective_options)
+        published = checked("objective_options.published", bool, options.get("published", False))
+        try:
+            of_objective = type(objectives.get(self.objective, published=published).config)
+        except ValueError as error:
+            raise FieldError(
+                f"objective_options.published is {published}: {error}",
+                *("objective_options", "objective"),
+            ) from None
+        kinds = {**get_type_hints(of_objective), "published": bool}
+        for name, value in options.items():
             if name not in kinds:
                 raise FieldError(
                     f"objective_options.{name} is no option of objective {self.objective!r}; did "

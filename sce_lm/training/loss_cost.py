@@ -13,6 +13,7 @@ import math
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -103,11 +104,7 @@ def stock(post: LogitTransform) -> Loss:
 
 def loss_of(objective: Objective, post: LogitTransform) -> Loss:
     """An objective called as a user calls it, choice of candidates included."""
-
-    def loss(hidden_states, weight, labels, bias=None):
-        return objective(hidden_states, weight, labels, bias=bias, post=post)
-
-    return loss
+    return partial(objective, post=post)
 
 
 def warm_up(make: Callable[[], Loss], inputs: Inputs) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from transformers import get_scheduler
 
+from sce_lm import objectives
 from sce_lm.files import read_json
 from sce_lm.training.config import TrainConfig
 from sce_lm.training.metrics import CHANGED
@@ -51,7 +52,8 @@ NOTED = (
 def stored_fields(folder: Path) -> dict[str, Any]:
     """The configuration of a run, from its folder, as `TrainConfig(**fields)` takes it.
 
-    A field that this version does not have is left out with a warning.
+    A field that this version does not have is left out with a warning, and so are options of the
+    objective.
 
     Raises ValueError or FileNotFoundError if there is no configuration to be read.
     """
@@ -71,7 +73,11 @@ def stored_fields(folder: Path) -> dict[str, Any]:
             "has no such field and goes on without.",
             stacklevel=2,
         )
-    return {name: value for name, value in stored.items() if name in known}
+    found = {name: value for name, value in stored.items() if name in known}
+    if found.get("objective_options"):
+        name = found.get("objective", TrainConfig.objective)
+        found["objective_options"] = objectives.current_options(name, found["objective_options"])
+    return found
 
 
 def changed_fields(

@@ -7,10 +7,12 @@ from hypothesis import strategies as st
 from support.problems import make_problem
 
 import sce_lm.ops.catalogue_scan as scan
-from sce_lm import LogitTransform, SCEConfig
+from sce_lm import SCEConfig
 from sce_lm.candidates.buckets import kmeans_buckets
-from sce_lm.objectives.base import HeadInputs
+from sce_lm.objectives.call import Call
 from sce_lm.objectives.sce import SCE
+from sce_lm.ops.head import Head
+from sce_lm.ops.positions import Positions
 
 
 def test_kmeans_finds_well_separated_groups():
@@ -49,7 +51,7 @@ def test_scan_is_a_dense_topk(num_queries, v, k, tile_elements, with_bias):
     wanted = torch.topk(scores, k).indices.sort(dim=1).values
     kept, scan.TILE_ELEMENTS = scan.TILE_ELEMENTS, tile_elements
     try:
-        found = scan.catalogue_topk(queries, weight, k, bias=bias, excluded=excluded)
+        found = scan.catalogue_topk(queries, Head(weight, bias=bias), k, excluded=excluded)
     finally:
         scan.TILE_ELEMENTS = kept
     assert torch.equal(found, wanted)
@@ -66,15 +68,13 @@ def test_strata_are_disjoint(assignment):
         tail_candidates=80,
     )
     hidden, weight, labels, bias = (t.detach() for t in problem)
-    inputs = HeadInputs(hidden, weight, labels, bias, LogitTransform(), None, None, False)
     sce = SCE(config)
-    counts = sce.state.begin_call(labels, 400, seed=5)[0]
-    chosen, _ = sce._choose(
-        inputs, config.resolve(90, 400), counts, 5, counted=False, trains_head=False
-    )
+    generator = torch.Generator().manual_seed(5)
+    call = Call().begin(sce.state, labels, 400, generator)
+    chosen = sce.choose(Head(weight, bias=bias), Positions(hidden, labels), call).candidates
     shared = set(chosen.shared.tolist())
     assert set(labels.tolist()) <= shared
-    assert set(torch.topk(counts, 25).indices.tolist()) <= shared
+    assert set(torch.topk(call.counts, 25).indices.tolist()) <= shared
     assert len(chosen.shared) == len(shared)
     assert not shared & set(chosen.tail.tolist())
     assert chosen.bucket_items.shape == (7, 30)

@@ -5,7 +5,7 @@ import torch
 
 import sce_lm.candidates.row_sum as row_sum
 from sce_lm.candidates.row_sum import RowSum
-from sce_lm.ops.rows import HeadColumns
+from sce_lm.ops.head import Head
 
 
 @pytest.fixture
@@ -28,12 +28,12 @@ def sparse_gradient(weight, rows):
 
 
 def test_a_trained_weight_is_left_to_the_caller():
-    assert RowSum().of(HeadColumns(torch.ones(3, 2, requires_grad=True))) is None
+    assert RowSum().of(Head(torch.ones(3, 2, requires_grad=True))) is None
 
 
 def test_a_frozen_weight_is_read_once_until_it_changes(reads):
     weight, total = torch.randn(50, 3), RowSum()
-    head = HeadColumns(weight)
+    head = Head(weight)
     for _ in range(3):
         torch.testing.assert_close(total.of(head), weight.double().sum(0), rtol=0, atol=1e-4)
     assert len(reads) == 1
@@ -46,7 +46,7 @@ def test_a_frozen_weight_is_read_once_until_it_changes(reads):
     bias, low_rank = torch.randn(50), torch.randn(50, 2)
     expected = torch.cat([weight, low_rank, bias[:, None]], 1).double().sum(0)
     for _ in range(2):
-        found = total.of(HeadColumns(weight, low_rank, bias))
+        found = total.of(Head(weight, low_rank, bias))
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
     assert len(reads) == 3
 
@@ -57,7 +57,7 @@ def test_a_frozen_weight_is_read_once_until_it_changes(reads):
 def test_steps_of_a_followed_optimiser_correct_the_sum(make, reads):
     torch.manual_seed(0)
     weight, total = torch.nn.Parameter(torch.randn(60, 4)), RowSum()
-    head = HeadColumns(weight)
+    head = Head(weight)
     optimizer = make([weight], lr=0.5)
     total.follow(optimizer, weight)
     total.of(head)

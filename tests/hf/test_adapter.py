@@ -623,10 +623,10 @@ def test_lazy_logits_context():
             lazy = model(**ids).logits
         real = model(**ids).logits
     assert type(real) is torch.Tensor
-    parts = lazy[:, -1, :].parts()
-    assert parts.hidden_states.shape == (3, 32)
-    assert parts.weight is model.lm_head.weight
-    rebuilt = parts.post(parts.hidden_states @ parts.weight.T)
+    hidden, head = lazy[:, -1, :].parts()
+    assert hidden.shape == (3, 32)
+    assert head.weight is model.lm_head.weight
+    rebuilt = head.post(hidden @ head.weight.T)
     torch.testing.assert_close(rebuilt, real[:, -1, :])
     with pytest.raises(ValueError, match="apply_sce"), lazy_logits(tiny_model("llama")):
         pass

@@ -149,8 +149,8 @@ def test_record_is_read_as_a_logit_transform(steps, post):
         with pytest.raises(ValueError, match="no LogitTransform"):
             lazy.parts()
     else:
-        parts = lazy.parts()
-        rebuilt = parts.post(nn.functional.linear(parts.hidden_states, parts.weight, parts.bias))
+        h, rows = lazy.parts()
+        rebuilt = rows.post(nn.functional.linear(h, rows.weight, rows.bias))
         torch.testing.assert_close(rebuilt, lazy.materialise())
         with pytest.raises(ValueError, match="formed already"):
             lazy.parts()

@@ -50,14 +50,30 @@ def test_weights_and_objective_come_back_together(tmp_path):
     assert torch.equal(losses[0], losses[1])
 
 
-@pytest.mark.parametrize("name", objectives.names())
-def test_every_objective_comes_back(name, tmp_path):
-    objective = objectives.get(name)
+@pytest.mark.parametrize(
+    "options",
+    [*({"name": name} for name in objectives.names()), {"name": "sce", "published": True}],
+    ids=str,
+)
+def test_every_objective_comes_back(options, tmp_path):
+    objective = objectives.get(**options)
     save_objective(objective, tmp_path)
     again = load_objective(tmp_path)
     assert type(again) is type(objective)
     assert again.config == objective.config
     assert sorted(p.name for p in tmp_path.iterdir()) == ["objective.json"]  # no state of no calls
+
+
+def test_an_objective_of_an_earlier_version_comes_back_with_one_warning(tmp_path):
+    saved = {"name": "sce", "correction": "none", "num_buckets": 4, "tail_strata": 1}
+    (tmp_path / "objective.json").write_text(json.dumps(saved))
+    with pytest.warns(UserWarning, match="correction 'none', tail_strata 1") as warned:
+        objective = load_objective(tmp_path)
+    assert len(warned) == 1
+    config = SCEConfig(
+        num_buckets=4, bucket_candidates=1024, tail_candidates=0, control_variate=False
+    )
+    assert objective.config == config
 
 
 def test_ranks_keep_their_own_states(tmp_path):

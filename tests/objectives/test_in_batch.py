@@ -50,7 +50,7 @@ def test_equals_the_straight_line(logq):
     seen = torch.bincount(torch.cat([past, problem.labels]), minlength=V)
     q = seen[ids].double() / 550
     c = -torch.log(49 * q) if logq else torch.zeros_like(q)
-    expected = position_reference(*problem[:3], ids, c, bias=problem.bias, post=CAP).mean()
+    expected = position_reference(problem.head(CAP), problem.positions(), ids, c).mean()
     torch.testing.assert_close(loss, expected)
     for mine, want in zip(gradients(loss, problem), gradients(expected, problem)):
         torch.testing.assert_close(mine, want, rtol=1e-6, atol=1e-9)

@@ -59,16 +59,15 @@ def test_partition_stays_unbiased_as_parameters_move(form):
     assert call_bias(estimator, problem, 500, copies=copies_of(form)).is_zero
 
 
-@pytest.mark.parametrize("absolute", [False, True])
 @pytest.mark.parametrize("post", [PLAIN, SCALED, CAP], ids=["", "scaled", "cap"])
 @pytest.mark.parametrize("kernel", ["quadratic", "quartic"])
-def test_equals_the_straight_line_given_the_draw(kernel, post, absolute, monkeypatch):
+def test_equals_the_straight_line_given_the_draw(kernel, post, monkeypatch):
     problem, drawn = make_problem(30, V, 6, spread=1.5), []
     draw = module.KernelSampler.draw
     monkeypatch.setattr(
         module.KernelSampler, "draw", lambda *args: drawn.append(draw(*args)) or drawn[-1]
     )
-    estimator = objective(kernel=kernel, absolute=absolute)
+    estimator = objective(kernel=kernel)
     loss = estimator(*problem[:3], bias=problem.bias, post=post)
     ids, log_q = drawn[0]
     dense = kernel_reference(
@@ -80,9 +79,7 @@ def test_equals_the_straight_line_given_the_draw(kernel, post, absolute, monkeyp
     ).detach()
     torch.testing.assert_close(log_q, dense.gather(1, ids), atol=1e-9, rtol=0)
     c = -dense.gather(1, ids) - torch.log(torch.tensor(100.0).double())
-    expected = position_reference(
-        *problem[:3], ids, c, bias=problem.bias, post=post, absolute=absolute
-    ).mean()
+    expected = position_reference(problem.head(post), problem.positions(), ids, c).mean()
     torch.testing.assert_close(loss, expected)
     for mine, want in zip(gradients(loss, problem), gradients(expected, problem)):
         torch.testing.assert_close(mine, want, rtol=1e-6, atol=1e-9)
@@ -105,14 +102,6 @@ def test_a_centred_kernel_does_not_see_a_common_shift(monkeypatch):
     centred = problem.weight - problem.weight.mean(dim=0)
     dense = kernel_reference(problem.hidden, centred, alpha=100.0).detach()
     torch.testing.assert_close(drawn[0][1], dense.gather(1, drawn[0][0]))
-
-
-def test_the_absolute_softmax_is_unbiased_for_its_own_partition():
-    problem = peaked_problem()
-    s = (problem.hidden @ problem.weight.T + problem.bias).abs()
-    exact = torch.logsumexp(s, dim=1) - s.gather(1, problem.labels[:, None]).squeeze(1)
-    assert call_bias(objective(absolute=True), problem, 300, exact=exact, copies=20).is_zero
-    assert not call_bias(objective(absolute=True), problem, 300, copies=20).is_zero
 
 
 PLANTED = ["no correction", "uniform q", "without the 1", "label twice", "m forgotten", "stale q"]
@@ -156,9 +145,10 @@ def test_planted_errors_are_found(error, monkeypatch):
     assert not call_bias(objective(alpha=10.0), problem, 500, copies=20).is_zero
 
 
-def test_a_projection_follows_the_parameters_and_is_kept(tmp_path):
+def test_a_projection_follows_the_parameters_and_is_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "PROJECTION_REFRESH", 3)
     problem = make_problem(40, 300, 20, dtype=torch.float32)
-    estimator = objective(projection=5, projection_refresh=3, block_size="auto")
+    estimator = objective(projection=5, block_size="auto")
     kept = []
     for seed in range(5):
         estimator(*problem[:3], generator=torch.Generator().manual_seed(seed))
@@ -168,7 +158,7 @@ def test_a_projection_follows_the_parameters_and_is_kept(tmp_path):
     assert not torch.equal(kept[2], kept[3])
     assert kept[3] is kept[4]
     estimator.state.save(tmp_path / "state.safetensors")
-    again = objective(projection=5, projection_refresh=3, block_size="auto")
+    again = objective(projection=5, block_size="auto")
     again.state.load(tmp_path / "state.safetensors")
     found = [
         e(*problem[:3], generator=torch.Generator().manual_seed(9)) for e in (estimator, again)
@@ -213,8 +203,8 @@ def test_low_precision_heads():
         ({"alpha": 0.0}, "alpha is 0.0; give a positive number"),
         ({"alpha": "automatic"}, "give a positive number"),
         ({"kernel": "cubic"}, "choose one of 'quadratic', 'quartic'"),
-        ({"shared": True, "absolute": True}, "absolute=True needs draws for each position"),
-        ({"shared": True, "kernel": "quartic"}, "kernel='quartic' needs draws"),
+        ({"shared": True, "kernel": "quartic"}, "kernel='quartic' needs draws for each position"),
+        ({"shared": True, "block_size": 8}, "block_size=8 needs draws for each position"),
         ({"block_size": 0}, "block_size is 0"),
         ({"projection": 0}, "projection is 0"),
         ({"negatives": 3}, "did you mean 'num_negatives'"),

@@ -63,7 +63,7 @@ def test_a_target_waits_for_the_tail():
 
 def test_what_means_nothing_is_refused():
     with pytest.raises(ValueError, match="labels_first"):
-        SCEConfig.published(labels_first=3)
+        objectives.get("sce", published=True, labels_first=3)
     with pytest.raises(ValueError, match="shared_labels=False leaves them out"):
         SCEConfig(labels_first=3, shared_labels=False)
     with pytest.raises(ValueError, match="labels_first is -1"):

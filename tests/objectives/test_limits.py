@@ -8,7 +8,9 @@ from support.masks import MASKS, SCATTERED, make_pair, stock_loss
 from support.problems import gradients, make_problem, relative_error
 
 from sce_lm import LogitTransform, SCEConfig, objectives
+from sce_lm.config import PublishedSCEConfig
 from sce_lm.objectives.reference import exact_reference
+from sce_lm.ops.positions import Positions
 
 N, V, D = 61, 203, 12
 NO_SHARED = {"shared_labels": False, "shared_frequent": 0}
@@ -45,18 +47,10 @@ COVERING = {
         tail_candidates=V,
         control_variate=True,
     ),
-    "strata": SCEConfig(
-        num_buckets=5,
-        bucket_candidates=40,
-        shared_frequent=20,
-        tail_candidates=V,
-        control_variate=True,
-        tail_strata=3,
-    ),
     "mixture": SCEConfig(
         num_buckets=0,
         tail_candidates=V,
-        prior={"labels": 1, "in_batch": 1, "cache": 1, "kernel": 1, "gradient": 1},
+        prior={"labels": 1, "gradient": 1, "uniform": 1},
         **NO_SHARED,
     ),
     "bucket samples": SCEConfig(
@@ -78,9 +72,8 @@ def test_covering_candidates_are_exact(name, with_bias, post, dtype):
     problem = make_problem(N, V, D, with_bias=with_bias, dtype=torch.float64, spread=2.0)
     problem.labels[::7] = -100
     valid = problem.labels != -100
-    exact = exact_reference(
-        problem.hidden[valid], problem.weight, problem.labels[valid], bias=problem.bias, post=post
-    )
+    positions = Positions(problem.hidden[valid], problem.labels[valid])
+    exact = exact_reference(problem.head(post), positions)
     config = COVERING[name]
     objective = objectives.get("exact") if config is None else objectives.from_config(config)
     cast = problem._replace(
@@ -146,7 +139,7 @@ def test_covering_candidates_are_exact_with_masked_classes(name, mask, post, dty
     double, _, kept = make_pair(MASKS[mask], SCATTERED, post=transform, spread=2.0)
     exact = stock_loss(double, transform)
     problem = make_pair(MASKS[mask], SCATTERED, dtype, transform, spread=2.0).masked
-    if config is not None and config.assignment == "topk":
+    if isinstance(config, PublishedSCEConfig):
         config = dataclasses.replace(config, bucket_positions=len(problem.labels))
     objective = objectives.get("exact") if config is None else objectives.from_config(config)
     loss = objective(*problem[:3], bias=problem.bias, post=transform)
@@ -162,7 +155,7 @@ def test_covering_candidates_are_exact_with_masked_classes(name, mask, post, dty
 
 def test_published_never_exceeds_exact_on_covered_positions():
     problem = make_problem(N, V, D)
-    exact = exact_reference(*problem[:3], bias=problem.bias)
+    exact = exact_reference(problem.head(), problem.positions())
     objective = objectives.get("sce", published=True, bucket_candidates=20, alpha=1.0)
     loss, stats = objective(*problem[:3], bias=problem.bias, reduction="none", return_stats=True)
     assert 0 < stats.coverage < 1

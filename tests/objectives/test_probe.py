@@ -50,7 +50,12 @@ def test_shares_are_those_of_octaves_by_frequency():
 def test_probe_tells_which_classes_were_candidates():
     problem = make_problem(40, 500, 16)
     probe = Probe(1, tell_classes=True)
-    shared = {"shared_frequent": 8, "num_buckets": 0, "tail_candidates": 0, "correction": "none"}
+    shared = {
+        "shared_frequent": 8,
+        "num_buckets": 0,
+        "tail_candidates": 0,
+        "control_variate": False,
+    }
     probe(objectives.get("sce", **shared), problem.hidden, problem.weight, problem.labels)
     shares = probe.by_frequency
     assert shares["classes"] == [1, 2, 4, 8, 16, 32, 64, 128, 256, 500]
@@ -63,7 +68,7 @@ def test_probe_tells_which_classes_were_candidates():
 
 def test_probe_of_few_positions_is_near_that_of_all():
     problem = make_problem(400, 2000, 16)
-    objective = objectives.from_config(SCEConfig(correction="none", num_buckets=4))
+    objective = objectives.get("sce", num_buckets=4, tail_candidates=0, control_variate=False)
     all_of_them, few = look(objective, problem), look(objective, problem, positions=100)
     assert few["probe_bias"] == pytest.approx(all_of_them["probe_bias"], rel=0.2)
     assert few != all_of_them

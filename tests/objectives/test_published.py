@@ -23,7 +23,7 @@ def test_equals_the_papers_algorithm(post, mix, reduce):
         problem.hidden.detach(), 6, stream(seed, "centers", torch.device("cpu")), mix=mix
     )
     expected, covered = published_sce_reference(
-        *problem[:3], centers, 11, 23, bias=problem.bias, post=post, reduce=reduce
+        problem.head(post), problem.positions(), centers, 11, 23, reduce=reduce
     )
     assert 0 < covered.sum() < 37
 

@@ -48,12 +48,11 @@ def test_equals_the_papers_union(options, with_bias, post, monkeypatch):
     chunks = made[0]
     assert chunks.of_position.shape == (estimator.config.rounds, N)
     expected = rece_reference(
-        *problem[:3],
+        problem.head(post),
+        problem.positions(),
         chunks.of_position,
         chunks.of_class,
         estimator.config.extra_chunks,
-        bias=problem.bias,
-        post=post,
     )
     torch.testing.assert_close(loss, expected)
     weights = torch.linspace(0.5, 1.5, N, dtype=torch.float64)

@@ -22,8 +22,8 @@ CORES = ("candidate_cross_entropy", "position_cross_entropy", "position_binary_c
 CASES = [
     ("exact", {}),
     ("sce", {"num_buckets": 3, "bucket_candidates": 30, "shared_frequent": 20}),
-    ("sce", {"tail_candidates": 60, "tail_strata": 3, "control_variate": True}),
-    ("sce", {"tail_candidates": 60, "prior": {"labels": 1, "kernel": 1, "gradient": 1}}),
+    ("sce", {"tail_candidates": 60, "control_variate": True}),
+    ("sce", {"tail_candidates": 60, "prior": {"labels": 1, "uniform": 1, "gradient": 1}}),
     ("sce", {"num_buckets": 3, "bucket_candidates": 60, "bucket_sampling": "priority"}),
     ("sampled_softmax", {"num_negatives": 70}),
     ("sampled_softmax", {"num_negatives": 70, "shared": False, "sampling": "distinct"}),
@@ -35,7 +35,7 @@ CASES = [
     ("xir", {"num_negatives": 20, "cache_size": 50, "cache_weight": 0.2}),
     ("xir", {"num_negatives": 20, "cache_size": 50, "correction": "importance"}),
     ("kernel", {"num_negatives": 40}),
-    ("kernel", {"num_negatives": 40, "absolute": True}),
+    ("kernel", {"num_negatives": 40, "kernel": "quartic", "alpha": 0.05}),
     ("kernel", {"num_negatives": 40, "shared": True, "alpha": "auto"}),
     ("rece", {"num_buckets": 20, "rounds": 2}),
 ]
@@ -54,9 +54,9 @@ def spy(monkeypatch, objective):
         if core is None:
             continue
 
-        def spied(hidden, weight, labels, candidates, core=core, name=name, **fields):
+        def spied(head, positions, candidates, core=core, name=name, **fields):
             calls.append((name, candidates, fields))
-            return core(hidden, weight, labels, candidates, **fields)
+            return core(head, positions, candidates, **fields)
 
         monkeypatch.setattr(module, name, spied)
     return calls
@@ -65,26 +65,17 @@ def spy(monkeypatch, objective):
 def straight_line(call, problem, post):
     """``[N]`` losses of one call of the core."""
     name, candidates, fields = call
-    how = {"bias": problem.bias, "post": post}
+    head, positions = problem.head(post), problem.positions()
     if name == "candidate_cross_entropy":
-        return candidate_reference(*problem[:3], candidates, **how)
+        return candidate_reference(head, positions, candidates)
     if name == "chunk_cross_entropy":
         chunks = candidates
-        return rece_reference(
-            *problem[:3], chunks.of_position, chunks.of_class, chunks.reach, **how
-        )
+        return rece_reference(head, positions, chunks.of_position, chunks.of_class, chunks.reach)
     ids = candidates.ids.expand(N, -1)
     if name == "position_binary_cross_entropy":
-        return binary_reference(*problem[:3], ids, beta=fields["positive_weight"], **how)
+        return binary_reference(head, positions, ids, beta=fields["positive_weight"])
     weights = candidates.log_weights.double().expand(N, -1)
-    return position_reference(
-        *problem[:3],
-        ids,
-        weights,
-        keep_label=candidates.keep_label,
-        absolute=fields.get("absolute", False),
-        **how,
-    )
+    return position_reference(head, positions, ids, weights, keep_label=candidates.keep_label)
 
 
 @pytest.mark.parametrize("post", [LogitTransform(), LogitTransform(1.2, 6.0)], ids=["", "cap"])
@@ -102,7 +93,7 @@ def test_fp32_is_the_straight_line(name, options, post, monkeypatch):
     calls = spy(monkeypatch, objective)
     loss = objective(*problem[:3], bias=problem.bias, post=post)
     if name == "exact":
-        expected = exact_reference(*wide[:3], bias=wide.bias, post=post).mean()
+        expected = exact_reference(wide.head(post), wide.positions()).mean()
     else:
         lines = [straight_line(call, wide, post).mean() for call in calls]
         shares = [0.8, 0.2] if len(lines) == 2 else [1.0]

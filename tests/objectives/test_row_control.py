@@ -49,9 +49,9 @@ def test_it_adds_the_written_out_sum(lists, post, control, monkeypatch):
     problem, seen = make_problem(N, V, D), []
     wrapped = sce.with_expected_rows
 
-    def spied(loss, inputs, candidates, expected):
+    def spied(loss, head, positions, candidates, expected):
         seen.append((candidates, expected))
-        return wrapped(loss, inputs, candidates, expected)
+        return wrapped(loss, head, positions, candidates, expected)
 
     monkeypatch.setattr(sce, "with_expected_rows", spied)
     found = added(problem, post, lists=lists, control=control)
@@ -78,7 +78,7 @@ def test_it_adds_the_written_out_sum(lists, post, control, monkeypatch):
 def test_centres_equal_to_the_positions_give_rows_that_were_not_drawn_their_exact_gradient(post):
     problem = make_problem(N, V, D)
     loss = loss_of(problem, post, m=20)
-    exact = exact_reference(*problem[:3], bias=problem.bias, post=post).sum()
+    exact = exact_reference(problem.head(post), problem.positions()).sum()
     touched = gradients(loss_of(problem, post, m=20, row_control=False), problem)[2] != 0
     assert 20 <= touched.sum() <= 20 + N
     for mine, want in zip(gradients(loss, problem)[1:], gradients(exact, problem)[1:]):
@@ -99,10 +99,10 @@ def test_its_mean_over_draws_is_nothing():
 def test_forgotten_weights_are_found(monkeypatch):
     wrapped = sce.with_expected_rows
 
-    def planted(loss, inputs, candidates, expected):
+    def planted(loss, head, positions, candidates, expected):
         forgotten = torch.zeros_like(candidates.tail_log_weights)
         candidates = dataclasses.replace(candidates, tail_log_weights=forgotten)
-        return wrapped(loss, inputs, candidates, expected)
+        return wrapped(loss, head, positions, candidates, expected)
 
     monkeypatch.setattr(sce, "with_expected_rows", planted)
     assert mean_added(make_problem(N, V, D), 200, lists="tail", prior="uniform") > 5.0
@@ -115,7 +115,7 @@ def test_rows_come_nearer_to_their_exact_gradient(lists):
     kind = torch.randint(8, (200,), generator=generator)
     with torch.no_grad():
         problem.hidden.copy_(problem.hidden[:8][kind] + 0.3 * problem.hidden)
-    exact = gradients(exact_reference(*problem[:3], bias=problem.bias).sum(), problem)[1]
+    exact = gradients(exact_reference(problem.head(), problem.positions()).sum(), problem)[1]
 
     def error(row_control):
         return sum(
@@ -156,9 +156,7 @@ def test_a_frozen_head_has_no_scan_and_an_adapter_gets_its_columns(monkeypatch):
     hidden = torch.cat([problem.hidden, torch.randn(N, 2, dtype=torch.float64)], dim=1).detach()
     frozen, scans = problem.weight.detach(), []
     scan = sce.TailProposal.at_centers
-    monkeypatch.setattr(
-        sce.TailProposal, "at_centers", lambda self, seed: scans.append(0) or scan(self, seed)
-    )
+    monkeypatch.setattr(sce.TailProposal, "at_centers", lambda self: scans.append(0) or scan(self))
 
     def grad(row_control, weight, low_rank):
         generator = torch.Generator().manual_seed(0)

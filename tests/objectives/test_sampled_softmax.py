@@ -9,9 +9,9 @@ from support.problems import gradients, make_problem
 
 import sce_lm.candidates.proposals as proposals
 import sce_lm.objectives.sampled_softmax as module
-import sce_lm.ops.candidate_cross_entropy as core
 from sce_lm import LogitTransform, SCEState, objectives
 from sce_lm.objectives.reference import position_reference
+from sce_lm.ops.candidate_blocks import Lists
 
 PROPOSALS = ["uniform", "log_uniform", "unigram"]
 WAYS = [
@@ -81,10 +81,10 @@ def plant(error, monkeypatch):
 
             monkeypatch.setattr(module, name, uncorrected)
     elif error == "label twice":
-        block, make = core._block, module.PositionCandidates
+        block, make = Lists.block, module.PositionCandidates
         nowhere = torch.empty(0, dtype=torch.int64)
         monkeypatch.setattr(
-            core, "_block", lambda *args: block(*args)._replace(is_label=(nowhere, nowhere))
+            Lists, "block", lambda *args: block(*args)._replace(is_label=(nowhere, nowhere))
         )
         monkeypatch.setattr(
             module, "PositionCandidates", lambda *args, **fields: make(*args, True, **fields)
@@ -135,7 +135,7 @@ def test_equals_the_straight_line_given_the_draw(proposal, way, monkeypatch):
     loss = objective(50, proposal=proposal, **way)(*problem[:3], bias=problem.bias, post=CAP)
     ids, c = drawn[0]
     expected = position_reference(
-        *problem[:3], ids.expand(30, -1), c.expand(30, -1), bias=problem.bias, post=CAP
+        problem.head(CAP), problem.positions(), ids.expand(30, -1), c.expand(30, -1)
     ).mean()
     torch.testing.assert_close(loss, expected)
     for mine, want in zip(gradients(loss, problem), gradients(expected, problem)):

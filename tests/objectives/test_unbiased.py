@@ -14,11 +14,10 @@ from support.planted import PLANTED, plant
 
 import sce_lm.candidates.priority as priority
 import sce_lm.objectives.sce as sce
-import sce_lm.ops.candidate_cross_entropy as core
-from sce_lm import SCEConfig
-from sce_lm.candidates.cache import OCCURRENCES
+from sce_lm import SCEConfig, objectives
 from sce_lm.candidates.weight_classes import WeightClasses
 from sce_lm.objectives.tail_proposal import TailProposal
+from sce_lm.ops.control_variate import Rest
 
 
 def bucket_samples(**options):
@@ -69,37 +68,16 @@ def test_every_label_prior_is_unbiased(prior, control):
     check(objective("all", control=control, **PRIORS[prior]), peaked_problem())
 
 
-MIXTURE = {"labels": 2.0, "cache": 1.0, "kernel": 1.0, "gradient": 1.0}
-
-
-def with_a_past(estimator):
-    """Occurrences as they are after calls on which the softmax was another."""
-    estimator.state.memory[OCCURRENCES] = 1.0 + 20 * torch.exp(2 * peaked_problem().bias)
-    return estimator
+MIXTURE = {"labels": 2.0, "gradient": 1.0}
 
 
 @pytest.mark.parametrize(
     ("prior", "strata", "control"),
-    [
-        ("in_batch", "all", True),
-        ("cache", "tail", False),
-        ("kernel", "all", True),
-        ("gradient", "tail", True),
-        (MIXTURE, "buckets", True),
-    ],
+    [("gradient", "tail", True), (MIXTURE, "tail", False), (MIXTURE, "buckets", True)],
     ids=str,
 )
-def test_what_other_objectives_draw_from_is_unbiased_here(prior, strata, control):
-    floor = 0.8 if prior == "in_batch" else 0.3
-    estimator = objective(strata, control=control, prior=prior, uniform_floor=floor)
-    check(with_a_past(estimator), peaked_problem())
-
-
-@pytest.mark.parametrize(
-    ("strata", "post"), [("tail", PLAIN), ("buckets", CAP), ("all", PLAIN)], ids=str
-)
-def test_strata_with_means_of_their_own_are_unbiased(strata, post):
-    check(objective(strata, control=True, tail_strata=3), peaked_problem(post), post)
+def test_gradients_at_the_centres_and_mixtures_are_unbiased(prior, strata, control):
+    check(objective(strata, control=control, prior=prior), peaked_problem())
 
 
 @pytest.mark.parametrize(
@@ -147,49 +125,49 @@ def test_planted_errors_are_found(error, control, monkeypatch):
 @pytest.mark.parametrize("part", ["labels", "gradient"])
 def test_a_mixture_weighed_by_one_of_its_parts_is_found(part, monkeypatch):
     """The planted error of mixtures: drawn from all of them, weighed by the density of one."""
-    one = with_a_past(objective("tail", control=False, m=60, prior=part))
+    options = {"control": False, "m": 60}
+    one, made = objective("tail", prior=part, **options), []
+
+    class Remembered(TailProposal):
+        def __init__(self, config, *call):
+            super().__init__(config, *call)
+            made.append(TailProposal(one.config, *call))
 
     def wrong(proposal, size, generator, **options):
         ids, c = priority.priority_sample(proposal, size, generator, **options)
-        alone = TailProposal(one.config, one.state, *wrong.call).log_density(
-            wrong.counts, 0, counted=False
-        )
+        alone = made.pop().log_density()
         return ids, (c + proposal[ids] - alone[ids]).clamp_min(0.0)
 
-    draw = sce.SCE._draw
-
-    def spied(self, proposal, counts, seed, counted):
-        inputs, sizes = proposal.inputs, proposal.sizes
-        wrong.call, wrong.counts = (inputs, sizes), counts
-        one.state.begin_call(inputs.labels, len(inputs.weight), 0)
-        return draw(self, proposal, counts, seed, counted)
-
     monkeypatch.setattr(sce, "priority_sample", wrong)
-    monkeypatch.setattr(sce.SCE, "_draw", spied)
-    estimator = with_a_past(objective("tail", control=False, m=60, prior=MIXTURE))
+    monkeypatch.setattr(sce, "TailProposal", Remembered)
+    estimator = objective("tail", prior=MIXTURE, **options)
     assert not measure(estimator, peaked_problem(), PLAIN, 300).is_zero
 
 
-@pytest.mark.parametrize("error", ["one mean for all", "sizes of other strata", "c omitted"])
-def test_planted_errors_of_strata_and_buckets_are_found(error, monkeypatch):
-    set_rest = core._Problem._set_rest
+@pytest.mark.parametrize("error", ["mean of everything", "size of everything"])
+def test_a_rest_that_still_has_the_buckets_items_is_found(error, monkeypatch):
+    init, set_means = Rest.__init__, Rest.set_means
 
-    def planted(p, *args):
-        set_rest(p, *args)
-        if error == "one mean for all":
-            p.mean_rows[:] = p.mean_rows.mean(dim=0)
-        else:
-            p.rest_size = p.rest_size.flip(0)
+    def whole_size(rest, lists, row_sum):
+        init(rest, lists, row_sum)
+        rest.size += lists.bucket_size
 
-    estimator, change = objective("tail", control=True, tail_strata=3), lambda c: c
-    if error == "c omitted":
-        estimator = bucket_samples()
-        change = lambda c: dataclasses.replace(  # noqa: E731
-            c, bucket_log_weights=torch.zeros_like(c.bucket_log_weights)
-        )
+    def whole_mean(rest, buckets, item_rows):
+        set_means(rest, buckets, torch.zeros_like(item_rows))
+
+    if error == "size of everything":
+        monkeypatch.setattr(Rest, "__init__", whole_size)
     else:
-        monkeypatch.setattr(core._Problem, "_set_rest", planted)
-    assert not measure(estimator, peaked_problem(), PLAIN, 500, change).is_zero
+        monkeypatch.setattr(Rest, "set_means", whole_mean)
+    estimator = objective("buckets", control=True)
+    assert not measure(estimator, peaked_problem(), PLAIN, 500).is_zero
+
+
+def test_forgotten_weights_of_bucket_samples_are_found():
+    def forget(c):
+        return dataclasses.replace(c, bucket_log_weights=torch.zeros_like(c.bucket_log_weights))
+
+    assert not measure(bucket_samples(), peaked_problem(), PLAIN, 500, forget).is_zero
 
 
 def test_weights_of_another_bucket_are_found(monkeypatch):
@@ -220,13 +198,13 @@ def test_weights_of_a_large_catalogue_matter(control, monkeypatch):
 
 @pytest.mark.parametrize("strata", ["buckets", "all"])
 def test_without_correction_it_is_biased(strata):
-    config = SCEConfig(correction="none", **STRATA[strata])
-    assert not measure(sce.SCE(config), peaked_problem(), PLAIN, 20).is_zero
+    estimator = objective(strata, control=False, m=0)
+    assert not measure(estimator, peaked_problem(), PLAIN, 20).is_zero
 
 
 def test_published_is_a_lower_bound():
-    estimator = sce.SCE(
-        SCEConfig.published(num_buckets=4, bucket_candidates=40, bucket_positions=3)
+    estimator = objectives.get(
+        "sce", published=True, num_buckets=4, bucket_candidates=40, bucket_positions=3
     )
     problem = peaked_problem()
     hidden, weight, labels, bias = (t.detach() for t in problem)

@@ -8,8 +8,9 @@ from support.problems import gradients, make_problem
 import sce_lm.objectives.xir as module
 from sce_lm import LogitTransform, objectives
 from sce_lm.candidates.cache import DRAWN, OCCURRENCES
-from sce_lm.objectives.base import HeadInputs
 from sce_lm.objectives.reference import position_reference
+from sce_lm.ops.head import Head
+from sce_lm.ops.positions import Positions
 
 PLAIN, CAP = LogitTransform(), LogitTransform(1.2, 12.0)
 
@@ -52,7 +53,7 @@ def test_published_bir_is_the_papers(popularity, monkeypatch):
     torch.testing.assert_close(torch.softmax(log_w, dim=1), expected_w)
     assert (k.sum(dim=1) == 25).all()
     expected = position_reference(
-        *problem[:3], ids.expand(40, -1), k.log(), bias=problem.bias, post=CAP, keep_label=True
+        problem.head(CAP), problem.positions(), ids.expand(40, -1), k.log(), keep_label=True
     ).mean()
     torch.testing.assert_close(loss, expected)
     for mine, want in zip(gradients(loss, problem), gradients(expected, problem)):
@@ -82,7 +83,7 @@ def test_published_xir_is_the_papers(cache_weight, monkeypatch):
         assert (k.sum(dim=1) == 12).all()
         expected.append(
             position_reference(
-                *problem[:3], pool.expand(40, -1), k.log(), bias=problem.bias, keep_label=True
+                problem.head(), problem.positions(), pool.expand(40, -1), k.log(), keep_label=True
             ).mean()
         )
     wanted = (1 - cache_weight) * expected[0] + cache_weight * expected[1]
@@ -94,11 +95,12 @@ def test_published_xir_is_the_papers(cache_weight, monkeypatch):
 @pytest.mark.parametrize("corrected", [False, True], ids=["published", "importance"])
 def test_negatives_weigh_as_p_squared_as_published_and_as_p_corrected(corrected):
     hidden, weight, _, bias = peaked_problem()
-    inputs = HeadInputs(hidden[:1], weight, torch.tensor([V - 1]), bias, PLAIN, None, None, False)
+    head = Head(weight, bias=bias)
+    positions = Positions(hidden[:1], torch.tensor([V - 1]))
     everyone = torch.arange(V - 1)
     pool = module._Pool(everyone, torch.zeros(V - 1, dtype=torch.float64))  # n_j = pop_j
     generator = torch.Generator().manual_seed(0)
-    c, drawn = module._resample(inputs, pool, 400_000, generator, corrected=corrected)
+    c, drawn = module._resample(head, positions, pool, 400_000, generator, corrected=corrected)
     assert drawn.sum() == 400_000
     s = (hidden[:1] @ weight.T + bias)[:, : V - 1]
     found = torch.softmax(s + c, dim=1)
@@ -197,12 +199,10 @@ def test_planted_errors_are_found(monkeypatch):
         assert found()
     with monkeypatch.context() as planted:  # the label twice
 
-        def with_label(inputs, *args, corrected):
-            nobody = inputs.labels.new_full(inputs.labels.shape, -1)
-            kept = HeadInputs(
-                inputs.hidden, inputs.weight, nobody, inputs.bias, inputs.post, None, None, False
-            )
-            return resample(kept, *args, corrected=corrected)
+        def with_label(head, positions, *args, corrected):
+            nobody = torch.full_like(positions.labels, -1)
+            kept = Positions(positions.hidden, nobody)
+            return resample(head, kept, *args, corrected=corrected)
 
         make = module.PositionCandidates
         planted.setattr(module, "_resample", with_label)

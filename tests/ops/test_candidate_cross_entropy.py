@@ -6,10 +6,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.problems import gradients, make_problem, relative_error
 
-import sce_lm.ops.candidate_cross_entropy as core
+import sce_lm.ops.candidate_blocks as layout
 from sce_lm import LogitTransform
 from sce_lm.objectives.reference import candidate_reference
-from sce_lm.ops.rows import HeadColumns
+from sce_lm.ops.candidate_cross_entropy import candidate_cross_entropy
+from sce_lm.ops.candidates import Candidates
+from sce_lm.ops.head import Head
+from sce_lm.ops.positions import Positions
 
 POSTS = [LogitTransform(), LogitTransform(scale=0.3), LogitTransform(1.5, 2.0)]
 
@@ -41,9 +44,7 @@ def problems(draw):
             empty[:, 0] = False
             log_weights = log_weights.masked_fill(empty, -torch.inf)
             items = items.masked_fill(empty, -1).cummax(dim=1).values
-    num_strata = draw(st.integers(1, 4)) if log_weights is None else 1
-    strata = torch.randint(0, num_strata, (v,), generator=generator)
-    candidates = core.Candidates(
+    candidates = Candidates(
         order[:num_shared],
         tail,
         torch.rand(num_tail, generator=generator, dtype=torch.float64) * 3,
@@ -51,8 +52,6 @@ def problems(draw):
         bucket_of,
         bucket_log_weights=log_weights,
         control_variate=log_weights is None and draw(st.booleans()),
-        stratum_of=strata if num_strata > 1 else None,
-        num_strata=num_strata,
     )
     return problem, candidates, draw(st.sampled_from(POSTS))
 
@@ -61,30 +60,25 @@ def problems(draw):
 @given(problems(), st.sampled_from([1, 64, 2**21]))
 def test_equals_the_reference(case, block_elements):
     problem, candidates, post = case
-    expected = candidate_reference(*problem[:3], candidates, bias=problem.bias, post=post)
+    head = problem.head(post)
+    expected = candidate_reference(head, problem.positions(), candidates)
     weights = torch.linspace(0.5, 1.5, len(expected), dtype=expected.dtype)
     wanted = gradients((expected * weights).sum(), problem)
-    kept, core.BLOCK_ELEMENTS = core.BLOCK_ELEMENTS, block_elements
+    kept, layout.BLOCK_ELEMENTS = layout.BLOCK_ELEMENTS, block_elements
     try:
         for position_weight in (None, weights):
-            result = core.candidate_cross_entropy(
-                *problem[:3],
-                candidates,
-                bias=problem.bias,
-                post=post,
-                position_weight=position_weight,
-            )
+            result = candidate_cross_entropy(head, problem.positions(position_weight), candidates)
             loss = result.loss if position_weight is not None else (result.loss * weights).sum()
             torch.testing.assert_close(loss, (expected * weights).sum(), rtol=1e-9, atol=1e-9)
             for actual, want in zip(gradients(loss, problem), wanted):
                 torch.testing.assert_close(actual, want, rtol=1e-7, atol=1e-8)
     finally:
-        core.BLOCK_ELEMENTS = kept
+        layout.BLOCK_ELEMENTS = kept
 
 
 def test_weighted_buckets_have_no_control_variate():
     problem = make_problem(3, 9, 2, with_bias=False)
-    candidates = core.Candidates(
+    candidates = Candidates(
         torch.arange(0),
         torch.arange(5, 9),
         torch.zeros(4),
@@ -94,7 +88,7 @@ def test_weighted_buckets_have_no_control_variate():
         control_variate=True,
     )
     with pytest.raises(ValueError, match="use control_variate=False"):
-        core.candidate_cross_entropy(*problem[:3], candidates)
+        candidate_cross_entropy(problem.head(), problem.positions(), candidates)
 
 
 def test_groups_of_buckets_hold_little_padding():
@@ -106,26 +100,24 @@ def test_groups_of_buckets_hold_little_padding():
         bucket_of = torch.repeat_interleave(torch.arange(64), sizes)
         bucket_of = bucket_of[torch.randperm(len(labels), generator=generator)]
         problem = make_problem(len(labels), 300, 4, with_bias=False)
-        candidates = core.Candidates(
+        candidates = Candidates(
             torch.arange(0),
             torch.arange(0),
             torch.zeros(0),
             torch.arange(100).expand(64, -1),
             bucket_of,
         )
-        p = core._Problem(
-            problem.hidden, HeadColumns(problem.weight), labels, candidates, torch.float64, False
-        )
-        spans = p.spans()
-        assert torch.equal(p.order.sort().values, torch.arange(len(labels)))
+        lists = layout.Lists(problem.head(), Positions(problem.hidden, labels), candidates)
+        spans = lists.spans()
+        assert torch.equal(lists.order.sort().values, torch.arange(len(labels)))
         assert [s.start for s in spans[1:]] == [s.stop for s in spans[:-1]]
         for span in spans:
             assert span.groups[-1].rows.stop == span.stop - span.start
             for group in span.groups:
                 buckets = span.buckets[group.buckets]
                 count = group.rows.stop - group.rows.start
-                assert len(buckets) * group.longest <= core.PADDING * count
-                at = p.order[span.start :][group.rows]
+                assert len(buckets) * group.longest <= layout.PADDING * count
+                at = lists.order[span.start :][group.rows]
                 assert set(bucket_of[at].tolist()) == set(buckets)
 
 
@@ -143,17 +135,16 @@ def test_low_precision_is_as_good_as_stock(dtype, control):
     items = torch.stack([torch.arange(v)[k::4][:100] for k in range(3)])
     shared = torch.arange(3, v, 4)[:120]
     tail = torch.cat([torch.arange(600, v)[torch.arange(600, v) % 4 == k] for k in range(3)])
-    candidates = core.Candidates(
+    candidates = Candidates(
         shared, tail, torch.full((len(tail),), 0.7), items, bucket_of, control_variate=control
     )
-    expected = candidate_reference(*problem[:3], candidates)
+    expected = candidate_reference(problem.head(), problem.positions(), candidates)
     wanted = gradients(expected.mean(), problem)
     cast = problem._replace(hidden=low[0].requires_grad_(), weight=low[1].requires_grad_())
-    ours = core.candidate_cross_entropy(
-        *cast[:3], candidates, position_weight=torch.tensor(1.0 / n)
-    ).loss
+    positions = cast.positions(torch.tensor(1.0 / n))
+    ours = candidate_cross_entropy(cast.head(), positions, candidates).loss
     ours_gradients = gradients(ours, cast)
-    stock = candidate_reference(*cast[:3], candidates).float().mean()
+    stock = candidate_reference(cast.head(), positions, candidates).float().mean()
     stock_gradients = gradients(stock, cast)
     assert ours.dtype == torch.float32
     assert all(g.dtype == dtype for g in ours_gradients)
@@ -171,20 +162,17 @@ def test_large_deltas_stay_finite_in_fp32():
     first = problem.hidden[0].detach()
     weight[7] = first * 95.0 / first.norm() ** 2
     shared = torch.arange(20, 50)
-    candidates = core.Candidates(
-        shared, torch.arange(20), torch.full((20,), 0.3), control_variate=True
-    )
-    wide = problem._replace(weight=weight.requires_grad_())
+    candidates = Candidates(shared, torch.arange(20), torch.full((20,), 0.3), control_variate=True)
     labels = torch.tensor([8, 7, 30, 31])
-    expected = candidate_reference(wide.hidden, wide.weight, labels, candidates)
+    wide = problem._replace(weight=weight.requires_grad_(), labels=labels)
+    expected = candidate_reference(wide.head(), wide.positions(), candidates)
     wanted = gradients(expected.sum(), wide)
-    narrow = problem._replace(
+    narrow = wide._replace(
         hidden=problem.hidden.detach().float().requires_grad_(),
         weight=weight.detach().float().requires_grad_(),
     )
-    loss = core.candidate_cross_entropy(
-        narrow.hidden, narrow.weight, labels, candidates, position_weight=torch.tensor(1.0)
-    ).loss
+    positions = narrow.positions(torch.tensor(1.0))
+    loss = candidate_cross_entropy(narrow.head(), positions, candidates).loss
     assert relative_error(loss, expected.sum()) < 1e-6
     for actual, want in zip(gradients(loss, narrow), wanted):
         assert relative_error(actual, want) < 1e-5
@@ -196,17 +184,17 @@ def test_clamped_positions_use_only_what_was_seen():
     x = torch.full((40,), -6.0, dtype=torch.float64)
     x[:20] = 6.0
     weight = x[:, None].clone().requires_grad_()
-    post = LogitTransform(1.0, 1.0)
-    candidates = core.Candidates(
+    head = Head(weight, post=LogitTransform(1.0, 1.0))
+    candidates = Candidates(
         torch.arange(0),
         torch.tensor([0, 1]),
         torch.tensor([4.0, 4.0]),
         control_variate=True,
     )
-    labels = torch.tensor([39])
-    result = core.candidate_cross_entropy(hidden, weight, labels, candidates, post=post)
+    positions = Positions(hidden, torch.tensor([39]))
+    result = candidate_cross_entropy(head, positions, candidates)
     assert result.num_clamped == 1
-    expected = candidate_reference(hidden, weight, labels, candidates, post=post)
+    expected = candidate_reference(head, positions, candidates)
     torch.testing.assert_close(result.loss, expected)
     for actual, want in zip(
         torch.autograd.grad(result.loss.sum(), (hidden, weight)),
@@ -219,11 +207,11 @@ def test_clamped_positions_use_only_what_was_seen():
 def test_sparse_gradient_lacks_only_the_part_through_the_mean(control):
     problem = make_problem(20, 60, 4, with_bias=False)
     fields = (torch.arange(10), torch.arange(30, 45), torch.full((15,), 0.5))
-    dense = core.Candidates(*fields, control_variate=control)
-    sparse = core.Candidates(*fields, control_variate=control, sparse_grad=True)
+    dense = Candidates(*fields, control_variate=control)
+    sparse = Candidates(*fields, control_variate=control, sparse_grad=True)
     found = []
     for candidates in (dense, sparse):
-        loss = core.candidate_cross_entropy(*problem[:3], candidates).loss.sum()
+        loss = candidate_cross_entropy(problem.head(), problem.positions(), candidates).loss.sum()
         found.append(torch.autograd.grad(loss, problem.weight)[0])
     assert found[1].is_sparse
     touched = torch.unique(torch.cat([*fields[:2], problem.labels]))
@@ -239,7 +227,7 @@ def test_no_logits_are_kept_for_the_backward_pass():
     """Saved tensors and gradients are far smaller than [N, K]."""
     n, v, d, k = 2000, 3000, 4, 1500
     problem = make_problem(n, v, d, with_bias=False, dtype=torch.float32)
-    candidates = core.Candidates(torch.arange(k), torch.arange(0), torch.zeros(0))
+    candidates = Candidates(torch.arange(k), torch.arange(0), torch.zeros(0))
     saved: list[torch.Tensor] = []
 
     def keep(tensor):
@@ -249,9 +237,8 @@ def test_no_logits_are_kept_for_the_backward_pass():
     for position_weight in (None, torch.tensor(1.0)):
         saved.clear()
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            loss = core.candidate_cross_entropy(
-                *problem[:3], candidates, position_weight=position_weight
-            ).loss
+            positions = problem.positions(position_weight)
+            loss = candidate_cross_entropy(problem.head(), positions, candidates).loss
         held = [t.numel() for t in saved]
         if position_weight is not None:
             sums = vars(loss.grad_fn.gradients).values()
@@ -266,12 +253,10 @@ def test_empty_places_of_the_tail_are_not_there():
     c = torch.linspace(0, 1, 15, dtype=torch.float64)
     padded = torch.cat([tail[:7], torch.zeros(3).long(), tail[7:]])
     padded_c = torch.cat([c[:7], torch.full((3,), -torch.inf).double(), c[7:]])
-    post = LogitTransform(1.0, 2.0)
+    head = problem.head(LogitTransform(1.0, 2.0))
     results = []
     for ids, log_weights in ((tail, c), (padded, padded_c)):
-        candidates = core.Candidates(shared, ids, log_weights, control_variate=True)
-        loss = core.candidate_cross_entropy(
-            *problem[:3], candidates, bias=problem.bias, post=post
-        ).loss
+        candidates = Candidates(shared, ids, log_weights, control_variate=True)
+        loss = candidate_cross_entropy(head, problem.positions(), candidates).loss
         results.append([loss, *torch.autograd.grad(loss.sum(), problem.parameters)])
     assert all(torch.equal(a, b) for a, b in zip(*results))

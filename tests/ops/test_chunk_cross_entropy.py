@@ -34,25 +34,16 @@ def problems(draw):
 @given(problems(), st.sampled_from([1, 64, 2**22]))
 def test_equals_the_reference(case, block_elements):
     problem, chunks, post = case
+    head = problem.head(post)
     expected = rece_reference(
-        *problem[:3],
-        chunks.of_position,
-        chunks.of_class,
-        chunks.reach,
-        bias=problem.bias,
-        post=post,
+        head, problem.positions(), chunks.of_position, chunks.of_class, chunks.reach
     )
     weights = torch.linspace(0.5, 1.5, len(expected), dtype=expected.dtype)
     kept, core.BLOCK_ELEMENTS = core.BLOCK_ELEMENTS, block_elements
     try:
-        loss = core.chunk_cross_entropy(*problem[:3], chunks, bias=problem.bias, post=post)
-        total = core.chunk_cross_entropy(
-            *problem[:3],
-            chunks,
-            bias=problem.bias,
-            post=post,
-            position_weight=torch.tensor(0.3, dtype=torch.float64),
-        )
+        loss = core.chunk_cross_entropy(head, problem.positions(), chunks)
+        share = torch.tensor(0.3, dtype=torch.float64)
+        total = core.chunk_cross_entropy(head, problem.positions(share), chunks)
         cases = ((loss * weights).sum(), (expected * weights).sum()), (total, 0.3 * expected.sum())
         for actual, wanted in cases:
             torch.testing.assert_close(actual, wanted, rtol=1e-9, atol=1e-9)
@@ -73,9 +64,12 @@ def test_low_precision_is_as_good_as_its_inputs(dtype):
     chunks = core.Chunks(
         torch.arange(2 * n).view(2, n) % 7, torch.arange(2 * v).view(2, v) % 7, 7, 1
     )
-    expected = rece_reference(*problem[:3], chunks.of_position, chunks.of_class, 1).mean()
+    expected = rece_reference(
+        problem.head(), problem.positions(), chunks.of_position, chunks.of_class, 1
+    ).mean()
     cast = problem._replace(hidden=low[0].requires_grad_(), weight=low[1].requires_grad_())
-    loss = core.chunk_cross_entropy(*cast[:3], chunks, position_weight=torch.tensor(1.0 / n))
+    positions = cast.positions(torch.tensor(1.0 / n))
+    loss = core.chunk_cross_entropy(cast.head(), positions, chunks)
     assert loss.dtype == torch.float32
     assert relative_error(loss, expected) < 1e-6
     for mine, want in zip(gradients(loss, cast), gradients(expected, problem)):

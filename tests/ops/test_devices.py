@@ -16,10 +16,10 @@ from sce_lm.candidates.proposals import Categorical, LogUniform, draw_rows
 from sce_lm.candidates.resampling import multinomial_counts
 from sce_lm.candidates.state import SCEState
 from sce_lm.objectives.in_batch import streaming_frequency
-from sce_lm.objectives.sce import count_strata
 from sce_lm.ops.catalogue_scan import catalogue_topk
-from sce_lm.ops.exact_cross_entropy import ExactPasses
-from sce_lm.ops.rows import HeadColumns, Needs, dense_gradient, sparse_gradient
+from sce_lm.ops.exact_cross_entropy import ExactScan
+from sce_lm.ops.head import Head, Needs, sparse_gradient
+from sce_lm.ops.positions import Positions
 
 N, V, D = 60, 500, 16
 POST = LogitTransform(1.0, 30.0)
@@ -35,12 +35,12 @@ def ids(*shape):
     return torch.zeros(shape, dtype=torch.int64, device=where["device"])
 
 
-def columns():
-    return HeadColumns(floats(V, D), None, floats(V))
+def head():
+    return Head(floats(V, D), None, floats(V), POST)
 
 
 def exact():
-    passes = ExactPasses(floats(N, D), columns(), ids(N), POST)
+    passes = ExactScan(head(), Positions(floats(N, D), ids(N)))
     found = passes.scan(with_grad_hidden=True, top_k=3)
     needs = Needs(True, (True, False, True))
     gradients = [g for g in passes.gradients(floats(N), floats(N), needs) if g is not None]
@@ -48,7 +48,7 @@ def exact():
 
 
 def at_centers():
-    return center_softmax(floats(4, D), ids(N), columns(), POST, control_variate=True)
+    return center_softmax(floats(4, D), ids(N), head(), control_variate=True)
 
 
 def shared_kernel():
@@ -77,11 +77,13 @@ HOST_CODE = {
     "projection": lambda: fit_projection(floats(N, D), floats(V, D), 4),
     "hashing": lambda: hash_chunks([floats(N, D)], floats(8, D), 4),
     "resampling": lambda: multinomial_counts(floats(N, 30), 5, None),
-    "scan": lambda: catalogue_topk(floats(4, D), floats(V, D), 9, bias=floats(V), backend="torch"),
-    "row sum": lambda: columns().row_sum(),
-    "row sums of strata": lambda: columns().row_sums(ids(V), 3),
-    "strata": lambda: count_strata(ids(V), 3),
-    "dense gradient": lambda: dense_gradient(floats(V, D), ids(9), floats(9, D), floats(1, D)),
+    "scan": lambda: catalogue_topk(floats(4, D), head(), 9, backend="torch"),
+    "row sum": lambda: head().row_sum(),
+    "gradients of the head": lambda: [
+        g
+        for g in head().gradients((True, False, True), ids(9), floats(9, D + 1), floats(1, D + 1))
+        if g is not None
+    ],
     "sparse gradient": lambda: sparse_gradient(floats(V, D), ids(9), floats(9, D)),
     "state": a_state,
     "streaming": lambda: streaming_frequency(SCEState(), ids(9), ids(9), V, 0.1, keep=True),

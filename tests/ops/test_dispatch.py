@@ -1,20 +1,22 @@
 """Which implementation runs."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from support.problems import make_problem
 
 from sce_lm import SCEConfig, objectives
 from sce_lm.ops import dispatch
+from sce_lm.ops.chunk_cross_entropy import Chunks
+from sce_lm.ops.head import Head
+from sce_lm.ops.positions import Positions
 
-ON_GPU = SimpleNamespace(device=torch.device("cuda"))
-ON_CPU = torch.zeros(1)
+ON_GPU, ON_CPU = torch.device("cuda"), torch.device("cpu")
+HEAD, POSITIONS = Head(torch.zeros(2, 1)), Positions(torch.zeros(1, 1), torch.zeros(1).long())
+CHUNKS = Chunks(torch.zeros(1, 1).long(), torch.zeros(1, 2).long(), 1, 0)
 
 
 @pytest.mark.parametrize(
-    ("backend", "like", "reason", "chosen"),
+    ("backend", "device", "reason", "chosen"),
     [
         ("auto", ON_GPU, None, True),
         ("auto", ON_GPU, "of its dtype", False),
@@ -24,10 +26,10 @@ ON_CPU = torch.zeros(1)
         ("triton", ON_CPU, None, True),
     ],
 )
-def test_the_choice(backend, like, reason, chosen, monkeypatch):
+def test_the_choice(backend, device, reason, chosen, monkeypatch):
     run = object()
     monkeypatch.setattr(dispatch, "_find", lambda *inputs: (reason, run))
-    found = dispatch.kernels("exact_cross_entropy", backend, like)
+    found = dispatch.kernels("exact_cross_entropy", backend, device)
     assert found is (run if chosen else None)
 
 
@@ -35,19 +37,21 @@ def test_kernels_that_cannot_run_say_why(monkeypatch):
     with pytest.raises(ValueError, match='"triton": it has no kernels; use backend="auto"'):
         dispatch.kernels("position_cross_entropy", "triton", ON_CPU)
     with pytest.raises(ValueError, match="tensors on 'cpu' need a GPU"):
-        dispatch.kernels("exact_cross_entropy", "triton", ON_CPU, torch.zeros(2, 1))
+        dispatch.kernels("exact_cross_entropy", "triton", ON_CPU, HEAD, POSITIONS)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ValueError, match="Triton is not installed"):
-        dispatch.kernels("exact_cross_entropy", "triton", ON_CPU, torch.zeros(2, 1))
+        dispatch.kernels("exact_cross_entropy", "triton", ON_CPU, HEAD, POSITIONS)
     assert dispatch.kernels("exact_cross_entropy", "auto", ON_GPU) is None
 
 
 def test_every_operation_in_the_table_is_there():
     for operation in dispatch.MODULES:
-        inputs = [ON_CPU] if operation == "priority_sample" else [torch.zeros(2, 1)] * 2
-        if operation == "chunk_cross_entropy":
-            inputs += [None, None, SimpleNamespace(of_position=[0])]
-        reason, run = dispatch._find(operation, *inputs)
+        inputs = {
+            "priority_sample": [torch.zeros(2)],
+            "catalogue_topk": [HEAD, POSITIONS.hidden],
+            "chunk_cross_entropy": [HEAD, POSITIONS, CHUNKS],
+        }
+        reason, run = dispatch._find(operation, *inputs.get(operation, [HEAD, POSITIONS]))
         assert "TRITON_INTERPRET" in reason
         assert callable(run)
 

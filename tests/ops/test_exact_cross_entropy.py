@@ -9,6 +9,8 @@ from support.problems import gradients, make_problem, relative_error
 import sce_lm.ops.exact_cross_entropy as core
 from sce_lm import LogitTransform
 from sce_lm.objectives.reference import exact_reference, raw_logits
+from sce_lm.ops.head import Head
+from sce_lm.ops.positions import Positions
 
 
 @given(
@@ -28,16 +30,15 @@ def test_equals_the_reference(n, v, d, with_bias, post, blocks, tiles, is_frozen
         problem = problem._replace(weight=problem.weight.detach())
     inputs = [t for t in problem[:2] + problem[3:] if t is not None and t.requires_grad]
     weights = torch.linspace(0.5, 1.5, n, dtype=torch.float64)
-    expected = exact_reference(*problem[:3], bias=problem.bias, post=post)
+    head = problem.head(post)
+    expected = exact_reference(head, problem.positions())
     wanted = torch.autograd.grad((expected * weights).sum(), inputs)
-    s = post(raw_logits(problem.hidden, problem.weight, problem.bias))
+    s = post(raw_logits(head, problem.hidden))
     with pytest.MonkeyPatch.context() as patch:
         for name, value in {**blocks, **tiles}.items():
             patch.setattr(core, name, value)
         for position_weight in (None, weights):
-            result = core.exact_cross_entropy(
-                *problem[:3], bias=problem.bias, post=post, position_weight=position_weight
-            )
+            result = core.exact_cross_entropy(head, problem.positions(position_weight))
             loss = (result.loss * weights).sum() if position_weight is None else result.loss
             torch.testing.assert_close(loss, (expected * weights).sum())
             assert torch.equal(result.correct, s.argmax(1) == problem.labels)
@@ -47,7 +48,7 @@ def test_equals_the_reference(n, v, d, with_bias, post, blocks, tiles, is_frozen
                 for actual, want in zip(found, wanted):
                     torch.testing.assert_close(actual, want)
         k = min(3, v)
-        scores = core.exact_scores(*problem[:3], top_k=k, bias=problem.bias, post=post)
+        scores = core.exact_scores(head, problem.positions(), top_k=k)
     torch.testing.assert_close(scores.log_probability, -expected.detach())
     assert torch.equal(scores.correct, result.correct)
     assert torch.equal(scores.top, s.topk(k, dim=1).indices)
@@ -55,11 +56,11 @@ def test_equals_the_reference(n, v, d, with_bias, post, blocks, tiles, is_frozen
 
 def test_of_several_best_classes_the_first_counts():
     """At initialisation all logits may tie; that is not an accuracy of 1."""
-    hidden, weight = torch.ones(3, 4), torch.zeros(9, 4)
-    labels = torch.tensor([0, 4, 8])
+    weight = torch.zeros(9, 4)
+    positions = Positions(torch.ones(3, 4), torch.tensor([0, 4, 8]), torch.tensor(1.0))
     for needs_weight in (True, False):
         w = weight.clone().requires_grad_(needs_weight)
-        result = core.exact_cross_entropy(hidden, w, labels, position_weight=torch.tensor(1.0))
+        result = core.exact_cross_entropy(Head(w), positions)
         assert result.correct.tolist() == [True, False, False]
 
 
@@ -74,10 +75,10 @@ def test_low_precision_is_as_good_as_stock(dtype, monkeypatch):
     problem = drawn._replace(
         hidden=low[0].double().requires_grad_(), weight=low[1].double().requires_grad_()
     )
-    expected = exact_reference(*problem[:3]).mean()
+    expected = exact_reference(problem.head(), problem.positions()).mean()
     wanted = gradients(expected, problem)
     cast = drawn._replace(hidden=low[0].requires_grad_(), weight=low[1].requires_grad_())
-    ours = core.exact_cross_entropy(*cast[:3], position_weight=torch.tensor(1 / 300)).loss
+    ours = core.exact_cross_entropy(cast.head(), cast.positions(torch.tensor(1 / 300))).loss
     stock = torch.nn.functional.cross_entropy((cast.hidden @ cast.weight.T).float(), cast.labels)
     assert ours.dtype == torch.float32
     assert relative_error(ours, expected) <= relative_error(stock, expected) + 2e-6
@@ -97,9 +98,8 @@ def test_a_whole_tile_of_masked_classes(mask, with_grad_hidden):
     labels = problem.labels % core.TILE_CLASSES + core.TILE_CLASSES + 5
     hidden, weight = problem.hidden, problem.weight.detach().requires_grad_(not with_grad_hidden)
     share = torch.tensor(0.5) if with_grad_hidden else None
-    loss = core.exact_cross_entropy(
-        hidden, weight, labels, bias=bias, position_weight=share
-    ).loss.sum()
+    head, positions = Head(weight, bias=bias), Positions(hidden, labels, share)
+    loss = core.exact_cross_entropy(head, positions).loss.sum()
     logits = hidden.double() @ weight.double().T + bias
     want = torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
     want = want * 0.5 if with_grad_hidden else want

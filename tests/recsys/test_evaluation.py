@@ -15,7 +15,7 @@ from support.data import shared_data
 
 from sce_lm import objectives
 from sce_lm.hf.adapter import apply_sce, objective_of
-from sce_lm.ops.rows import HeadColumns
+from sce_lm.ops.head import Head
 from sce_lm.recsys import (
     SASRecConfig,
     SASRecForCausalLM,
@@ -254,7 +254,7 @@ def test_low_precision_models_score_in_fp32(dtype):
     hidden, weight, bias = torch.randn(3, 70), torch.randn(40, 70), torch.randn(40)
     hidden, weight, bias = hidden.to(dtype), weight.to(dtype), bias.to(dtype)
     with torch.autocast("cpu", torch.bfloat16):
-        scores = head_scores(hidden, HeadColumns(weight, bias=bias), lambda raw: raw)(3, 31)
+        scores = head_scores(hidden, Head(weight, bias=bias))(3, 31)
     assert scores.dtype == torch.float32
     exact = hidden.double() @ weight[3:31].double().T + bias[3:31].double()
     torch.testing.assert_close(scores.double(), exact, rtol=1e-5, atol=1e-5)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from functools import partial
 from typing import NamedTuple
 
 import torch
 
 from sce_lm import LogitTransform
-from sce_lm.objectives.base import HeadInputs
+from sce_lm.objectives.call import Call
+from sce_lm.objectives.reference import raw_logits
 from sce_lm.objectives.sce import SCE
 from sce_lm.ops.candidate_cross_entropy import candidate_cross_entropy
+from sce_lm.ops.head import Head
+from sce_lm.ops.positions import Positions
 
 
 class Bias(NamedTuple):
@@ -32,22 +34,18 @@ def measure(objective: SCE, problem, post: LogitTransform, draws: int, replace=l
     ``replace`` may plant an error into the candidates of each draw.
     """
     hidden, weight, labels, bias = (t if t is None else t.detach() for t in problem)
-    x = hidden @ weight.T if bias is None else hidden @ weight.T + bias
-    log_z = torch.logsumexp(post(x), dim=1)
-    inputs = HeadInputs(hidden, weight, labels, bias, post, None, None, False)
+    head, positions = Head(weight, None, bias, post), Positions(hidden, labels)
+    log_z = torch.logsumexp(post(raw_logits(head, hidden)), dim=1)
     # A past in which some classes were seen five times as often as others.
     state = objective.state
     state.counts, state.step = 20 + torch.arange(len(weight)) * 37 % 81, 1
-    sizes = objective.config.resolve(len(labels), len(weight), num_labels=int(state.counts.sum()))
-    choose = partial(objective._choose, counted=False, trains_head=False)
     ratios = []
     with torch.no_grad():
         for seed in range(draws):
-            counts = state.begin_call(labels, len(weight), seed)[0]
-            candidates = replace(choose(inputs, sizes, counts, seed)[0])
-            result = candidate_cross_entropy(
-                hidden, weight, labels, candidates, bias=bias, post=post
-            )
+            generator = torch.Generator().manual_seed(seed)
+            call = Call().begin(state, labels, len(weight), generator)
+            candidates = replace(objective.choose(head, positions, call).candidates)
+            result = candidate_cross_entropy(head, positions, candidates)
             ratios.append(result.log_partition - log_z)
     return ratio_bias(ratios)
 

@@ -24,7 +24,7 @@ SCATTERED = torch.arange(3, V + 22, 8)[:22]
 _TAIL = {"shared_frequent": 20, "tail_candidates": 40, "num_buckets": 0}
 _BUCKETS = {"shared_frequent": 20, "num_buckets": 3, "bucket_candidates": 15}
 _ALL = {**_BUCKETS, "tail_candidates": 40}
-_MIXTURE = {"labels": 1, "in_batch": 1, "cache": 1, "kernel": 1, "gradient": 1, "uniform": 1}
+_MIXTURE = {"labels": 1, "gradient": 1, "uniform": 1}
 
 TAILS: dict[str, dict[str, Any]] = {
     "control": {**_ALL, "control_variate": True},
@@ -32,15 +32,11 @@ TAILS: dict[str, dict[str, Any]] = {
     "auto": _ALL,
     "no buckets": {**_TAIL, "control_variate": True},
     "balanced": {**_ALL, "assignment": "balanced", "control_variate": True},
-    "strata": {**_ALL, "control_variate": True, "tail_strata": 3},
     "row control": {**_ALL, "control_variate": True, "row_control_variate": True},
     "row control, no buckets": {**_TAIL, "control_variate": False, "row_control_variate": True},
     "sparse": {**_ALL, "control_variate": True, "sparse_grad": True},
     "no list": {**_ALL, "shared_labels": False, "shared_frequent": 0, "control_variate": True},
     "uniform": {**_TAIL, "prior": "uniform"},
-    "in_batch": {**_TAIL, "prior": "in_batch"},
-    "cache": {**_TAIL, "prior": "cache"},
-    "kernel": {**_TAIL, "prior": "kernel"},
     "gradient": {**_TAIL, "prior": "gradient", "control_variate": True},
     "mixture": {**_ALL, "prior": _MIXTURE},
     "target": {**_ALL, "target_relative_error": 0.1},
@@ -51,7 +47,8 @@ TAILS: dict[str, dict[str, Any]] = {
 OTHERS: dict[str, dict[str, Any]] = {
     "exact": {"name": "exact"},
     "sce, labels first": {"name": "sce", **_ALL, "labels_first": 3},
-    "sce, uncorrected": {"name": "sce", **_BUCKETS, "correction": "none"},
+    "sce, uncorrected": {"name": "sce", **_BUCKETS}
+    | {"tail_candidates": 0, "control_variate": False},
     "sce, published": {"name": "sce", "published": True, "bucket_candidates": 20},
     "sce, random, mean": {"name": "sce", "published": True, "mix": False, "reduce": "mean"},
     "rece": {"name": "rece"},
@@ -64,7 +61,6 @@ OTHERS: dict[str, dict[str, Any]] = {
     "kernel": {"name": "kernel", "num_negatives": 30},
     "kernel, centred": {"name": "kernel", "num_negatives": 30, "center": True, "alpha": "auto"},
     "kernel, quartic": {"name": "kernel", "num_negatives": 30, "kernel": "quartic"},
-    "kernel, absolute": {"name": "kernel", "num_negatives": 30, "absolute": True},
     "kernel, shared": {"name": "kernel", "num_negatives": 30, "shared": True},
     "kernel, projected": {"name": "kernel", "num_negatives": 30, "projection": 5},
     "sampled_softmax": {"name": "sampled_softmax", "num_negatives": 30},

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 import sce_lm.objectives.sce as sce
-import sce_lm.ops.candidate_cross_entropy as core
-from sce_lm.ops.candidate_cross_entropy import Candidates
+from sce_lm.ops.candidate_blocks import Lists
+from sce_lm.ops.candidates import Candidates
+from sce_lm.ops.head import Head
 
 
 def wrong_threshold(proposal, size, generator, **options):
@@ -25,39 +26,39 @@ PLANTED = ["c omitted", "tau the m-th", "label twice", "bucket item twice", "mea
 
 def plant(error: str, monkeypatch: pytest.MonkeyPatch) -> Callable[[Candidates], Candidates]:
     """Put one error into the library; returns what to do to the candidates of a draw."""
-    problem_init, block, rows = core._Problem.__init__, core._block, core._Problem.rows
+    init, block, rows, row_sum = Lists.__init__, Lists.block, Head.rows, Head.row_sum
 
-    def init(p, *args):
-        problem_init(p, *args)
-        candidates = args[3]
-        if error == "bucket item twice":
-            p.own_tail = torch.zeros_like(p.own_tail)
-            if candidates.control_variate:
-                p.tail_weight = p.dense_weight[p.tail].expand_as(p.tail_weight)
-                p.tail_total = p.tail_weight.sum(dim=1)
-                p.tail_rows = p.tail_weight @ p.dense_rows[p.tail]
-        elif error == "mean of b":
-            p.rest_total[:, -1] = 0.0
+    def all_of_the_tail(lists, *args):
+        init(lists, *args)
+        lists.own_tail = torch.zeros_like(lists.own_tail)
 
     def no_label_mask(*args):
         nowhere = torch.empty(0, dtype=torch.int64)
         return block(*args)._replace(is_label=(nowhere, nowhere))
 
-    def narrow(p, ids):
+    def without_bias(head, *args):
+        return row_sum(head._replace(bias=torch.zeros_like(head.bias)), *args)
+
+    def narrow(head, ids, dtype):
         """Row offsets that overflow an integer narrower than the table, as int32 would."""
-        width = p.columns.weight.shape[1]
+        if isinstance(ids, slice):
+            return rows(head, ids, dtype)
+        width = head.weight.shape[1]
         offset = ids * width
         wrapped = torch.where(offset >= 1024, offset - 1024, offset)
-        return rows(p, wrapped // width)
+        return rows(head, wrapped // width, dtype)
 
     if error == "c omitted":
         return lambda c: dataclasses.replace(c, tail_log_weights=0 * c.tail_log_weights)
     if error == "tau the m-th":
         monkeypatch.setattr(sce, "priority_sample", wrong_threshold)
     elif error == "label twice":
-        monkeypatch.setattr(core, "_block", no_label_mask)
-    elif error == "offsets":
-        monkeypatch.setattr(core._Problem, "rows", narrow)
+        monkeypatch.setattr(Lists, "block", no_label_mask)
+    elif error == "bucket item twice":
+        monkeypatch.setattr(Lists, "__init__", all_of_the_tail)
+    elif error == "mean of b":
+        monkeypatch.setattr(Head, "row_sum", without_bias)
     else:
-        monkeypatch.setattr(core._Problem, "__init__", init)
+        assert error == "offsets"
+        monkeypatch.setattr(Head, "rows", narrow)
     return lambda c: c

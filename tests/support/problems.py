@@ -6,6 +6,10 @@ from typing import NamedTuple
 
 import torch
 
+from sce_lm import LogitTransform
+from sce_lm.ops.head import Head
+from sce_lm.ops.positions import Positions
+
 
 class Problem(NamedTuple):
     hidden: torch.Tensor
@@ -17,6 +21,14 @@ class Problem(NamedTuple):
     def parameters(self) -> list[torch.Tensor]:
         """The tensors with a gradient."""
         return [t for t in (self.hidden, self.weight, self.bias) if t is not None]
+
+    def head(
+        self, post: LogitTransform = LogitTransform(), low_rank: torch.Tensor | None = None
+    ) -> Head:
+        return Head(self.weight, low_rank, self.bias, post)
+
+    def positions(self, weight: torch.Tensor | None = None) -> Positions:
+        return Positions(self.hidden, self.labels, weight)
 
 
 def make_problem(

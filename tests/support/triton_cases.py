@@ -8,8 +8,7 @@ from typing import NamedTuple
 import torch
 from support.problems import Problem, make_problem
 
-from sce_lm.objectives.reference import raw_logits
-from sce_lm.ops.candidate_cross_entropy import Candidates
+from sce_lm.ops.candidates import Candidates
 from sce_lm.ops.logits import LogitTransform
 
 CAP = LogitTransform(1.5, 2.0)
@@ -106,23 +105,6 @@ def draw(case: Case, seed: int = 0) -> Drawn:
         problem[index].requires_grad_(False)
         double[index].requires_grad_(False)
     return Drawn(problem, double, candidates)
-
-
-def weighted_bucket_reference(double: Problem, candidates: Candidates, post: LogitTransform):
-    """Losses ``[N]`` where buckets have weights, written out for all V classes."""
-    x = raw_logits(double.hidden, double.weight, double.bias)
-    s = post(x)
-    rows = torch.arange(len(x))
-    items, c = candidates.bucket_items, candidates.bucket_log_weights
-    inclusion = torch.zeros_like(x)
-    inclusion[:, candidates.tail] = candidates.tail_log_weights.to(x.dtype).exp()
-    inclusion[:, candidates.shared] = 1.0
-    own = torch.zeros(len(items), x.shape[1], dtype=x.dtype)
-    own.scatter_add_(1, items, c.to(x.dtype).exp())
-    own = own[candidates.bucket_of]
-    inclusion = torch.where(own > 0, own, inclusion)
-    inclusion[rows, double.labels] = 1.0
-    return (inclusion * s.exp()).sum(dim=1).log() - s[rows, double.labels]
 
 
 def _double(tensor: torch.Tensor | None) -> torch.Tensor | None:

@@ -22,13 +22,15 @@ from support.monte_carlo import CAP, PLAIN, STRATA, call_bias, exact_loss, peake
 from support.planted import plant
 from support.problems import Problem, gradients, make_problem, relative_error
 
-import sce_lm.ops.candidate_cross_entropy as core
 from sce_lm import LogitTransform, SCEConfig, SCEState, objectives
 from sce_lm.benchmarks.ranks import collective_bytes
 from sce_lm.distributed import own_rows, vocab_parallel_loss, vocab_parallel_scores
 from sce_lm.objectives.reference import exact_reference
 from sce_lm.objectives.sce import SCE
+from sce_lm.ops.candidate_blocks import Lists
+from sce_lm.ops.control_variate import Rest
 from sce_lm.ops.exact_cross_entropy import exact_scores
+from sce_lm.ops.positions import Positions
 from sce_lm.training.measure import start_peak
 
 N, V, D = 61, 203, 12
@@ -41,13 +43,6 @@ COVERING = {
         num_buckets=5, bucket_candidates=V, tail_candidates=V, control_variate=True, **NO_SHARED
     ),
     "tail": SCEConfig(num_buckets=0, tail_candidates=V, control_variate=True, **NO_SHARED),
-    "strata": SCEConfig(
-        num_buckets=5,
-        bucket_candidates=30,
-        tail_candidates=V,
-        tail_strata=3,
-        control_variate=True,
-    ),
     "all": SCEConfig(
         num_buckets=5,
         bucket_candidates=40,
@@ -76,9 +71,8 @@ def assert_covering_candidates_are_exact(name: str, with_bias: bool, post, dtype
     problem = make_problem(N, V, D, with_bias=with_bias, spread=2.0)
     problem.labels[::7] = -100
     valid = problem.labels != -100
-    exact = exact_reference(
-        problem.hidden[valid], problem.weight, problem.labels[valid], bias=problem.bias, post=post
-    )
+    positions = Positions(problem.hidden[valid], problem.labels[valid])
+    exact = exact_reference(problem.head(post), positions)
     own = shard(
         problem._replace(
             **{
@@ -134,7 +128,7 @@ def labels_first() -> None:
 
 def num_items() -> None:
     problem = make_problem(N, V, D)
-    total = exact_reference(*problem[:3], bias=problem.bias).sum()
+    total = exact_reference(problem.head(), problem.positions()).sum()
     own = shard(problem)
     loss = vocab_parallel_loss(
         *own[:3], vocab_size=V, bias=own.bias, config=EXACT, num_items_in_batch=torch.tensor(500)
@@ -244,7 +238,7 @@ def scores() -> None:
     own = shard(problem)
     for post in (LogitTransform(), LogitTransform(1.7, 3.0)):
         for k in (1, 7, V - 1, V + 9):
-            want = exact_scores(*problem[:3], top_k=k, bias=problem.bias, post=post)
+            want = exact_scores(problem.head(post), problem.positions(), top_k=k)
             got = vocab_parallel_scores(*own[:3], top_k=k, vocab_size=V, bias=own.bias, post=post)
             torch.testing.assert_close(got.log_probability, want.log_probability)
             assert got.top.shape == want.top.shape
@@ -277,7 +271,7 @@ def dtensors() -> None:
     hidden = problem.hidden.detach().clone().requires_grad_()
     for config in (EXACT, COVERING["all"]):
         loss = vocab_parallel_loss(hidden, weight, problem.labels, bias=bias, config=config)
-        exact = exact_reference(*problem[:3], bias=problem.bias).mean()
+        exact = exact_reference(problem.head(), problem.positions()).mean()
         assert relative_error(loss, exact) < 1e-10
         got = torch.autograd.grad(loss, [hidden, weight, bias])
         assert isinstance(got[1], DTensor)
@@ -351,8 +345,8 @@ def low_rank() -> None:
         torch.randn(n, 3, generator=generator, dtype=torch.float64).requires_grad_() for n in (V, N)
     )
     wide = torch.cat([problem.hidden, u], dim=1)
-    full = torch.cat([problem.weight, b], dim=1)
-    exact = exact_reference(wide, full, problem.labels, bias=problem.bias).mean()
+    full = problem._replace(hidden=wide, weight=torch.cat([problem.weight, b], dim=1))
+    exact = exact_reference(full.head(), full.positions()).mean()
     wanted = torch.autograd.grad(exact, [problem.hidden, u, b])
     rows, own = own_rows(V), shard(problem)
     own_b = b.detach()[rows].clone().requires_grad_()
@@ -460,30 +454,35 @@ def check_unbiased(strata: str, post, *, control: bool) -> None:
 
 def rest_of_all_ranks(patch: pytest.MonkeyPatch) -> None:
     """|R| counts the rows of other ranks too."""
-    init = core._Problem.__init__
+    init = Rest.__init__
 
-    def wrong(p, *args):
-        init(p, *args)
-        p.rest_size += len(p.columns.weight)
+    def wrong(rest, lists, row_sum):
+        init(rest, lists, row_sum)
+        rest.size += lists.head.vocab_size
 
-    patch.setattr(core._Problem, "__init__", wrong)
+    patch.setattr(Rest, "__init__", wrong)
 
 
 def label_of_another_rank(patch: pytest.MonkeyPatch) -> None:
     """Labels of other ranks count as if they lay in R."""
-    block = core._block
+    block = Lists.block
 
     def wrong(*args):
         found = block(*args)
         return found._replace(outside=torch.ones_like(found.outside))
 
-    patch.setattr(core, "_block", wrong)
+    patch.setattr(Lists, "block", wrong)
 
 
 def in_the_library(error: str) -> Callable[[pytest.MonkeyPatch], None]:
     def put(patch: pytest.MonkeyPatch) -> None:
-        replace, choose = plant(error, patch), SCE._choose
-        patch.setattr(SCE, "_choose", lambda *args, **kwargs: replace(choose(*args, **kwargs)))
+        replace, choose = plant(error, patch), SCE.choose
+
+        def wrong(*args):
+            chosen = choose(*args)
+            return chosen._replace(candidates=replace(chosen.candidates))
+
+        patch.setattr(SCE, "choose", wrong)
 
     return put
 

@@ -79,6 +79,42 @@ def test_the_arguments_of_changes_are_read_back(tmp_path):
     assert {name: getattr(config, name) for name in changes} == changes
 
 
+def test_options_of_the_published_form_are_its_own(tmp_path):
+    options = {"published": True, "bucket_candidates": 256, "mix": False}
+    text = MODEL + "objective_options: {published: true, bucket_candidates: 256, mix: false}\n"
+    assert parse_config([write(tmp_path, text)]).objective_options == options
+
+
+@pytest.mark.parametrize(
+    ("objective", "options", "message"),
+    [
+        ("sce", "published: true, tail_candidates: 9", "tail_candidates is no option of objective"),
+        ("sce", "published: true, alpha: 0", r"alpha is 0\.0; give a positive number"),
+        ("sce", "published: true, mix: 3", "mix is 3; expected true or false"),
+        ("sce", "published: true, bucket_candidates: auto", "bucket_candidates is 'auto'; expecte"),
+        ("sce", "mix: false", "mix is no option of objective 'sce'"),
+        ("sce", "correction: none", "correction is no option of objective 'sce'"),
+        ("exact", "published: true", "published is True: objective 'exact' has no other published"),
+    ],
+)
+def test_options_that_a_form_does_not_have_are_refused(tmp_path, objective, options, message):
+    text = f"{MODEL}objective: {objective}\nobjective_options: {{{options}}}\n"
+    with pytest.raises(ValueError, match=rf"config\.yaml: objective_options\.{message}"):
+        parse_config([write(tmp_path, text)])
+
+
+def test_help_shows_every_field_and_default(capsys):
+    with pytest.raises(SystemExit) as ended:
+        parse_config(["--help"])
+    assert ended.value.code == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    defaults = TrainConfig(model="any").to_dict() | {"model": None}
+    for field in dataclasses.fields(TrainConfig):
+        assert f"--{field.name} " in shown
+        about = f"{field.metadata['help']} (default: {defaults[field.name]})"
+        assert "".join(about.split()) in shown.replace(" ", ""), field.name
+
+
 def test_every_field_is_documented():
     assert all(field.metadata["help"] for field in dataclasses.fields(TrainConfig))
 

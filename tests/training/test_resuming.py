@@ -30,6 +30,18 @@ def copied(four_steps, tmp_path):
     return folder, {**stored_fields(folder), "output_dir": str(folder)}
 
 
+def test_options_of_an_earlier_version_are_read_with_one_warning(tmp_path):
+    options = {"tail_candidates": 32, "prior": {"labels": 3, "cache": 1}, "tail_strata": 4}
+    stored = {"objective": "sce", "objective_options": options, "max_steps": 4}
+    (tmp_path / "config.json").write_text(json.dumps(stored))
+    with pytest.warns(UserWarning, match="objective 'sce' was saved by another") as warned:
+        fields = stored_fields(tmp_path)
+    assert len(warned) == 1
+    assert "tail_strata 4" in str(warned[0].message)
+    assert fields["objective_options"] == {"tail_candidates": 32, "prior": {"labels": 3}}
+    assert TrainConfig(**fields, model="any").objective_options["tail_candidates"] == 32
+
+
 def test_a_finished_run_with_more_steps_goes_on(copied, capsys):
     """Its schedule is that of the longer run, from the step on."""
     folder, fields = copied

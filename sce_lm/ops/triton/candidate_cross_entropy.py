@@ -17,9 +17,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sce_lm.ops.candidate_cross_entropy import CandidateLoss, Candidates
+from sce_lm.ops.candidate_cross_entropy import CandidateLoss
+from sce_lm.ops.candidates import Candidates
+from sce_lm.ops.head import Head, sparse_gradient
 from sce_lm.ops.logits import LogitTransform
-from sce_lm.ops.rows import sparse_gradient
+from sce_lm.ops.positions import Positions
 from sce_lm.ops.triton.backward_pass import backward_pass, normalised
 from sce_lm.ops.triton.candidate_forward import list_sums
 from sce_lm.ops.triton.candidate_lists import Strata, candidate_lists
@@ -36,41 +38,22 @@ from sce_lm.ops.triton.logit_gradient import LossGradient
 from sce_lm.ops.triton.merge_rows import merge_rows, touched_rows
 from sce_lm.ops.triton.row_dot import row_dot
 from sce_lm.ops.triton.row_gradient import RowTarget
-from sce_lm.ops.triton.supported import contiguous, inputs_supported
+from sce_lm.ops.triton.supported import contiguous, losses_supported
 
-
-def candidate_cross_entropy_supported(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    low_rank: Tensor | None = None,
-    candidates: Candidates | None = None,
-) -> str | None:
-    """Why the kernels cannot take these inputs; None if they can. ``candidates``: None stands for
-    any with a single stratum."""
-    if candidates is not None and candidates.control_variate and candidates.stratum_of is not None:
-        return "the control variate has several strata, and they know one mean"
-    return inputs_supported(hidden, weight, bias, low_rank)
+candidate_cross_entropy_supported = losses_supported
 
 
 def candidate_cross_entropy(
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    candidates: Candidates,
-    *,
-    bias: Tensor | None = None,
-    post: LogitTransform = LogitTransform(),
-    position_weight: Tensor | None = None,
+    head: Head, positions: Positions, candidates: Candidates
 ) -> CandidateLoss:
     """As :func:`sce_lm.ops.candidate_cross_entropy.candidate_cross_entropy`, for inputs that
     :func:`candidate_cross_entropy_supported` accepts."""
     c = candidates
-    labels, bias = contiguous(labels, bias)
+    labels, bias = contiguous(positions.labels, head.bias)
     shared, tail, items, bucket_of = contiguous(c.shared, c.tail, c.bucket_items, c.bucket_of)
-    result = _forward(
-        hidden.to(weight.dtype),
-        weight,
+    losses, log_partition, num_clamped, *_ = _forward(
+        positions.hidden.to(head.weight.dtype),
+        head.weight,
         bias,
         labels,
         shared,
@@ -80,14 +63,13 @@ def candidate_cross_entropy(
         bucket_of,
         candidates.bucket_log_weights,
         candidates.row_sum,
-        candidates.left_out,
-        post.scale,
-        post.soft_cap,
+        head.masked,
+        head.post.scale,
+        head.post.soft_cap,
         candidates.control_variate,
         candidates.sparse_grad,
     )
-    loss = result[0] if position_weight is None else (result[0] * position_weight).sum()
-    return CandidateLoss(loss, result[1], result[2])
+    return CandidateLoss(positions.reduce(losses), log_partition, num_clamped)
 
 
 @torch.library.custom_op("sce_lm::candidate_forward", mutates_args=())
@@ -103,7 +85,7 @@ def _forward(
     bucket_of: Tensor | None,
     bucket_log_weights: Tensor | None,
     row_sum: Tensor | None,
-    left_out: Tensor | None,
+    masked: Tensor | None,
     scale: float,
     soft_cap: float | None,
     control_variate: bool,
@@ -114,7 +96,7 @@ def _forward(
     which were clamped; and the mean rows. The last four are empty without control variate."""
     post = LogitTransform(scale, soft_cap)
     strata = Strata(
-        shared, tail, tail_log_weights, bucket_items, bucket_of, bucket_log_weights, left_out
+        shared, tail, tail_log_weights, bucket_items, bucket_of, bucket_log_weights, masked
     )
     label_raw = row_dot(hidden, weight, labels, bias)
     label_s = post(label_raw)
@@ -182,7 +164,7 @@ def _backward(
     bucket_items: Tensor | None,
     bucket_of: Tensor | None,
     bucket_log_weights: Tensor | None,
-    left_out: Tensor | None,
+    masked: Tensor | None,
     scale: float,
     soft_cap: float | None,
     control_variate: bool,
@@ -193,7 +175,7 @@ def _backward(
     """Gradients of hidden states, weight and bias, empty where they are not needed; with
     ``sparse_grad`` the weight's are rows ``[U, d]``, and their ids come last."""
     strata = Strata(
-        shared, tail, tail_log_weights, bucket_items, bucket_of, bucket_log_weights, left_out
+        shared, tail, tail_log_weights, bucket_items, bucket_of, bucket_log_weights, masked
     )
     lists = candidate_lists(strata, len(hidden))
     ratio, factor = normalised(grad_loss)
@@ -272,16 +254,16 @@ def _backward(
         bias_everywhere=bias_everywhere,
         compact=sparse_grad,
     )
-    if left_out is not None and everywhere is not None and bias_everywhere is not None:
+    if masked is not None and everywhere is not None and bias_everywhere is not None:
         # The mean does not reach them; merging has brought it to those that are labels.
         is_label = torch.zeros(len(weight), dtype=torch.bool, device=labels.device)
         is_label.index_fill_(0, labels, True)
-        merged = left_out[is_label[left_out]]
+        merged = masked[is_label[masked]]
         labelled = grad_weight[merged] - (everywhere * factor).to(weight.dtype)
-        grad_weight.index_fill_(0, left_out, 0.0).index_copy_(0, merged, labelled)
+        grad_weight.index_fill_(0, masked, 0.0).index_copy_(0, merged, labelled)
         if bias is not None:
             labelled = grad_bias[merged] - (bias_everywhere * factor).to(bias.dtype)
-            grad_bias.index_fill_(0, left_out, 0.0).index_copy_(0, merged, labelled)
+            grad_bias.index_fill_(0, masked, 0.0).index_copy_(0, merged, labelled)
     return grad_hidden, grad_weight, grad_bias, ids
 
 

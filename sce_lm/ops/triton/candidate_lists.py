@@ -54,7 +54,7 @@ class Strata(NamedTuple):
     bucket_items: torch.Tensor | None
     bucket_of: torch.Tensor | None
     bucket_log_weights: torch.Tensor | None
-    left_out: torch.Tensor | None = None
+    masked: torch.Tensor | None = None
 
 
 class PositionTiles(NamedTuple):

@@ -16,9 +16,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sce_lm.ops.head import Head
 from sce_lm.ops.triton.configurations import configuration
 from sce_lm.ops.triton.logit_math import grouped, raw_logits
-from sce_lm.ops.triton.supported import contiguous, inputs_supported
+from sce_lm.ops.triton.supported import contiguous, products_supported
 
 GROUP_SIZE = 16
 """Classes of a group."""
@@ -91,23 +92,16 @@ def catalogue_scan_kernel(
         tl.store(out + query[:, None] * num_groups + group[None, :], best, mask=is_group)
 
 
-def catalogue_topk_supported(
-    queries: Tensor, weight: Tensor, bias: Tensor | None = None, low_rank: Tensor | None = None
-) -> str | None:
-    """Why the kernels cannot take these inputs; None if they can. Queries may have any dtype."""
-    return inputs_supported(queries.to(weight.dtype), weight, bias, low_rank)
+def catalogue_topk_supported(head: Head, queries: Tensor) -> str | None:
+    """Why the kernels cannot take these inputs; None if they can. Queries are cast."""
+    return products_supported(head, queries.to(head.weight.dtype))
 
 
 def catalogue_topk(
-    queries: Tensor,
-    weight: Tensor,
-    size: int,
-    *,
-    bias: Tensor | None = None,
-    excluded: Tensor | None = None,
+    queries: Tensor, head: Head, size: int, *, excluded: Tensor | None = None
 ) -> Tensor:
     """As :func:`sce_lm.ops.catalogue_scan.catalogue_topk`; scores are kept in fp32."""
-    return _topk(queries, weight, *contiguous(bias, excluded), size)
+    return _topk(queries, head.weight, *contiguous(head.bias, excluded), size)
 
 
 @torch.library.custom_op("sce_lm::catalogue_topk", mutates_args=())

@@ -10,41 +10,27 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sce_lm.ops.candidate_cross_entropy import Candidates
+from sce_lm.ops.candidates import Candidates
 from sce_lm.ops.chunk_cross_entropy import Chunks
-from sce_lm.ops.logits import LogitTransform
+from sce_lm.ops.head import Head
+from sce_lm.ops.positions import Positions
 from sce_lm.ops.triton.candidate_cross_entropy import candidate_cross_entropy
-from sce_lm.ops.triton.supported import inputs_supported
+from sce_lm.ops.triton.supported import losses_supported
 
 
-def chunk_cross_entropy_supported(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    low_rank: Tensor | None,
-    chunks: Chunks,
-) -> str | None:
+def chunk_cross_entropy_supported(head: Head, positions: Positions, chunks: Chunks) -> str | None:
     """Why the kernels cannot take these inputs; None if they can."""
     rounds = len(chunks.of_position)
     if rounds != 1:
         return f"it has {rounds} rounds, and the kernels take one"
-    return inputs_supported(hidden, weight, bias, low_rank)
+    return losses_supported(head, positions)
 
 
-def chunk_cross_entropy(
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    chunks: Chunks,
-    *,
-    bias: Tensor | None = None,
-    post: LogitTransform = LogitTransform(),
-    position_weight: Tensor | None = None,
-) -> Tensor:
+def chunk_cross_entropy(head: Head, positions: Positions, chunks: Chunks) -> Tensor:
     """As :func:`sce_lm.ops.chunk_cross_entropy.chunk_cross_entropy`, for inputs that
     :func:`chunk_cross_entropy_supported` accepts."""
     items, log_weights = _lists(chunks)
-    nothing = labels[:0]
+    nothing = positions.labels[:0]
     candidates = Candidates(
         nothing,
         nothing,
@@ -53,9 +39,7 @@ def chunk_cross_entropy(
         chunks.of_position[0],
         bucket_log_weights=log_weights,
     )
-    return candidate_cross_entropy(
-        hidden, weight, labels, candidates, bias=bias, post=post, position_weight=position_weight
-    ).loss
+    return candidate_cross_entropy(head, positions, candidates).loss
 
 
 def _lists(chunks: Chunks) -> tuple[Tensor, Tensor]:

@@ -42,8 +42,8 @@ class Rest:
 def rest_size(strata: Strata, vocab_size: int) -> int:
     """|R|: what neither the shared list nor a bucket's own holds."""
     own = 0 if strata.bucket_items is None else strata.bucket_items.shape[1]
-    left_out = 0 if strata.left_out is None else len(strata.left_out)
-    return vocab_size - len(strata.shared) - own - left_out
+    masked = 0 if strata.masked is None else len(strata.masked)
+    return vocab_size - len(strata.shared) - own - masked
 
 
 def rest_of(
@@ -57,17 +57,17 @@ def rest_of(
 
     Args:
         labels: ``[N]``, for its size and device.
-        total: ``[d]``, with a bias ``[d + 1]``, sum of all rows that are not left out; None: the
+        total: ``[d]``, with a bias ``[d + 1]``, sum of all rows that are not masked; None: the
             weight is read.
     """
-    shared, items, left_out = strata.shared, strata.bucket_items, strata.left_out
+    shared, items, masked = strata.shared, strata.bucket_items, strata.masked
     width = weight.shape[1]
     if total is None:
         total = weight.sum(dim=0, dtype=torch.float32)
-        if left_out is not None:
-            total = total - _long_sum(weight, left_out)
+        if masked is not None:
+            total = total - _long_sum(weight, masked)
         if bias is not None:
-            finite = bias if left_out is None else bias.index_fill(0, left_out, 0.0)
+            finite = bias if masked is None else bias.index_fill(0, masked, 0.0)
             total = torch.cat([total, finite.sum(dtype=torch.float32).view(1)])
     rows = (total[:width] - _long_sum(weight, shared)).float().unsqueeze(0)
     biases = None
@@ -93,10 +93,10 @@ def _long_sum(weight: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
 
 def outside_lists(labels: torch.Tensor, strata: Strata, vocab_size: int) -> torch.Tensor:
     """``[N]`` fp32, 1 where the label lies in R: in neither the shared list nor its bucket's, and
-    not left out."""
+    not masked."""
     known = _is_in(labels, strata.shared)
-    if strata.left_out is not None:
-        known |= _is_in(labels, strata.left_out)
+    if strata.masked is not None:
+        known |= _is_in(labels, strata.masked)
     if strata.bucket_items is not None and strata.bucket_of is not None:
         bucket = torch.arange(len(strata.bucket_items), device=labels.device)
         keys = strata.bucket_items + bucket.unsqueeze(1) * vocab_size

@@ -12,32 +12,29 @@ import torch
 from torch import Tensor
 
 from sce_lm.ops.exact_cross_entropy import ExactLoss
+from sce_lm.ops.head import Head
 from sce_lm.ops.logits import LogitTransform
+from sce_lm.ops.positions import Positions
 from sce_lm.ops.triton.backward_pass import backward_pass, normalised
 from sce_lm.ops.triton.candidate_forward import list_sums
 from sce_lm.ops.triton.candidate_lists import whole_catalogue
 from sce_lm.ops.triton.logit_gradient import LossGradient
 from sce_lm.ops.triton.row_dot import row_dot
 from sce_lm.ops.triton.row_gradient import RowTarget
-from sce_lm.ops.triton.supported import contiguous, inputs_supported
+from sce_lm.ops.triton.supported import contiguous, losses_supported
 
-exact_cross_entropy_supported = inputs_supported
+exact_cross_entropy_supported = losses_supported
 
 
-def exact_cross_entropy(
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    *,
-    bias: Tensor | None = None,
-    post: LogitTransform = LogitTransform(),
-    position_weight: Tensor | None = None,
-) -> ExactLoss:
+def exact_cross_entropy(head: Head, positions: Positions) -> ExactLoss:
     """As :func:`sce_lm.ops.exact_cross_entropy.exact_cross_entropy`, for inputs that
     :func:`exact_cross_entropy_supported` accepts."""
-    h, (labels, bias) = hidden.to(weight.dtype), contiguous(labels, bias)
-    loss, *found, _ = _forward(h, weight, bias, labels, post.scale, post.soft_cap)
-    return ExactLoss(loss if position_weight is None else (loss * position_weight).sum(), *found)
+    hidden = positions.hidden.to(head.weight.dtype)
+    labels, bias = contiguous(positions.labels, head.bias)
+    losses, correct, confidence, _ = _forward(
+        hidden, head.weight, bias, labels, head.post.scale, head.post.soft_cap
+    )
+    return ExactLoss(positions.reduce(losses), correct, confidence)
 
 
 @torch.library.custom_op("sce_lm::exact_forward", mutates_args=())

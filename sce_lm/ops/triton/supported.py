@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from triton import knobs
 
+from sce_lm.ops.head import Head
+from sce_lm.ops.positions import Positions
 from sce_lm.ops.triton.configurations import DTYPES, architecture_of
 
 
@@ -22,16 +24,17 @@ def device_supported(device: torch.device) -> str | None:
     return f"tensors on {device.type!r} need a GPU, or TRITON_INTERPRET=1"
 
 
-def inputs_supported(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None = None,
-    low_rank: torch.Tensor | None = None,
-) -> str | None:
-    """Why the kernels cannot take hidden states and an output head; None if they can.
+def losses_supported(head: Head, positions: Positions) -> str | None:
+    """Why the kernels cannot take an output head and positions; None if they can."""
+    return products_supported(head, positions.hidden)
+
+
+def products_supported(head: Head, hidden: torch.Tensor) -> str | None:
+    """Why the kernels cannot multiply an output head and ``[N, d]`` vectors; None if they can.
 
     The operands of a product have one dtype: hidden states are widened to that of the weight.
     """
+    weight, low_rank, bias = head.tensors
     reason = device_supported(hidden.device)
     if reason is not None:
         return reason

@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from sce_lm.benchmarks import kernels
+from sce_lm.ops.head import Head
+from sce_lm.ops.positions import Positions
 from sce_lm.ops.triton.compile_offline import Compiled, compile_launch
 from sce_lm.ops.triton.configurations import ARCHITECTURES, DTYPES
 from sce_lm.ops.triton.exact_cross_entropy import exact_cross_entropy_supported
@@ -82,6 +84,7 @@ def test_a_launch_keeps_its_key_and_another_has_its_own():
 
 def test_kernels_load_in_the_interpreter_or_on_a_gpu_only():
     hidden = torch.zeros(2, 16)
-    reason = exact_cross_entropy_supported(hidden, hidden)
+    positions = Positions(hidden, torch.arange(2))
+    reason = exact_cross_entropy_supported(Head(hidden), positions)
     assert reason is not None
     assert "TRITON_INTERPRET" in reason

@@ -13,7 +13,9 @@ from support.problems import Problem, make_problem, relative_error
 
 from sce_lm import objectives
 from sce_lm.objectives.reference import candidate_reference, exact_reference
-from sce_lm.ops.candidate_cross_entropy import Candidates
+from sce_lm.ops.candidates import Candidates
+from sce_lm.ops.head import Head
+from sce_lm.ops.positions import Positions
 from sce_lm.ops.triton.candidate_cross_entropy import candidate_cross_entropy
 from sce_lm.ops.triton.catalogue_scan import catalogue_topk
 from sce_lm.ops.triton.exact_cross_entropy import exact_cross_entropy
@@ -46,8 +48,9 @@ def drawn(width: int, dtype: torch.dtype) -> tuple[Problem, Problem, Candidates]
 
 
 def results(problem: Problem, candidates: Candidates) -> list[torch.Tensor]:
-    loss = candidate_cross_entropy(*problem[:3], candidates, bias=problem.bias).loss
-    exact = exact_cross_entropy(*problem[:3], bias=problem.bias).loss
+    head, positions = problem.head(), problem.positions()
+    loss = candidate_cross_entropy(head, positions, candidates).loss
+    exact = exact_cross_entropy(head, positions).loss
     total = loss.mean() + exact.mean()
     return [loss, exact, *torch.autograd.grad(total, problem.parameters)]
 
@@ -56,8 +59,9 @@ def results(problem: Problem, candidates: Candidates) -> list[torch.Tensor]:
 @pytest.mark.parametrize("width", [64, 300, 896, 2304])
 def test_equals_fp64(width, dtype):
     problem, double, candidates = drawn(width, dtype)
-    loss = candidate_reference(*double[:3], candidates, bias=double.bias)
-    exact = exact_reference(*double[:3], bias=double.bias)
+    head, positions = double.head(), double.positions()
+    loss = candidate_reference(head, positions, candidates)
+    exact = exact_reference(head, positions)
     wanted = torch.autograd.grad(loss.mean() + exact.mean(), double.parameters)
     rounding = 4 * torch.finfo(dtype).eps + 1e-5
     for actual, want in zip(results(problem, candidates), [loss, exact, *wanted]):
@@ -72,7 +76,7 @@ def test_the_same_bits_every_time():
 
 
 def selections(problem: Problem) -> None:
-    catalogue_topk(problem.hidden.detach()[:64], problem.weight.detach(), 128)
+    catalogue_topk(problem.hidden.detach()[:64], Head(problem.weight.detach()), 128)
     noise = torch.Generator("cuda").manual_seed(1)
     priority_sample(torch.zeros(3000, device="cuda"), 256, noise)
 
@@ -123,7 +127,7 @@ def test_a_step_waits_where_labels_are_checked_alone():
         {"name": "in_batch"},
         {"name": "rece"},
         {"name": "sce", "published": True},
-        {"name": "sce", "correction": "none", "num_buckets": 4, "bucket_candidates": 64},
+        {"name": "sce", "num_buckets": 4, "bucket_candidates": 64, "tail_candidates": 0},
     ],
     ids=lambda s: s["name"],
 )
@@ -169,8 +173,9 @@ def test_offsets_past_int32():
     labels = torch.arange(40, device="cuda") + rows - 50
     last = torch.arange(rows - 64, rows, device="cuda")
     candidates = Candidates(last, last[:0], torch.zeros(0, device="cuda"))
-    loss = candidate_cross_entropy(hidden, weight, labels, candidates).loss
-    wanted = exact_reference(hidden.double(), weight[-64:].double(), labels - rows + 64)
+    loss = candidate_cross_entropy(Head(weight), Positions(hidden, labels), candidates).loss
+    wide = Positions(hidden.double(), labels - rows + 64)
+    wanted = exact_reference(Head(weight[-64:].double()), wide)
     assert relative_error(loss, wanted) < 1e-3
 
 

@@ -13,7 +13,9 @@ pytest.importorskip("triton")
 from triton.runtime.jit import JITFunction
 
 from sce_lm.ops.candidate_cross_entropy import Candidates
+from sce_lm.ops.head import Head
 from sce_lm.ops.logits import LogitTransform
+from sce_lm.ops.positions import Positions
 from sce_lm.ops.triton import candidate_cross_entropy as candidate
 from sce_lm.ops.triton import catalogue_scan, priority_sample
 from sce_lm.ops.triton import exact_cross_entropy as exact
@@ -82,9 +84,10 @@ def on_card(*shape, dtype=torch.int64, every=1):
     return torch.empty(shape[0] * every, *shape[1:], dtype=dtype, device=where["device"])[::every]
 
 
-def head(dtype, every):
+def problem(dtype, every):
     hidden, weight = (on_card(rows, D + 32, dtype=dtype)[:, :D] for rows in (N, V))
-    return hidden, weight, on_card(V, dtype=dtype, every=every), on_card(N, every=every)
+    head = Head(weight, None, on_card(V, dtype=dtype, every=every), CAP)
+    return head, Positions(hidden, on_card(N, every=every))
 
 
 @pytest.mark.parametrize("every", [1, 2], ids=["dense", "strided"])
@@ -92,7 +95,7 @@ def head(dtype, every):
 @pytest.mark.parametrize("buckets", [0, 5])
 def test_candidate_cross_entropy(a_card, buckets, control, every):
     launches = a_card
-    hidden, weight, bias, labels = head(torch.bfloat16, every)
+    head, positions = problem(torch.bfloat16, every)
     candidates = Candidates(
         on_card(400, every=every),
         on_card(300, every=every),
@@ -103,9 +106,7 @@ def test_candidate_cross_entropy(a_card, buckets, control, every):
     )
     context, kept = Context(), candidate._forward._init_fn
     with mock.patch.object(candidate, "_forward", wraps=kept) as forward:
-        result = candidate.candidate_cross_entropy(
-            hidden, weight, labels, candidates, bias=bias, post=CAP
-        )
+        result = candidate.candidate_cross_entropy(head, positions, candidates)
     inputs = forward.call_args.args
     outputs = kept(*inputs)
     candidate._save(context, inputs, outputs)
@@ -127,10 +128,10 @@ def test_candidate_cross_entropy(a_card, buckets, control, every):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_exact_cross_entropy(a_card, dtype, every):
     launches = a_card
-    hidden, weight, bias, labels = head(dtype, every)
+    head, positions = problem(dtype, every)
     context, kept = Context(), exact._forward._init_fn
     with mock.patch.object(exact, "_forward", wraps=kept) as forward:
-        exact.exact_cross_entropy(hidden, weight, labels, bias=bias, post=CAP)
+        exact.exact_cross_entropy(head, positions)
     inputs = forward.call_args.args
     exact._save(context, inputs, kept(*inputs))
     context.needs_input_grad = (True, True, True)
@@ -153,8 +154,9 @@ def test_few_positions_and_very_many_classes(a_card):
 
 def test_scan_and_sample(a_card):
     launches = a_card
-    queries, weight, bias, excluded = head(torch.bfloat16, 2)
-    found = catalogue_scan.catalogue_topk(queries[:5], weight, 64, bias=bias, excluded=excluded)
+    head, positions = problem(torch.bfloat16, 2)
+    queries, excluded = positions.hidden[:5], positions.labels
+    found = catalogue_scan.catalogue_topk(queries, head, 64, excluded=excluded)
     assert (found.shape, found.device.type) == ((5, 64), where["device"])
     seed, proposal = on_card(1), on_card(V, dtype=torch.float64, every=2)
     ids, log_weights = priority_sample._sample(proposal, 100, seed)

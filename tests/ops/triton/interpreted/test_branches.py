@@ -9,6 +9,7 @@ from support.triton_cases import CASES, draw
 from support.triton_interpreter import Launch, watched
 from triton.runtime.interpreter import InterpretedFunction
 
+from sce_lm.ops.head import Head
 from sce_lm.ops.triton import (
     candidate_forward,
     catalogue_scan,
@@ -54,20 +55,19 @@ def launched() -> list[Launch]:
     launches = []
     for case in CASES:
         problem, _, candidates = draw(case)
+        head, positions = problem.head(case.post), problem.positions()
         with watched(run=False) as found:
-            loss = candidate_cross_entropy(
-                *problem[:3], candidates, bias=problem.bias, post=case.post
-            ).loss
+            loss = candidate_cross_entropy(head, positions, candidates).loss
             inputs = [t for t in problem.parameters if t.requires_grad]
             torch.autograd.grad(loss.sum(), inputs)
-            exact = exact_cross_entropy(*problem[:3], bias=problem.bias, post=case.post)
+            exact = exact_cross_entropy(head, positions)
             torch.autograd.grad(exact.loss.sum(), inputs)
         launches += found
     problem = draw(CASES[2]).problem
     q, w = problem.hidden.detach(), problem.weight.detach()
     with watched(run=False) as found:
-        catalogue_scan.catalogue_topk(q, w, 7, bias=problem.bias, excluded=torch.arange(20))
-        catalogue_scan.catalogue_topk(q[:, :64], w[:, :64], 7)
+        catalogue_scan.catalogue_topk(q, Head(w, None, problem.bias), 7, excluded=torch.arange(20))
+        catalogue_scan.catalogue_topk(q[:, :64], Head(w[:, :64]), 7)
         priority_sample.priority_sample(torch.zeros(300), 20, torch.Generator())
     return launches + found
 

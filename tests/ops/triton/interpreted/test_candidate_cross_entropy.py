@@ -1,17 +1,17 @@
 """The kernels of candidate cross-entropy against fp64 straight-line code."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 from support.problems import relative_error
-from support.triton_cases import CASES, Case, draw, weighted_bucket_reference
+from support.triton_cases import CASES, Case, draw
 
 import sce_lm.ops.triton.backward_pass as backward_pass
 import sce_lm.ops.triton.configurations as configurations
 from sce_lm.objectives.reference import candidate_reference
-from sce_lm.ops.candidate_cross_entropy import Candidates
+from sce_lm.ops.candidates import Candidates
+from sce_lm.ops.head import Head
 from sce_lm.ops.logits import LogitTransform
+from sce_lm.ops.positions import Positions
 from sce_lm.ops.triton.candidate_cross_entropy import (
     candidate_cross_entropy,
     candidate_cross_entropy_supported,
@@ -23,17 +23,11 @@ TOLERANCE = {torch.float32: 3e-6, torch.float16: 2e-3}
 def check(case: Case) -> None:
     """Loss and gradients of weighted losses."""
     problem, double, candidates = draw(case)
-    bias = problem.bias
-    assert candidate_cross_entropy_supported(*problem[:2], bias) is None
-    if case.weighted:
-        expected = weighted_bucket_reference(double, candidates, case.post)
-    else:
-        plain = replace(candidates, sparse_grad=False)
-        expected = candidate_reference(*double[:3], plain, bias=double.bias, post=case.post)
     weights = torch.linspace(0.5, 1.5, case.positions) / 64
-    result = candidate_cross_entropy(
-        *problem[:3], candidates, bias=bias, post=case.post, position_weight=weights
-    )
+    head, positions = problem.head(case.post), problem.positions(weights)
+    assert candidate_cross_entropy_supported(head, positions) is None
+    expected = candidate_reference(double.head(case.post), double.positions(), candidates)
+    result = candidate_cross_entropy(head, positions, candidates)
     limit = TOLERANCE[case.dtype]
     wanted_loss = (expected * weights).sum()
     torch.testing.assert_close(result.loss.double(), wanted_loss, rtol=limit, atol=limit)
@@ -100,10 +94,12 @@ def test_clamped_positions():
         torch.arange(0), torch.tensor([0, 1]), torch.tensor([4.0, 4.0]), control_variate=True
     )
     post = LogitTransform(1.0, 1.0)
-    result = candidate_cross_entropy(hidden, weight, labels, candidates, post=post)
+    result = candidate_cross_entropy(Head(weight, post=post), Positions(hidden, labels), candidates)
     assert result.num_clamped == 2
     double = [t.detach().double().requires_grad_() for t in (hidden, weight)]
-    expected = candidate_reference(*double, labels, candidates, post=post)
+    expected = candidate_reference(
+        Head(double[1], post=post), Positions(double[0], labels), candidates
+    )
     torch.testing.assert_close(result.loss.double(), expected, rtol=1e-6, atol=1e-6)
     found = torch.autograd.grad(result.loss.sum(), (hidden, weight))
     for actual, want in zip(found, torch.autograd.grad(expected.sum(), double)):
@@ -117,10 +113,10 @@ def test_large_deltas_stay_finite():
     weight = problem.weight.detach().clone()
     weight[candidates.tail[0]] = first * 95.0 / first.norm() ** 2
     double = weight.double().requires_grad_()
-    loss = candidate_cross_entropy(
-        problem.hidden, weight.requires_grad_(), problem.labels, candidates
-    ).loss
-    expected = candidate_reference(problem.hidden.double(), double, problem.labels, candidates)
+    head, positions = Head(weight.requires_grad_()), problem.positions()
+    loss = candidate_cross_entropy(head, positions, candidates).loss
+    wide = Positions(problem.hidden.double(), problem.labels)
+    expected = candidate_reference(Head(double), wide, candidates)
     assert relative_error(loss, expected) < 1e-6
     found = torch.autograd.grad(loss.sum(), weight)[0]
     assert relative_error(found, torch.autograd.grad(expected.sum(), double)[0]) < 1e-5
@@ -130,7 +126,7 @@ def test_the_same_bits_every_time():
     problem, _, candidates = draw(Case("repeat", buckets=2, bias=True, control=True))
     runs = []
     for _ in range(2):
-        loss = candidate_cross_entropy(*problem[:3], candidates, bias=problem.bias).loss
+        loss = candidate_cross_entropy(problem.head(), problem.positions(), candidates).loss
         assert loss.shape == problem.labels.shape
         runs.append([loss, *torch.autograd.grad(loss.sum(), problem.parameters)])
     assert all(torch.equal(a, b) for a, b in zip(*runs))
@@ -140,9 +136,11 @@ def test_narrow_hidden_states_are_widened():
     """As under autocast, which leaves the weight in fp32."""
     problem, _, candidates = draw(Case("mixed", buckets=2, control=True))
     half = problem.hidden.detach().half().requires_grad_()
-    found = candidate_cross_entropy(half, *problem[1:3], candidates).loss
     wide = half.detach().float().requires_grad_()
-    expected = candidate_cross_entropy(wide, *problem[1:3], candidates).loss
+    found, expected = (
+        candidate_cross_entropy(problem.head(), Positions(h, problem.labels), candidates).loss
+        for h in (half, wide)
+    )
     assert torch.equal(found, expected)
     (actual,) = torch.autograd.grad(found.sum(), half)
     (want,) = torch.autograd.grad(expected.sum(), wide)
@@ -163,4 +161,5 @@ def test_narrow_hidden_states_are_widened():
 def test_unsupported_inputs_are_named(change, reason):
     problem = draw(Case("unsupported")).problem
     hidden, weight = change(problem.hidden.detach(), problem.weight.detach())
-    assert reason in candidate_cross_entropy_supported(hidden, weight)
+    positions = Positions(hidden, problem.labels)
+    assert reason in candidate_cross_entropy_supported(Head(weight), positions)

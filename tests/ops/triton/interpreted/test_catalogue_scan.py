@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import sce_lm.ops.catalogue_scan as plain
+from sce_lm.ops.head import Head
 from sce_lm.ops.triton.catalogue_scan import GROUP_SIZE, catalogue_topk
 
 
@@ -24,8 +25,9 @@ def test_topk_equals_the_plain_one(queries, vocab, width, size, excluded, with_b
     w = torch.randint(-3, 4, (vocab, width), generator=generator).to(dtype)
     bias = torch.randint(-9, 9, (vocab,), generator=generator).to(dtype) if with_bias else None
     out = torch.randperm(vocab, generator=generator)[:excluded] if excluded else None
-    found = catalogue_topk(q, w, size, bias=bias, excluded=out)
-    expected = plain.catalogue_topk(q.float(), w.float(), size, bias=bias, excluded=out)
+    found = catalogue_topk(q, Head(w, None, bias), size, excluded=out)
+    wide = Head(w.float(), None, bias)
+    expected = plain.catalogue_topk(q.float(), wide, size, excluded=out)
     scores = q.float() @ w.float().T + (0 if bias is None else bias.float())
     assert found.shape == expected.shape
     assert all(len(torch.unique(row)) == size for row in found)
@@ -39,6 +41,6 @@ def test_topk_equals_the_plain_one(queries, vocab, width, size, excluded, with_b
 def test_neighbouring_best_classes_are_all_found():
     """The best classes in one group, and one group more than there are places."""
     w = torch.arange(200.0).unsqueeze(1)
-    found = catalogue_topk(torch.tensor([[1.0], [-1.0]]), w, 2 * GROUP_SIZE + 1)
+    found = catalogue_topk(torch.tensor([[1.0], [-1.0]]), Head(w), 2 * GROUP_SIZE + 1)
     assert torch.equal(found[0], torch.arange(200 - 2 * GROUP_SIZE - 1, 200))
     assert torch.equal(found[1], torch.arange(2 * GROUP_SIZE + 1))

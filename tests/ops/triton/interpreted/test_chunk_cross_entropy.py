@@ -16,9 +16,9 @@ def test_equals_the_plain_one(reach):
     of_position = torch.randint(1, 5, (1, 40), generator=generator)
     of_class = torch.randint(0, 4, (1, 90), generator=generator)
     chunks = Chunks(of_position, of_class, 5, reach)
-    options = {"bias": problem.bias, "post": LogitTransform(1.5, 2.0)}
+    head, positions = problem.head(LogitTransform(1.5, 2.0)), problem.positions()
     found, expected = (
-        chunk_cross_entropy(*problem[:3], chunks, backend=backend, **options)
+        chunk_cross_entropy(head, positions, chunks, backend=backend)
         for backend in ("triton", "torch")
     )
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
@@ -30,4 +30,4 @@ def test_several_rounds_are_refused():
     problem = make_problem(6, 10, 4, dtype=torch.float32)
     chunks = Chunks(torch.zeros(2, 6).long(), torch.zeros(2, 10).long(), 1, 0)
     with pytest.raises(ValueError, match="2 rounds, and the kernels take one"):
-        chunk_cross_entropy(*problem[:3], chunks, bias=problem.bias, backend="triton")
+        chunk_cross_entropy(problem.head(), problem.positions(), chunks, backend="triton")

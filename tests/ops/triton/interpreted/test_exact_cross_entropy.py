@@ -6,7 +6,9 @@ from support.problems import Problem, make_problem, relative_error
 
 import sce_lm.ops.triton.backward_pass as backward_pass
 from sce_lm.objectives.reference import exact_reference, raw_logits
+from sce_lm.ops.head import Head
 from sce_lm.ops.logits import LogitTransform
+from sce_lm.ops.positions import Positions
 from sce_lm.ops.triton.exact_cross_entropy import exact_cross_entropy
 
 TOLERANCE = {torch.float32: 3e-6, torch.float16: 2e-3}
@@ -18,20 +20,19 @@ def check(n, v, d, *, dtype=torch.float32, bias=False, post=LogitTransform(), pi
     double = Problem(tensors[0], tensors[1], problem.labels, tensors[3])
     for tensor in double.parameters:
         tensor.requires_grad_()
-    expected = exact_reference(*double[:3], bias=double.bias, post=post)
+    head, positions = double.head(post), double.positions()
+    expected = exact_reference(head, positions)
     weights = torch.linspace(0.5, 1.5, n) / 64
     kept = backward_pass.WORKSPACE_ELEMENTS
     backward_pass.WORKSPACE_ELEMENTS = 1 if pieces else kept
     try:
-        result = exact_cross_entropy(
-            *problem[:3], bias=problem.bias, post=post, position_weight=weights
-        )
+        result = exact_cross_entropy(problem.head(post), problem.positions(weights))
         found = torch.autograd.grad(result.loss, problem.parameters)
     finally:
         backward_pass.WORKSPACE_ELEMENTS = kept
     limit = TOLERANCE[dtype]
     assert relative_error(result.loss, (expected * weights).sum()) < limit
-    s = post(raw_logits(double.hidden, double.weight, double.bias))
+    s = post(raw_logits(head, double.hidden))
     assert torch.equal(result.correct, s.argmax(dim=1) == problem.labels)
     assert relative_error(result.confidence, s.softmax(dim=1).amax(dim=1)) < limit
     wanted = torch.autograd.grad((expected * weights).sum(), double.parameters)
@@ -67,16 +68,17 @@ def test_of_several_largest_logits_the_first_one_counts():
     weight = torch.zeros(70, 5)
     weight[[20, 50, 60]] = 1.0
     hidden = torch.ones(3, 5)
-    result = exact_cross_entropy(hidden, weight, torch.tensor([20, 50, 60]))
+    result = exact_cross_entropy(Head(weight), Positions(hidden, torch.tensor([20, 50, 60])))
     assert result.correct.tolist() == [True, False, False]
 
 
 def test_loss_per_position_and_frozen_tensors():
     problem = make_problem(20, 40, 8, with_bias=True, dtype=torch.float32)
     problem.weight.requires_grad_(False)
-    loss = exact_cross_entropy(*problem[:3], bias=problem.bias).loss
+    head, positions = problem.head(), problem.positions()
+    loss = exact_cross_entropy(head, positions).loss
     assert loss.shape == (20,)
-    wanted = exact_reference(*problem[:3], bias=problem.bias)
+    wanted = exact_reference(head, positions)
     torch.testing.assert_close(loss, wanted)
     inputs = (problem.hidden, problem.bias)
     for actual, want in zip(

@@ -15,7 +15,9 @@ import sce_lm.ops.triton.logit_math as logit_math
 import sce_lm.ops.triton.merge_rows as merge_rows
 import sce_lm.ops.triton.row_gradient as row_gradient
 from sce_lm.objectives.reference import candidate_reference
-from sce_lm.ops.candidate_cross_entropy import Candidates
+from sce_lm.ops.candidates import Candidates
+from sce_lm.ops.head import Head
+from sce_lm.ops.positions import Positions
 from sce_lm.ops.triton.candidate_cross_entropy import candidate_cross_entropy
 
 CASE = Case("planted", bias=True, buckets=2, control=True, vocab=80, shared=35, tail=20, width=70)
@@ -28,8 +30,8 @@ MAP_NORESERVE = 0x4000
 def error() -> float:
     """Largest relative error of loss and gradients."""
     problem, double, candidates = draw(CASE)
-    loss = candidate_cross_entropy(*problem[:3], candidates, bias=problem.bias).loss.sum()
-    expected = candidate_reference(*double[:3], candidates, bias=double.bias).sum()
+    loss = candidate_cross_entropy(problem.head(), problem.positions(), candidates).loss.sum()
+    expected = candidate_reference(double.head(), double.positions(), candidates).sum()
     found = [loss, *torch.autograd.grad(loss, problem.parameters)]
     wanted = [expected, *torch.autograd.grad(expected, double.parameters)]
     errors = [(a.double() - b).norm() / b.norm() for a, b in zip(found, wanted)]
@@ -97,17 +99,19 @@ def test_an_offset_past_int32_is_found(tmp_path, monkeypatch):
         weight.copy_(torch.randn(3, 8, generator=torch.Generator().manual_seed(0)))
         hidden = torch.randn(4, 8, generator=torch.Generator().manual_seed(1)).half()
         labels, shared = torch.tensor([0, 1, 1, 0]), torch.tensor([0, 2])
+        head, positions = Head(weight), Positions(hidden, labels)
+        wide = Head(weight.double()), Positions(hidden.double(), labels)
         candidates = Candidates(shared, torch.arange(0), torch.zeros(0))
         # The interpreter would copy all of the memory back to itself.
         monkeypatch.setattr("triton.runtime.interpreter.GridExecutor._restore_args_dev", _nothing)
-        expected = candidate_reference(hidden.double(), weight.double(), labels, candidates)
-        loss = candidate_cross_entropy(hidden, weight, labels, candidates).loss
+        expected = candidate_reference(*wide, candidates)
+        loss = candidate_cross_entropy(head, positions, candidates).loss
         torch.testing.assert_close(loss.double(), expected, rtol=1e-4, atol=1e-4)
         wrong = "item.to(tl.int32)[None, :] * stride_weight"
         with planted(logit_math, "item[None, :] * stride_weight", wrong, tmp_path):
-            loss = candidate_cross_entropy(hidden, weight, labels, candidates).loss
+            loss = candidate_cross_entropy(head, positions, candidates).loss
             assert (loss.double() - expected).abs().max() > 1e-2
-        del weight, base
+        del weight, head, base
 
 
 def _nothing(*arguments):

@@ -7,6 +7,7 @@ from support.triton_cases import Case, draw
 from support.triton_interpreter import planted, program_order, watched
 
 import sce_lm.ops.triton.row_gradient as row_gradient
+from sce_lm.ops.head import Head
 from sce_lm.ops.triton.candidate_cross_entropy import candidate_cross_entropy
 from sce_lm.ops.triton.catalogue_scan import catalogue_topk
 from sce_lm.ops.triton.exact_cross_entropy import exact_cross_entropy
@@ -17,21 +18,21 @@ CASE = Case("races", bias=True, buckets=2, control=True, vocab=80, shared=20, ta
 
 def candidate_results():
     problem, _, candidates = draw(CASE)
-    loss = candidate_cross_entropy(*problem[:3], candidates, bias=problem.bias).loss
+    loss = candidate_cross_entropy(problem.head(), problem.positions(), candidates).loss
     return [loss, *torch.autograd.grad(loss.sum(), problem.parameters)]
 
 
 def exact_results():
     problem = draw(CASE).problem
-    result = exact_cross_entropy(*problem[:3], bias=problem.bias)
+    result = exact_cross_entropy(problem.head(), problem.positions())
     return [*result, *torch.autograd.grad(result.loss.sum(), problem.parameters)]
 
 
 def scan_results():
     problem = draw(CASE).problem
-    hidden, weight = problem.hidden.detach()[:20], problem.weight.detach()
+    hidden, head = problem.hidden.detach()[:20], Head(problem.weight.detach())
     drawn = priority_sample(torch.zeros(200), 50, torch.Generator().manual_seed(3))
-    return [catalogue_topk(hidden, weight, 5), *drawn]
+    return [catalogue_topk(hidden, head, 5), *drawn]
 
 
 RESULTS = [candidate_results, exact_results, scan_results]

@@ -6,6 +6,7 @@ from support.triton_cases import Case, draw
 from support.triton_interpreter import watched
 
 from sce_lm.benchmarks.roofline import Shape, steps
+from sce_lm.ops.head import Head
 from sce_lm.ops.triton.candidate_cross_entropy import candidate_cross_entropy
 from sce_lm.ops.triton.catalogue_scan import catalogue_topk
 from sce_lm.ops.triton.configurations import INTERPRETER, configuration
@@ -27,7 +28,7 @@ def test_the_plan_moves_at_most_a_third_more_than_the_model_counts(buckets, cont
     own = 32 if buckets else 0
     shape = Shape(64, 300, 64, 64, 48, buckets, own, control, item_bytes=4)
     with watched() as launches:
-        loss = candidate_cross_entropy(*problem[:3], candidates).loss.sum()
+        loss = candidate_cross_entropy(problem.head(), problem.positions(), candidates).loss.sum()
         torch.autograd.grad(loss, problem.parameters)
     counted = steps(shape, lambda kernel: configuration(kernel, problem.hidden))
     for kernel in KERNELS:
@@ -46,9 +47,9 @@ def test_the_plan_moves_at_most_a_third_more_than_the_model_counts(buckets, cont
 
 
 def test_the_scan_reads_the_catalogue_twice():
-    queries, weight = torch.randn(16, 64), torch.randn(256, 64)
+    queries, head = torch.randn(16, 64), Head(torch.randn(256, 64))
     with watched() as launches:
-        catalogue_topk(queries, weight, 200)
+        catalogue_topk(queries, head, 200)
     tile = configuration("catalogue_scan", queries)
     assert tile != INTERPRETER
     shape = Shape(16, 256, 64, buckets=16, bucket_size=1, item_bytes=4)

@@ -12,6 +12,8 @@ import sce_lm.objectives.sampled_softmax as sampled_softmax_objective
 import sce_lm.objectives.sce as sce_objective
 from sce_lm import apply_sce, objectives
 from sce_lm.ops import dispatch
+from sce_lm.ops.head import Head
+from sce_lm.ops.positions import Positions
 from sce_lm.ops.triton.candidate_cross_entropy import candidate_cross_entropy
 from sce_lm.ops.triton.exact_cross_entropy import exact_cross_entropy
 
@@ -192,8 +194,9 @@ def test_a_compiled_call_is_one_graph():
     problem, _, candidates = draw(CASES[0])
 
     def loss(hidden, weight):
-        result = candidate_cross_entropy(hidden * 2.0, weight, problem.labels, candidates)
-        exact = exact_cross_entropy(hidden * 2.0, weight, problem.labels)
+        head, positions = Head(weight), Positions(hidden * 2.0, problem.labels)
+        result = candidate_cross_entropy(head, positions, candidates)
+        exact = exact_cross_entropy(head, positions)
         return result.loss.mean() + exact.loss.mean()
 
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")

@@ -1,4 +1,4 @@
-"""A head in columns of several tensors: every loss sees one matrix, and frozen columns are left."""
+"""A head of several tensors: every loss sees one matrix, and frozen columns are left."""
 
 import itertools
 
@@ -7,12 +7,14 @@ import torch
 from support.problems import make_problem
 
 from sce_lm import LogitTransform
-from sce_lm.ops.candidate_cross_entropy import Candidates, candidate_cross_entropy
+from sce_lm.ops.candidate_cross_entropy import candidate_cross_entropy
+from sce_lm.ops.candidates import Candidates
 from sce_lm.ops.catalogue_scan import catalogue_topk
 from sce_lm.ops.chunk_cross_entropy import Chunks, chunk_cross_entropy
 from sce_lm.ops.exact_cross_entropy import exact_cross_entropy, exact_scores
+from sce_lm.ops.head import Head
 from sce_lm.ops.position_cross_entropy import PositionCandidates, position_cross_entropy
-from sce_lm.ops.rows import HeadColumns
+from sce_lm.ops.positions import Positions
 
 N, V, D, R = 21, 60, 5, 3
 POST = LogitTransform(scale=0.7)
@@ -41,21 +43,23 @@ def chunks():
     )
 
 
+def exact_with_soft_cap(head, positions):
+    return exact_cross_entropy(head._replace(post=LogitTransform(1.1, 3.0)), positions).loss
+
+
 LOSSES = {
-    "exact": lambda *args, **options: exact_cross_entropy(*args, **options).loss,
-    "exact, soft cap": lambda *args, **options: (
-        exact_cross_entropy(*args, **{**options, "post": LogitTransform(1.1, 3.0)}).loss
+    "exact": lambda head, positions: exact_cross_entropy(head, positions).loss,
+    "exact, soft cap": exact_with_soft_cap,
+    "candidates": lambda head, positions: (
+        candidate_cross_entropy(head, positions, candidates(control_variate=True)).loss
     ),
-    "candidates": lambda *args, **options: (
-        candidate_cross_entropy(*args, candidates(control_variate=True), **options).loss
+    "positions": lambda head, positions: (
+        position_cross_entropy(head, positions, of_positions(N)).loss
     ),
-    "positions": lambda *args, **options: (
-        position_cross_entropy(*args, of_positions(N), **options).loss
+    "positions, shared": lambda head, positions: (
+        position_cross_entropy(head, positions, of_positions(1)).loss
     ),
-    "positions, shared": lambda *args, **options: (
-        position_cross_entropy(*args, of_positions(1), **options).loss
-    ),
-    "chunks": lambda *args, **options: chunk_cross_entropy(*args, chunks(), **options),
+    "chunks": lambda head, positions: chunk_cross_entropy(head, positions, chunks()),
 }
 
 
@@ -75,11 +79,9 @@ def test_columns_of_two_tensors_are_those_of_one(name, with_bias):
         low_rank.requires_grad_(of_low_rank)
         b = None if bias is None else bias.clone().requires_grad_(of_bias[0])
         for position_weight in (None, torch.tensor(0.3, dtype=torch.float64)):
-            options = {"bias": b, "post": POST, "position_weight": position_weight}
-            losses = [
-                LOSSES[name](h, whole, labels, **options),
-                LOSSES[name](h, w, labels, low_rank=low_rank, **options),
-            ]
+            positions = Positions(h, labels, position_weight)
+            heads = Head(whole, bias=b, post=POST), Head(w, low_rank, b, POST)
+            losses = [LOSSES[name](head, positions) for head in heads]
             torch.testing.assert_close(*losses)
             scalars = [x if x.dim() == 0 else (x * weights).sum() for x in losses]
             inputs = [t for t in (whole, h, b) if t is not None and t.requires_grad]
@@ -98,20 +100,19 @@ def test_columns_of_two_tensors_are_those_of_one(name, with_bias):
 def test_scans_see_all_columns():
     problem = make_problem(N, V, D + R)
     hidden, joined, labels, bias = (t.detach() for t in problem)
-    w, low_rank = joined[:, :D], joined[:, D:]
+    whole, cut = Head(joined, bias=bias), Head(joined[:, :D], joined[:, D:], bias)
     excluded = torch.tensor([3, 50])
-    want = catalogue_topk(hidden, joined, 9, bias=bias, excluded=excluded)
-    assert torch.equal(
-        catalogue_topk(hidden, w, 9, bias=bias, low_rank=low_rank, excluded=excluded), want
-    )
-    want = exact_scores(hidden, joined, labels, top_k=4, bias=bias)
-    found = exact_scores(hidden, w, labels, top_k=4, bias=bias, low_rank=low_rank)
+    want = catalogue_topk(hidden, whole, 9, excluded=excluded)
+    assert torch.equal(catalogue_topk(hidden, cut, 9, excluded=excluded), want)
+    positions = Positions(hidden, labels)
+    want = exact_scores(whole, positions, top_k=4)
+    found = exact_scores(cut, positions, top_k=4)
     torch.testing.assert_close(found.log_probability, want.log_probability)
     assert torch.equal(found.top, want.top)
 
 
 def test_gradients_lie_in_their_own_columns():
-    head = HeadColumns(torch.zeros(9, 4, dtype=torch.bfloat16), torch.zeros(9, 2), torch.zeros(9))
+    head = Head(torch.zeros(9, 4, dtype=torch.bfloat16), torch.zeros(9, 2), torch.zeros(9))
     ids, rows = torch.tensor([2, 5]), torch.arange(14.0).view(2, 7)
     everywhere = -torch.ones(1, 7)
     weight, low_rank, bias = head.gradients((True, True, True), ids, rows, everywhere)
@@ -120,10 +121,9 @@ def test_gradients_lie_in_their_own_columns():
     assert torch.equal(low_rank[ids], rows[:, 4:6])
     assert torch.equal(bias[ids], rows[:, 6])
     assert all((g[0] == -1).all() for g in (weight, low_rank, bias))
-    strata = torch.tensor([0, 1, 0, 1, 1, 1, 0, 0, 1])
-    everywhere = torch.stack([torch.full((7,), 3.0), torch.full((7,), 4.0)])
-    for g in head.gradients((True, True, True), ids, rows, everywhere, stratum_of=strata):
-        assert [float(g[i].flatten()[0]) for i in (0, 1, 8)] == [3.0, 4.0, 4.0]
+    masked = head._replace(masked=torch.tensor([1, 8]))
+    for g in masked.gradients((True, True, True), ids, rows, everywhere):
+        assert [float(g[i].flatten()[0]) for i in (0, 1, 8)] == [-1.0, 0.0, 0.0]
     needs = (False, True, True)
     assert head.num_frozen(needs) == 4
     found = head.gradients(needs, ids, rows[:, 4:], sparse=True)
