@@ -6,7 +6,6 @@ import sys
 
 import numpy as np
 import torch
-from torch.nn.functional import one_hot
 from torch.utils.weak import WeakTensorKeyDictionary
 
 TILE_ELEMENTS = 2**22
@@ -47,26 +46,19 @@ def gradient_memory(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def row_sum(weight: torch.Tensor, ids: torch.Tensor | None = None) -> torch.Tensor:
-    """Sum of the rows of ``weight [V, d]``, or of those at ``ids [M]``, fp64 ``[d]``."""
-    if ids is None:
-        return _tiled_product(weight, weight.new_ones(1, 1).expand(1, len(weight)))[0]
-    total = weight.new_zeros(weight.shape[1], dtype=torch.float64)
-    for some in ids.split(max(1, TILE_ELEMENTS // weight.shape[1])):
-        total += row_sum(weight.detach().index_select(0, some))
-    return total
+    """Sum of the rows of ``weight [V, d]``, or of those at ``ids [M]``, fp64 ``[d]``.
 
-
-def row_sums(weight: torch.Tensor, stratum_of: torch.Tensor, num_strata: int) -> torch.Tensor:
-    """:func:`row_sum` of each stratum, fp64 ``[num_strata, d]``; ``stratum_of [V]`` is int64."""
-    return _tiled_product(weight, one_hot(stratum_of, num_strata).to(weight.dtype).T)
-
-
-def _tiled_product(weight: torch.Tensor, members: torch.Tensor) -> torch.Tensor:
-    """``members [S, V] @ weight`` in fp64. Tiles are products in fp32 (fp64 for an fp64 weight),
-    which read memory faster than a reduction does."""
+    Tiles are products in fp32 (fp64 for an fp64 weight), which read memory faster than a reduction
+    does.
+    """
+    weight, width = weight.detach(), weight.shape[1]
+    tile = max(1, TILE_ELEMENTS // width)
     dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
-    tile = max(1, min(len(weight), TILE_ELEMENTS // weight.shape[1]))
-    total = weight.new_zeros(len(members), weight.shape[1], dtype=torch.float64)
-    for rows, of in zip(weight.detach().split(tile), members.split(tile, dim=1)):
-        total += of.to(dtype) @ rows.to(dtype)
-    return total
+    total = weight.new_zeros(1, width, dtype=torch.float64)
+    if ids is None:
+        parts = weight.split(tile)
+    else:
+        parts = (weight.index_select(0, some) for some in ids.split(tile))
+    for rows in parts:
+        total += rows.new_ones(1, len(rows), dtype=dtype) @ rows.to(dtype)
+    return total[0]
