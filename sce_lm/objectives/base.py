@@ -181,8 +181,9 @@ class Objective(ABC):
         flat_labels = labels.reshape(-1).long()
         is_out = None
         if head.bias is not None and self.state is not None:  # without a state nothing is drawn
-            head = head._replace(bias=within_reach(head.bias, head.post))
-            is_out = is_masked(head.bias, head.post, self.largest_of)
+            bias = within_reach(head.bias, head.post)
+            head = head._replace(bias=bias)
+            is_out = is_masked(bias, head.post, self.largest_of)
         valid, num_masked = valid_positions(flat_labels, ignore_index, vocab_size, is_out)
         num_valid = valid.numel()
         hidden = hidden_states.reshape(-1, hidden_states.shape[-1])
