@@ -24,6 +24,7 @@ FLAT = {
     "benchmarks/peers.py _torch_fused.loss",
     "benchmarks/peers.py _cut_cross_entropy.loss",
     "benchmarks/peers.py _liger.loss",
+    "benchmarks/peers.py _quack.loss",
     "benchmarks/peers.py _trl.loss",
     "training/loss_cost.py stock.loss",
     # Launch a kernel, whose parameters are pointers.

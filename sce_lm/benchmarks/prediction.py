@@ -14,7 +14,7 @@ import torch
 from sce_lm import objectives
 from sce_lm.benchmarks.peers import PEERS
 from sce_lm.benchmarks.roofline import DEVICES, Device, Shape, steps
-from sce_lm.objectives import SCE
+from sce_lm.objectives import SCE, PublishedSCE
 from sce_lm.ops.triton.configurations import ARCHITECTURES, choose
 
 SHARE = 0.5
@@ -50,29 +50,26 @@ def milliseconds(
     choice = partial(choose, architecture=ARCHITECTURES[device.architecture], dtype=dtype)
     shape = partial(Shape, n, v, d, item_bytes=dtype.itemsize)
     objective = objectives.get(**specification)
-    if not isinstance(objective, SCE):
-        found = [s for s in steps(shape(shared=v), choice) if s.kernel not in NOT_EXACT]
-    else:
+    if isinstance(objective, PublishedSCE):  # all pairs once, then each position's best
         sizes = objective.config.resolve(n, v)
-        lists: dict[str, Any] = {
-            "buckets": sizes.num_buckets,
-            "bucket_size": sizes.bucket_candidates,
-        }
-        if objective.config.assignment == "topk":  # all pairs once, then each position's best
-            pairs = Shape(
-                sizes.num_buckets * sizes.bucket_positions, v, d, item_bytes=dtype.itemsize, **lists
-            )
-            found = [s for s in steps(pairs, choice) if s.kernel == "forward"]
-            found += steps(shape(**lists), choice)
-        else:
-            known = labels * objective.config.shared_labels
-            found = steps(
-                shape(
-                    shared=sizes.shared_frequent + known,
-                    tail=sizes.tail_candidates,
-                    control=sizes.control_variate,
-                    **lists,
-                ),
-                choice,
-            )
+        lists = {"buckets": sizes.num_buckets, "bucket_size": sizes.bucket_candidates}
+        count = sizes.num_buckets * sizes.bucket_positions
+        pairs = Shape(count, v, d, item_bytes=dtype.itemsize, **lists)
+        found = [s for s in steps(pairs, choice) if s.kernel == "forward"]
+        found += steps(shape(**lists), choice)
+    elif isinstance(objective, SCE):
+        sizes = objective.config.resolve(n, v)
+        known = labels * objective.config.shared_labels
+        found = steps(
+            shape(
+                shared=sizes.shared_frequent + known,
+                tail=sizes.tail_candidates,
+                control=sizes.control_variate,
+                buckets=sizes.num_buckets,
+                bucket_size=sizes.bucket_candidates,
+            ),
+            choice,
+        )
+    else:
+        found = [s for s in steps(shape(shared=v), choice) if s.kernel not in NOT_EXACT]
     return 1e3 * sum(step.seconds(device, SHARE) for step in found)
