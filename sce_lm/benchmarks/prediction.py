@@ -52,7 +52,10 @@ def milliseconds(
     objective = objectives.get(**specification)
     if isinstance(objective, PublishedSCE):  # all pairs once, then each position's best
         sizes = objective.config.resolve(n, v)
-        lists = {"buckets": sizes.num_buckets, "bucket_size": sizes.bucket_candidates}
+        lists: dict[str, Any] = {
+            "buckets": sizes.num_buckets,
+            "bucket_size": sizes.bucket_candidates,
+        }
         count = sizes.num_buckets * sizes.bucket_positions
         pairs = Shape(count, v, d, item_bytes=dtype.itemsize, **lists)
         found = [s for s in steps(pairs, choice) if s.kernel == "forward"]
