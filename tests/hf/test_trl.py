@@ -136,7 +136,7 @@ def test_virtual_tokens_equal_stock(kind, options, tokenizer, tmp_path):
         torch.manual_seed(0)
         logs.append(train(trainer_class, patched, tokenizer, tmp_path, **options)[1])
     want, got = logs
-    assert want[0]["mean_token_accuracy"] > 0
+    assert want[0]["entropy"] > 0  # a model without training may be right about no token
     for name in (*METRICS, "grad_norm"):
         assert [e[name] for e in got] == pytest.approx([e[name] for e in want], rel=1e-4), name
 
