@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from sce_lm.training.config import TrainConfig
+from sce_lm.training.train_config import TrainConfig
 
 
 def on_page_markdown(markdown: str, **_: object) -> str:

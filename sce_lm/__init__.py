@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from sce_lm import objectives
 from sce_lm.candidates.state import SCEState
 from sce_lm.config import SCEConfig
-from sce_lm.objectives.functional import sce_loss
+from sce_lm.objectives.sce_loss import sce_loss
 from sce_lm.ops.logits import LogitTransform
 
 if TYPE_CHECKING:

@@ -37,7 +37,7 @@ from sce_lm.candidates.state import SCEState
 from sce_lm.config import SCEConfig
 from sce_lm.objectives.base import Objective, Reduction, Statistics
 from sce_lm.objectives.call import Call
-from sce_lm.objectives.compiled import outside_graphs
+from sce_lm.objectives.compile_operator import outside_graphs
 from sce_lm.objectives.exact import Exact
 from sce_lm.objectives.published_sce import PublishedSCE
 from sce_lm.objectives.sce import SCE

@@ -47,14 +47,14 @@ def main() -> None:
         require("evaluate.py", "accelerate", "psutil", "rich")
         from accelerate import Accelerator
 
-        from sce_lm.training.evaluation import (
+        from sce_lm.training.processes import check_processes, start_missing_processes
+        from sce_lm.training.run_evaluation import (
             evaluate_on,
             evaluate_run,
             evaluation_file,
             is_saved_model,
             print_evaluation,
         )
-        from sce_lm.training.launch import check_processes, start_missing_processes
 
         if arguments.data is None and is_saved_model(arguments.folder):
             raise ValueError(

@@ -12,7 +12,7 @@ from support.documents import HUB_MODEL, PAGES, ROOT, anchors, code_blocks, link
 from support.launch import ONE_THREAD
 
 from sce_lm import objectives
-from sce_lm.training.config import TrainConfig
+from sce_lm.training.train_config import TrainConfig
 
 
 def page_id(page):

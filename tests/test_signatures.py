@@ -15,9 +15,9 @@ MOST_LOOSE = 3
 """Of these names, parameters of one function."""
 
 FLAT = {
-    "objectives/functional.py sce_loss",
+    "objectives/sce_loss.py sce_loss",
     "objectives/base.py Objective.__call__",
-    "objectives/compiled.py head_loss",  # the same, in a graph that is being traced
+    "objectives/compile_operator.py head_loss",  # the same, in a graph that is being traced
     "distributed.py vocab_parallel_loss",
     "distributed.py vocab_parallel_scores",
     # Called as an objective is.

@@ -16,10 +16,10 @@ from sce_lm.benchmarks.problem import Problem
 from sce_lm.hf.adapter import apply_sce
 from sce_lm.training import models
 from sce_lm.training.comparison import save_loss_inputs
-from sce_lm.training.config import TrainConfig
 from sce_lm.training.embedded.text import embedded_text
 from sce_lm.training.resuming import stored_fields
-from sce_lm.training.sources import resume_task
+from sce_lm.training.task_sources import resume_task
+from sce_lm.training.train_config import TrainConfig
 
 ROW_LENGTH = 512
 """Tokens of a sequence of text, the one that starts it included."""

@@ -26,7 +26,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from sce_lm.candidates.row_sum import RowSum
+from sce_lm.candidates.tracked_row_sum import RowSum
 from sce_lm.candidates.weight_classes import WeightClasses
 from sce_lm.files import replacing
 

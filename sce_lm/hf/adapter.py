@@ -40,7 +40,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss, ForMaskedLMLoss
 from sce_lm import objectives
 from sce_lm.config import PublishedSCEConfig, SCEConfig
 from sce_lm.hf.attachment import Attachment, find_head
-from sce_lm.hf.head import check_linear
+from sce_lm.hf.head_call import check_linear
 from sce_lm.objectives import Objective, Statistics
 from sce_lm.objectives.probe import Probe
 

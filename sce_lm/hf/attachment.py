@@ -12,13 +12,13 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 
-from sce_lm.hf.head import call_inside, check_linear, other_adapter, vocab_size
+from sce_lm.hf.head_call import call_inside, check_linear, other_adapter, vocab_size
 from sce_lm.hf.lazy_logits import LazyLogits
 from sce_lm.hf.observed_loss import ObservedLoss, number_of_loss
 from sce_lm.hf.recorded_logits import CrossEntropy, RecordedLogits
 from sce_lm.hf.traced_logits import TracedLogits, is_traceable
 from sce_lm.objectives import Objective
-from sce_lm.objectives.compiled import can_trace, head_loss, outside_graphs, refuse_export
+from sce_lm.objectives.compile_operator import can_trace, head_loss, outside_graphs, refuse_export
 from sce_lm.ops.head import Head
 from sce_lm.ops.logits import LogitTransform
 

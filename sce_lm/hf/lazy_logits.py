@@ -21,7 +21,7 @@ from torch import nn
 from torch.utils._pytree import tree_map_only
 from torch.utils.hooks import RemovableHandle
 
-from sce_lm.hf.head import result_device, vocab_size
+from sce_lm.hf.head_call import result_device, vocab_size
 from sce_lm.hf.logit_operations import answer
 from sce_lm.hf.recorded_logits import (
     APPLY,

@@ -20,9 +20,9 @@ from torch.distributed.tensor import DTensor
 
 from sce_lm import objectives
 from sce_lm.distributed import vocab_parallel_loss
-from sce_lm.hf.head import merged_adapters
+from sce_lm.hf.head_call import merged_adapters
 from sce_lm.objectives import Objective, Statistics
-from sce_lm.objectives.compiled import register
+from sce_lm.objectives.compile_operator import register
 from sce_lm.objectives.probe import Probe
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from sce_lm.hf.head import call_inside
+from sce_lm.hf.head_call import call_inside
 from sce_lm.ops.head import Head
 from sce_lm.ops.logits import LogitTransform
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from sce_lm.objectives.base import Objective, Statistics
-from sce_lm.objectives.binary import BCE, GBCE, BCEConfig, GBCEConfig
+from sce_lm.objectives.binary_cross_entropy import BCE, GBCE, BCEConfig, GBCEConfig
 from sce_lm.objectives.exact import Exact, ExactConfig
 from sce_lm.objectives.in_batch import InBatch, InBatchConfig
 from sce_lm.objectives.kernel import Kernel, KernelConfig

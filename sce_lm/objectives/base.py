@@ -14,7 +14,7 @@ from sce_lm.candidates.masks import is_masked, within_reach
 from sce_lm.candidates.state import SCEState
 from sce_lm.config import ObjectiveConfig
 from sce_lm.objectives.call import Call
-from sce_lm.objectives.compiled import can_trace, head_loss, outside_graphs, register
+from sce_lm.objectives.compile_operator import can_trace, head_loss, outside_graphs, register
 from sce_lm.ops.dtypes import compute_dtype
 from sce_lm.ops.head import Head
 from sce_lm.ops.logits import LogitTransform

@@ -26,8 +26,8 @@ from torch.autograd.function import once_differentiable
 
 from sce_lm.candidates.center_softmax import CenterSoftmax
 from sce_lm.ops.candidates import Candidates
+from sce_lm.ops.gradient_memory import TILE_ELEMENTS, gradient_memory
 from sce_lm.ops.head import Head, Needs
-from sce_lm.ops.memory import TILE_ELEMENTS, gradient_memory
 from sce_lm.ops.positions import Positions
 
 

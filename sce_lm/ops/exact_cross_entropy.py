@@ -25,9 +25,9 @@ import torch
 
 from sce_lm.ops.dispatch import Backend, kernels
 from sce_lm.ops.dtypes import compute_dtype
+from sce_lm.ops.gradient_memory import gradient_memory
 from sce_lm.ops.head import Head, Needs
 from sce_lm.ops.head_loss import Found, Gradients, OfInputs, Pass, head_loss
-from sce_lm.ops.memory import gradient_memory
 from sce_lm.ops.positions import Positions
 
 BLOCK_ELEMENTS = 5 * 2**22

@@ -14,8 +14,8 @@ from typing import NamedTuple
 import torch
 from torch.nn.functional import pad
 
+from sce_lm.ops.gradient_memory import gradient_memory, row_sum
 from sce_lm.ops.logits import LogitTransform
-from sce_lm.ops.memory import gradient_memory, row_sum
 
 EVERYTHING = slice(None)
 """Index of all rows."""

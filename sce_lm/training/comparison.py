@@ -16,13 +16,13 @@ from sce_lm import objectives
 from sce_lm.files import write_json
 from sce_lm.hf.adapter import apply_sce, lazy_logits
 from sce_lm.training import loss_cost
-from sce_lm.training.config import TrainConfig
 from sce_lm.training.loop import Run
 from sce_lm.training.loss_cost import LossCost
-from sce_lm.training.metrics import with_costs
+from sce_lm.training.metrics_file import with_costs
 from sce_lm.training.models import load_model
 from sce_lm.training.plots import draw_curves
 from sce_lm.training.task import DataOrder, Task, on_device
+from sce_lm.training.train_config import TrainConfig
 
 
 @dataclass(frozen=True)

@@ -22,11 +22,11 @@ from sce_lm import recsys
 from sce_lm.files import read_json
 from sce_lm.recsys.histories import TrainingHistories, can_pack, training_rows
 from sce_lm.recsys.metrics import popularity_profile
-from sce_lm.training.config import TrainConfig
 from sce_lm.training.fingerprint import Fingerprint, of_log
 from sce_lm.training.models import load_tokenizer
 from sce_lm.training.stored_data import read_source, read_split, stored, write_split
 from sce_lm.training.task import HeldOut, Task
+from sce_lm.training.train_config import TrainConfig
 
 
 class ItemsTask(Task):

@@ -26,10 +26,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sce_lm.hf.adapter import last_statistics
 from sce_lm.objectives import Statistics
-from sce_lm.training.config import TrainConfig
 from sce_lm.training.fingerprint import Fingerprint
 from sce_lm.training.task import HeldOut, Task, on_device, sum_over_processes
-from sce_lm.training.text import PackedText, document_digests, tokenise
+from sce_lm.training.text_blocks import PackedText, document_digests, tokenise
+from sce_lm.training.train_config import TrainConfig
 
 CALIBRATION_BINS = 15
 """Bins of the expected calibration error, as in the paper."""

@@ -47,11 +47,9 @@ from sce_lm.hf.adapter import (
 from sce_lm.objectives.probe import Probe
 from sce_lm.training.best import BestModel
 from sce_lm.training.checkpoint import Checkpoints
-from sce_lm.training.config import TrainConfig
-from sce_lm.training.launch import check_processes
 from sce_lm.training.lock import RunLock
-from sce_lm.training.memory import estimate_memory
-from sce_lm.training.metrics import CHANGED, MetricsLog, read_metrics
+from sce_lm.training.memory_prediction import estimate_memory
+from sce_lm.training.metrics_file import CHANGED, MetricsLog, read_metrics
 from sce_lm.training.models import add_lora, build_model
 from sce_lm.training.optimizers import (
     average_rows,
@@ -61,10 +59,12 @@ from sce_lm.training.optimizers import (
     make_row_sparse,
 )
 from sce_lm.training.plots import draw_report
+from sce_lm.training.processes import check_processes
 from sce_lm.training.resuming import changed_fields, comparable, describe_changes, stored_fields
-from sce_lm.training.sources import build_task, resume_task
 from sce_lm.training.stored_data import store
 from sce_lm.training.task import DataOrder, HeldOut, on_device, sum_over_processes
+from sce_lm.training.task_sources import build_task, resume_task
+from sce_lm.training.train_config import TrainConfig
 
 VALIDATION_POSITIONS = 1024
 """Positions on which the objective is compared with exact cross-entropy at the end."""

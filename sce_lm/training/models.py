@@ -15,7 +15,7 @@ from transformers import (
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from sce_lm.requirements import require
-from sce_lm.training.config import TrainConfig
+from sce_lm.training.train_config import TrainConfig
 
 
 def load_tokenizer(source: str | Path, **options: Any) -> PreTrainedTokenizerBase:

@@ -29,7 +29,7 @@ from torch.nn.utils import get_total_norm
 from transformers import PreTrainedModel
 
 from sce_lm.objectives import Objective
-from sce_lm.training.config import TrainConfig
+from sce_lm.training.train_config import TrainConfig
 
 DATA_PARALLEL = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
 """Ways to run in which every process holds the whole of every parameter."""

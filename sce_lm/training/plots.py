@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sce_lm.figures import png
-from sce_lm.training.metrics import read_metrics
+from sce_lm.training.metrics_file import read_metrics
 
 if TYPE_CHECKING:
     from sce_lm.figures import Axes

@@ -19,9 +19,9 @@ from transformers import get_scheduler
 
 from sce_lm import objectives
 from sce_lm.files import read_json
-from sce_lm.training.config import TrainConfig
-from sce_lm.training.metrics import CHANGED
-from sce_lm.training.sources import SOURCE_FIELDS
+from sce_lm.training.metrics_file import CHANGED
+from sce_lm.training.task_sources import SOURCE_FIELDS
+from sce_lm.training.train_config import TrainConfig
 
 FREE = (
     "output_dir",

@@ -7,7 +7,7 @@ from transformers import AutoTokenizer
 
 from sce_lm import recsys
 from sce_lm.benchmarks.real import real_problem
-from sce_lm.training.config import TrainConfig
+from sce_lm.training.train_config import TrainConfig
 
 
 @pytest.fixture

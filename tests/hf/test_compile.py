@@ -16,7 +16,7 @@ from sce_lm import SCEConfig, apply_sce, objectives
 from sce_lm.hf import last_statistics, loss_seconds, objective_of
 from sce_lm.hf.lazy_logits import LazyLogits
 from sce_lm.hf.traced_logits import TracedLogits
-from sce_lm.objectives.compiled import ONE_GRAPH
+from sce_lm.objectives.compile_operator import ONE_GRAPH
 
 
 @pytest.fixture(autouse=True)

@@ -16,8 +16,8 @@ from transformers.utils import hub
 
 from sce_lm import SCEConfig, objectives
 from sce_lm.hf import apply_sce, load_objective, objective_of, save_objective
-from sce_lm.training.config import TrainConfig
 from sce_lm.training.loop import Run
+from sce_lm.training.train_config import TrainConfig
 
 CONFIG = SCEConfig(num_buckets=4, bucket_candidates=8, shared_frequent=8, tail_candidates=16)
 

@@ -10,8 +10,8 @@ from typing import Any
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from sce_lm.training.config import TrainConfig
-from sce_lm.training.metrics import read_metrics
+from sce_lm.training.metrics_file import read_metrics
+from sce_lm.training.train_config import TrainConfig
 
 MODULES = ("argparse", "ast", "asyncio", "collections", "email", "json", "logging", "unittest")
 END_OF_TEXT = "<|endoftext|>"

@@ -3,10 +3,10 @@
 import pytest
 import transformers
 
-from sce_lm.objectives import compiled
+from sce_lm.objectives import compile_operator
 
 one_graph = pytest.mark.skipif(
-    not compiled.ONE_GRAPH,
+    not compile_operator.ONE_GRAPH,
     reason="before torch 2.13 a compiler breaks its graph at the loss, which stays eager code",
 )
 

@@ -18,10 +18,10 @@ from support.training import figures, lm_fields
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sce_lm.benchmarks.real import real_problem
-from sce_lm.training.config import TrainConfig
-from sce_lm.training.evaluation import evaluate_on, evaluate_run
 from sce_lm.training.loop import Run
-from sce_lm.training.metrics import read_metrics
+from sce_lm.training.metrics_file import read_metrics
+from sce_lm.training.run_evaluation import evaluate_on, evaluate_run
+from sce_lm.training.train_config import TrainConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -31,7 +31,7 @@ def without_plots():
     """They take most of the time of such short runs."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sce_lm.training.loop.draw_report", lambda *_: None)
-        patch.setattr("sce_lm.training.evaluation.draw_popularity", lambda *_: None)
+        patch.setattr("sce_lm.training.run_evaluation.draw_popularity", lambda *_: None)
         yield
 
 

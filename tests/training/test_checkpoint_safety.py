@@ -18,10 +18,10 @@ from support.training import SMALL_SCE, lm_fields, write_config
 
 from sce_lm import SCEState
 from sce_lm.hf.saving import load_objective, save_objective
-from sce_lm.training.config import TrainConfig
-from sce_lm.training.evaluation import evaluate_run
 from sce_lm.training.loop import Run
 from sce_lm.training.models import load_model, load_tokenizer
+from sce_lm.training.run_evaluation import evaluate_run
+from sce_lm.training.train_config import TrainConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from sce_lm.training.config import TrainConfig, parse_config
+from sce_lm.training.train_config import TrainConfig, parse_config
 from sce_lm.training.yaml12 import Plain, plain_value
 
 MANY = settings(

@@ -17,9 +17,9 @@ from support.launch import ONE_THREAD
 from support.training import NO_DROPOUT, SMALL_SCE, figures, lm_fields, write_config
 
 from sce_lm.training.checkpoint import Checkpoints
-from sce_lm.training.config import TrainConfig
 from sce_lm.training.loop import Run
-from sce_lm.training.metrics import read_metrics
+from sce_lm.training.metrics_file import read_metrics
+from sce_lm.training.train_config import TrainConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 

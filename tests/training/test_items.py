@@ -13,12 +13,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from sce_lm import recsys
 from sce_lm.hf import apply_sce
 from sce_lm.objectives import get
-from sce_lm.training.config import TrainConfig
-from sce_lm.training.evaluation import evaluate_run
 from sce_lm.training.items import ItemsTask
 from sce_lm.training.loop import Run
-from sce_lm.training.metrics import read_metrics
-from sce_lm.training.sources import build_task
+from sce_lm.training.metrics_file import read_metrics
+from sce_lm.training.run_evaluation import evaluate_run
+from sce_lm.training.task_sources import build_task
+from sce_lm.training.train_config import TrainConfig
 
 PACKAGES = ["asyncio", "email", "json", "unittest"]
 
@@ -267,7 +267,7 @@ def test_the_best_model_is_kept_and_a_run_without_improvement_stops(tmp_path):
 
 def test_a_run_that_does_not_fit_warns_before_it_starts(tmp_path, monkeypatch):
     free = SimpleNamespace(available=10 * 2**20)
-    monkeypatch.setattr("sce_lm.training.memory.psutil.virtual_memory", lambda: free)
+    monkeypatch.setattr("sce_lm.training.memory_prediction.psutil.virtual_memory", lambda: free)
     with pytest.warns(
         UserWarning, match=r"will probably not fit. Memory: about \d+ MiB of \d+ free"
     ):

@@ -12,10 +12,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sce_lm.hf import apply_sce
 from sce_lm.objectives import get
-from sce_lm.training.config import TrainConfig
 from sce_lm.training.language_model import LanguageModelTask
 from sce_lm.training.models import build_model
-from sce_lm.training.text import hold_out, read_documents
+from sce_lm.training.text_blocks import hold_out, read_documents
+from sce_lm.training.train_config import TrainConfig
 
 
 @pytest.mark.parametrize(

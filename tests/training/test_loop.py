@@ -21,10 +21,10 @@ from support.training import (
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sce_lm.training import checkpoint
-from sce_lm.training.config import TrainConfig
-from sce_lm.training.evaluation import evaluate_run
 from sce_lm.training.loop import Run
-from sce_lm.training.metrics import read_metrics
+from sce_lm.training.metrics_file import read_metrics
+from sce_lm.training.run_evaluation import evaluate_run
+from sce_lm.training.train_config import TrainConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -4,8 +4,8 @@ import pytest
 from support.training import NO_DROPOUT, lm_fields
 from transformers import AutoTokenizer
 
-from sce_lm.training.config import TrainConfig
 from sce_lm.training.models import build_model, load_tokenizer
+from sce_lm.training.train_config import TrainConfig
 
 
 def build(corpus, **changes):

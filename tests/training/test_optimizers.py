@@ -15,7 +15,6 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import get_scheduler
 
 from sce_lm import apply_sce, objectives
-from sce_lm.training.config import TrainConfig
 from sce_lm.training.loop import Run
 from sce_lm.training.optimizers import (
     CombinedOptimizer,
@@ -26,6 +25,7 @@ from sce_lm.training.optimizers import (
     clip_grad_norm_,
     make_row_sparse,
 )
+from sce_lm.training.train_config import TrainConfig
 
 SPARSE = ("sparse_adam", "rowwise_adagrad")
 EVERYTHING = {"num_buckets": 0, "tail_candidates": 10**6, "control_variate": False}

@@ -7,10 +7,10 @@ import pytest
 from support.training import figures, lm_fields
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from sce_lm.training.config import TrainConfig
 from sce_lm.training.loop import Run
-from sce_lm.training.metrics import MetricsLog, read_metrics
+from sce_lm.training.metrics_file import MetricsLog, read_metrics
 from sce_lm.training.resuming import changed_fields, comparable, stored_fields
+from sce_lm.training.train_config import TrainConfig
 
 
 @pytest.fixture(scope="module")

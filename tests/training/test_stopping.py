@@ -16,11 +16,11 @@ from accelerate.utils import DistributedType
 from support.launch import ONE_THREAD
 from support.training import figures, lm_fields, write_config
 
-from sce_lm.training.config import TrainConfig
-from sce_lm.training.launch import check_processes
 from sce_lm.training.lock import RunLock
 from sce_lm.training.loop import Run
-from sce_lm.training.metrics import read_metrics
+from sce_lm.training.metrics_file import read_metrics
+from sce_lm.training.processes import check_processes
+from sce_lm.training.train_config import TrainConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 TRAIN = [sys.executable, str(ROOT / "scripts" / "train.py")]

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from sce_lm import SCEConfig, objectives, sce_loss
-from sce_lm.ops import memory
-from sce_lm.ops.memory import gradient_memory
+from sce_lm.ops import gradient_memory as module
+from sce_lm.ops.gradient_memory import gradient_memory
 
 
 def test_memory_is_used_again_once_it_is_free():
@@ -45,7 +45,7 @@ def test_memory_fits_the_weight():
 def test_memory_goes_with_its_weight():
     weight = torch.nn.Parameter(torch.randn(50, 8))
     gradient_memory(weight, torch.float32)
-    kept = weakref.ref(memory._kept[weight])
+    kept = weakref.ref(module._kept[weight])
     del weight
     assert kept() is None
 

@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from sce_lm import LogitTransform, SCEConfig, SCEState, objectives, sce_loss
-from sce_lm.objectives import compiled
+from sce_lm.objectives import compile_operator
 
 VOCAB_SIZE, WIDTH = 61, 16
 POST = LogitTransform(scale=2.0, soft_cap=3.0)
@@ -48,7 +48,7 @@ def loss_and_gradients(step, loss_of, num_positions, **options):
 
 def compile_step(**options):
     return torch.compile(
-        step, **{"backend": "aot_eager", "fullgraph": compiled.ONE_GRAPH, **options}
+        step, **{"backend": "aot_eager", "fullgraph": compile_operator.ONE_GRAPH, **options}
     )
 
 
@@ -134,7 +134,7 @@ def test_function_with_a_state_and_a_configuration():
         return sce_loss(hidden * 1.0, weight, labels, config=config, state=state)
 
     (hidden, weight, _), labels = problem(30)
-    run = torch.compile(one_call, backend="aot_eager", fullgraph=compiled.ONE_GRAPH)
+    run = torch.compile(one_call, backend="aot_eager", fullgraph=compile_operator.ONE_GRAPH)
     for config in (SCEConfig(tail_candidates=7), SCEConfig.published()):
         states = SCEState(), SCEState()
         for seed in (3, 4):
@@ -164,7 +164,7 @@ def test_backward_pass_does_not_need_the_memory_of_the_forward_pass(name, reduct
     tensors, labels = problem(14, ignored=False)
     inputs = [x.detach().clone() for x in tensors]
     objective = objectives.get(name)
-    number = compiled.register(weakref.ref(objective))
+    number = compile_operator.register(weakref.ref(objective))
     needs = [True] * 3
 
     def gradients(is_overwritten):
@@ -183,7 +183,7 @@ def test_backward_pass_does_not_need_the_memory_of_the_forward_pass(name, reduct
 
     want = gradients(False)
     objective = objectives.get(name)
-    number = compiled.register(weakref.ref(objective))
+    number = compile_operator.register(weakref.ref(objective))
     torch.testing.assert_close(gradients(True), want)
     assert all(g.any() for g in want)
 
@@ -191,16 +191,16 @@ def test_backward_pass_does_not_need_the_memory_of_the_forward_pass(name, reduct
 @one_graph
 def test_what_awaits_a_backward_pass_is_freed_with_the_loss():
     gc.collect()
-    before = len(compiled._calls)
+    before = len(compile_operator._calls)
     compiled_step, objective = compile_step(), objectives.get("sce")
     tensors, labels = problem(15)
     loss = compiled_step(objective, *tensors, labels, {})
-    assert len(compiled._calls) == before + 1
+    assert len(compile_operator._calls) == before + 1
     del loss
-    assert len(compiled._calls) == before
+    assert len(compile_operator._calls) == before
     loss = compiled_step(objective, *tensors, labels, {})
     loss.backward()
-    assert len(compiled._calls) == before
+    assert len(compile_operator._calls) == before
 
 
 @pytest.mark.parametrize("loss_of", [objectives.get("sce", tail_candidates=9), sce_loss])
@@ -230,7 +230,10 @@ def test_recomputed_forward_pass_draws_the_same():
         return checkpoint(part, hidden, use_reentrant=False)
 
     found = []
-    for run in (whole, torch.compile(whole, backend="aot_eager", fullgraph=compiled.ONE_GRAPH)):
+    for run in (
+        whole,
+        torch.compile(whole, backend="aot_eager", fullgraph=compile_operator.ONE_GRAPH),
+    ):
         objective = objectives.get("sce", tail_candidates=9)
         (hidden, weight, _), labels = problem(15)
         torch.manual_seed(7)

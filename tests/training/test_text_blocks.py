@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from support.training import END_OF_TEXT, lm_fields
 from transformers import AutoTokenizer
 
-from sce_lm.training.config import TrainConfig
 from sce_lm.training.language_model import LanguageModelTask
-from sce_lm.training.text import PackedText, hold_out, read, read_documents, tokenise
+from sce_lm.training.text_blocks import PackedText, hold_out, read, read_documents, tokenise
+from sce_lm.training.train_config import TrainConfig
 
 
 @given(

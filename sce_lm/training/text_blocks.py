@@ -21,8 +21,8 @@ from transformers import PreTrainedTokenizerBase
 
 from sce_lm.files import data_files
 from sce_lm.recsys.delimited import open_bytes
-from sce_lm.training.config import TrainConfig
 from sce_lm.training.fingerprint import digests
+from sce_lm.training.train_config import TrainConfig
 
 _LOADERS = {
     ".csv": "csv",

@@ -10,7 +10,7 @@ import torch
 from sce_lm.candidates.state import SCEState
 from sce_lm.config import PublishedSCEConfig, SCEConfig
 from sce_lm.objectives.base import Reduction
-from sce_lm.objectives.compiled import can_trace, head_loss, outside_graphs, register
+from sce_lm.objectives.compile_operator import can_trace, head_loss, outside_graphs, register
 from sce_lm.objectives.published_sce import PublishedSCE
 from sce_lm.objectives.sce import SCE
 from sce_lm.ops.logits import LogitTransform

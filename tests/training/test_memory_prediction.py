@@ -9,8 +9,8 @@ from support.models import tiny_model
 from sce_lm import objectives
 from sce_lm.hf import apply_sce
 from sce_lm.ops.logits import LogitTransform
-from sce_lm.training import loss_cost, memory
-from sce_lm.training.memory import MIB, estimate_memory, loss_bytes
+from sce_lm.training import loss_cost, memory_prediction
+from sce_lm.training.memory_prediction import MIB, estimate_memory, loss_bytes
 
 POSITIONS, VOCAB_SIZE, WIDTH = 4096, 60_000, 64
 
@@ -88,7 +88,7 @@ def test_the_backbone_is_what_autograd_keeps():
 def test_too_little_memory_is_said(monkeypatch):
     assert estimate(8)[1].fits
     monkeypatch.setattr(
-        memory.psutil, "virtual_memory", lambda: SimpleNamespace(available=10 * MIB)
+        memory_prediction.psutil, "virtual_memory", lambda: SimpleNamespace(available=10 * MIB)
     )
     found = estimate(8)[1]
     assert not found.fits

@@ -4,7 +4,7 @@ import pytest
 import torch
 from support.problems import gradients, make_problem
 
-import sce_lm.objectives.binary as module
+import sce_lm.objectives.binary_cross_entropy as module
 from sce_lm import LogitTransform, objectives
 from sce_lm.objectives.reference import binary_reference
 

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
+from sce_lm.ops.gradient_memory import row_sum
 from sce_lm.ops.head import Head
-from sce_lm.ops.memory import row_sum
 
 
 class RowSum:

@@ -13,8 +13,7 @@ import polars as pl
 from datasets import Dataset
 
 from sce_lm import recsys
-from sce_lm.training import text
-from sce_lm.training.config import EMBEDDED, TrainConfig
+from sce_lm.training import text_blocks
 from sce_lm.training.embedded.api_calls import embedded_interactions
 from sce_lm.training.embedded.text import embedded_text
 from sce_lm.training.fingerprint import Fingerprint, of_documents, of_log
@@ -23,6 +22,7 @@ from sce_lm.training.language_model import LanguageModelTask
 from sce_lm.training.models import load_tokenizer
 from sce_lm.training.stored_data import read_source, stored
 from sce_lm.training.task import Task
+from sce_lm.training.train_config import EMBEDDED, TrainConfig
 
 SOURCE_FIELDS = (
     "data",
@@ -61,7 +61,7 @@ def build_task(config: TrainConfig) -> Task:
         )
     source = _fingerprints(documents, held_out, config)
     if held_out is None:
-        documents, held_out = text.hold_out(documents, config)
+        documents, held_out = text_blocks.hold_out(documents, config)
     return LanguageModelTask(documents, held_out, load_tokenizer(tokenizer), config, source)
 
 
@@ -91,7 +91,7 @@ def resume_task(config: TrainConfig, run: Path) -> tuple[Task, str | None]:
     note = change and _permitted(change, config, run)
     with stored(run) as folder:
         order = pl.read_parquet(folder / "documents.parquet")
-    found = text.document_digests(documents, config)
+    found = text_blocks.document_digests(documents, config)
     if note is None:
         rows = _places(found, order.filter(~pl.col("held_out"))["digest"].to_numpy())
     elif "held_out" in before:
@@ -112,7 +112,7 @@ def stored_task(config: TrainConfig, run: Path) -> Task:
 def changed_since(config: TrainConfig, run: Path) -> str | None:
     """What to tell about the data of a run that is evaluated on what it stored; None if they are as
     they were, or are made or kept elsewhere (embedded, or on the hub)."""
-    if config.data == EMBEDDED or not text.is_local(config.data):
+    if config.data == EMBEDDED or not text_blocks.is_local(config.data):
         return None
     before = read_source(run)
     try:
@@ -135,7 +135,7 @@ def _language_model(config: TrainConfig, run: Path, train: Dataset | None) -> La
     with stored(run) as folder:
         tokenizer = load_tokenizer(str(folder / "tokenizer"))
         tokenised = Dataset.from_file(str(folder / "held_out.arrow"))
-    held_out = text.PackedText(tokenised, config.sequence_length)
+    held_out = text_blocks.PackedText(tokenised, config.sequence_length)
     return LanguageModelTask(train, held_out, tokenizer, config, read_source(run))
 
 
@@ -172,7 +172,7 @@ def _change(before: Source, now: Source) -> str | None:
 
 def _fingerprints(documents: Dataset, held_out: Dataset | None, config: TrainConfig) -> Source:
     named = {"data": documents} | ({} if held_out is None else {"held_out": held_out})
-    found = {name: text.document_digests(each, config) for name, each in named.items()}
+    found = {name: text_blocks.document_digests(each, config) for name, each in named.items()}
     return {name: of_documents(digests[digests != 0]) for name, digests in found.items()}
 
 
@@ -194,10 +194,10 @@ def _read_documents(config: TrainConfig) -> tuple[Dataset, Dataset | None, str |
     that belongs to them."""
     _check_options(embedded_text, config)
     if config.data != EMBEDDED:
-        return *text.read_documents(config), None
+        return *text_blocks.read_documents(config), None
     found = embedded_text(_cache(config), **config.data_options)
-    train = text.read(str(found.train), "train", "text", config.cache_dir)
-    held_out = text.read(str(found.heldout), "train", "text", config.cache_dir)
+    train = text_blocks.read(str(found.train), "train", "text", config.cache_dir)
+    held_out = text_blocks.read(str(found.heldout), "train", "text", config.cache_dir)
     return train, held_out, str(found.tokenizer)
 
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-import sce_lm.candidates.row_sum as row_sum
-from sce_lm.candidates.row_sum import RowSum
+import sce_lm.candidates.tracked_row_sum as row_sum
+from sce_lm.candidates.tracked_row_sum import RowSum
 from sce_lm.ops.head import Head
 
 

@@ -16,15 +16,15 @@ from sce_lm import objectives, recsys
 from sce_lm.files import read_json, write_json
 from sce_lm.hf.adapter import apply_sce
 from sce_lm.recsys.data import TIE_RULE
-from sce_lm.training import text
-from sce_lm.training.config import TrainConfig
+from sce_lm.training import text_blocks
 from sce_lm.training.items import rank_questions
 from sce_lm.training.language_model import LanguageModelTask
 from sce_lm.training.models import load_model, load_tokenizer
 from sce_lm.training.plots import draw_popularity
 from sce_lm.training.resuming import stored_fields
-from sce_lm.training.sources import changed_since, stored_task
 from sce_lm.training.task import HeldOut
+from sce_lm.training.task_sources import changed_since, stored_task
+from sce_lm.training.train_config import TrainConfig
 
 MODEL = "model"
 """The trained model's name among the rows of an evaluation."""
@@ -115,7 +115,7 @@ def evaluate_on(
         report = _last_items(model, tokenizer, config)
     else:
         with accelerator.main_process_first():
-            documents = text.read(data, "train", config.text_column, config.cache_dir)
+            documents = text_blocks.read(data, "train", config.text_column, config.cache_dir)
             task = LanguageModelTask(None, documents, tokenizer, config)
         report = task.evaluate(model, accelerator, "test")
     rows = {MODEL: report}
