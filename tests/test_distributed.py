@@ -1,10 +1,10 @@
 """The vocabulary-parallel loss on 2 and 4 processes is the loss of one; each function of
-support/vocab_parallel.py says what it checks."""
+programs/vocab_parallel.py says what it checks."""
 
 import json
 
 import pytest
-from support import vocab_parallel
+from programs import vocab_parallel
 from support.launch import run
 
 pytestmark = pytest.mark.distributed

@@ -4,7 +4,7 @@ A case is an objective, its options and what surrounds it: a bias with a soft ca
 low-rank operand. A step's record is its loss and the norm of each gradient. Run as a program, this
 writes the golden files anew, which is right only where a change of results is wanted and explained:
 
-    python tests/support/golden.py
+    python tests/programs/golden.py
 
 With a head cut over two ranks it is a program of `support.launch`, whose first rank leaves its
 records in FOLDER/ranks.json.

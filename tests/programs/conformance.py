@@ -1,7 +1,7 @@
 """Does `apply_sce` with the exact objective equal the stock model, for a type of transformers?
 
-    python tests/support/conformance.py --json conformance.json      # every causal LM, some minutes
-    python tests/support/conformance.py t5 bart --head seq2seq       # some types, another head
+    python tests/programs/conformance.py --json conformance.json    # every causal LM, some minutes
+    python tests/programs/conformance.py t5 bart --head seq2seq     # some types, another head
 
 For each type the smallest valid model is built, copied and patched, and both are asked the same:
 loss and gradient of every parameter with ignored labels, with `num_items_in_batch`, `shift_labels`
