@@ -4,8 +4,8 @@ their rows does."""
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from programs.processes import CASES, build, stock_model, train
 from programs import processes
+from programs.processes import CASES, build, stock_model, train
 from support.launch import run
 
 pytestmark = pytest.mark.distributed

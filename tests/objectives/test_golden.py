@@ -8,8 +8,8 @@ import json
 
 import pytest
 import torch
-from programs.golden import OBJECTIVES, SURROUNDINGS, Records, case_name, train
 from programs import golden
+from programs.golden import OBJECTIVES, SURROUNDINGS, Records, case_name, train
 from support.launch import run
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-6}
