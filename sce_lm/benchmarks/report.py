@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from sce_lm import files
-from sce_lm.figures import png
+from sce_lm.png_plots import png
 
 
 def progress(message: str) -> None:

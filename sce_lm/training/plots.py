@@ -9,11 +9,11 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sce_lm.figures import png
+from sce_lm.png_plots import png
 from sce_lm.training.metrics_file import read_metrics
 
 if TYPE_CHECKING:
-    from sce_lm.figures import Axes
+    from sce_lm.png_plots import Axes
 
 LINES = 10
 """Colours of matplotlib's default cycle; further labels get another line style."""
