@@ -30,6 +30,7 @@ def test_it_is_the_loss_of_one_process(tmp_path, world_size):
     run(vocab_parallel.__file__, world_size, tmp_path, CHECKS)
 
 
+@pytest.mark.slow
 def test_its_estimator_is_unbiased(tmp_path):
     run(vocab_parallel.__file__, 2, tmp_path, SAMPLED)
 

@@ -28,7 +28,10 @@ def fine_tune(name: str, folder: Path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "saved"),
-    [("trainer.py", "model.safetensors"), ("peft_lora.py", "adapter_config.json")],
+    [
+        ("trainer.py", "model.safetensors"),
+        pytest.param("peft_lora.py", "adapter_config.json", marks=pytest.mark.slow),
+    ],
 )
 def test_fine_tuning_with_the_trainer(name, saved, tmp_path):
     fine_tune(name, tmp_path)
