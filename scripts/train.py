@@ -17,9 +17,9 @@ INTERRUPTED = 130
 
 def main() -> None:
     try:
+        from sce_lm.training.command_line import parse_config
         from sce_lm.training.loop import Run
         from sce_lm.training.processes import start_missing_processes
-        from sce_lm.training.train_config import parse_config
 
         start_missing_processes()
         run = Run(parse_config(sys.argv[1:]))

@@ -92,15 +92,11 @@ def changed_fields(
 
     Raises ValueError if a field that defines the run differs.
     """
-    now = config.to_dict()
-    defaults = {
-        f.name: f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
-        for f in dataclasses.fields(config)
-    }
+    before = TrainConfig.defaults() | before
     differing = {
-        name: [before.get(name, defaults[name]), now[name]]
-        for name in now
-        if name not in FREE and before.get(name, defaults[name]) != now[name]
+        name: [before[name], now]
+        for name, now in config.to_dict().items()
+        if name not in FREE and before[name] != now
     }
     refused = [name for name in differing if name not in NOTED]
     if refused:

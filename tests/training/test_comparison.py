@@ -10,9 +10,9 @@ from support.models import tiny_batch, tiny_model
 
 from sce_lm import apply_sce, objectives
 from sce_lm.training import loop, loss_cost
+from sce_lm.training.command_line import parse_config
 from sce_lm.training.comparison import Method, compare, save_loss_inputs
 from sce_lm.training.loop import Run
-from sce_lm.training.train_config import parse_config
 
 
 def test_loss_inputs_reproduce_the_models_loss(tmp_path):

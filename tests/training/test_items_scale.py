@@ -19,9 +19,9 @@ from support.launch import ONE_THREAD
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sce_lm import recsys
+from sce_lm.training.command_line import parse_config
 from sce_lm.training.loop import Run
 from sce_lm.training.measure import start_peak
-from sce_lm.training.train_config import parse_config
 
 ROOT = Path(__file__).resolve().parents[2]
 SASREC = {"model_type": "sasrec", "max_position_embeddings": 50}
@@ -145,7 +145,7 @@ def test_a_catalogue_of_a_million_items_from_log_to_lists(tmp_path):
 
 READ_LOG = """
 import resource, sys
-from sce_lm.training.train_config import parse_config
+from sce_lm.training.command_line import parse_config
 from sce_lm.training.task_sources import build_task
 task = build_task(parse_config([sys.argv[1]]))
 print(task.describe()["events"], resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)

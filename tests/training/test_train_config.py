@@ -4,7 +4,8 @@ import dataclasses
 
 import pytest
 
-from sce_lm.training.train_config import TrainConfig, as_arguments, parse_config
+from sce_lm.training.command_line import as_arguments, parse_config
+from sce_lm.training.train_config import TrainConfig
 
 MODEL = "model_config: {model_type: llama, hidden_size: 64}\n"
 
