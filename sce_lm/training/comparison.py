@@ -16,11 +16,12 @@ from sce_lm import objectives
 from sce_lm.files import write_json
 from sce_lm.hf.adapter import apply_sce, lazy_logits
 from sce_lm.training import loss_cost
-from sce_lm.training.loop import Run
 from sce_lm.training.loss_cost import LossCost
 from sce_lm.training.metrics_file import with_costs
 from sce_lm.training.models import load_model
 from sce_lm.training.plots import draw_curves
+from sce_lm.training.run_building import build_run
+from sce_lm.training.run_folder import RunFolder
 from sce_lm.training.task import DataOrder, Task, on_device
 from sce_lm.training.train_config import TrainConfig
 
@@ -195,16 +196,17 @@ def compare(
     """
     seeds = [config.seed] if seeds is None else seeds
     asked = {label: objectives.get(m.objective, **m.options) for label, m in methods.items()}
-    runs: dict[str, list[Path]] = {}
+    runs: dict[str, list[RunFolder]] = {}
     summaries: dict[str, list[dict[str, Any]]] = {}
     failures: dict[str, str] = {}
     task: Task | None = None
     for label, method in methods.items():
-        folders = [folder / label.replace(" ", "-") / f"seed-{seed}" for seed in seeds]
+        of_method = folder / label.replace(" ", "-")
+        folders = [RunFolder(of_method / f"seed-{seed}") for seed in seeds]
         found = []
         try:
             for seed, run_folder in zip(seeds, folders):
-                run = Run(
+                run = build_run(
                     dataclasses.replace(
                         config,
                         objective=method.objective,
@@ -226,7 +228,7 @@ def compare(
         runs[label], summaries[label] = folders, found
     assert task is not None
 
-    trained = load_model(next(iter(runs.values()))[0] / "model")
+    trained = load_model(next(iter(runs.values()))[0].model)
     apply_sce(trained, objectives.get("exact"))
     order = DataOrder(task.num_rows, config.per_device_batch_size, 1, config.seed)
     inputs = folder / "loss_inputs.safetensors"
@@ -237,7 +239,13 @@ def compare(
     inputs.unlink()
 
     curves = folder / "curves.png"
-    records = {label: [with_costs(f) for f in folders] for label, folders in runs.items()}
+    records = {
+        label: [
+            with_costs(run_folder.records(), summary["vocabulary"])
+            for run_folder, summary in zip(folders, summaries[label])
+        ]
+        for label, folders in runs.items()
+    }
     draw_curves(records, curves, task.headline[0])
     sooner = _sooner(records, task)
     comparison = Comparison(summaries, failures, sooner, costs, measured, task.baselines(), curves)

@@ -6,10 +6,11 @@ A run that was resumed with another setting has a record of that: ``{"step": 500
 
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from sce_lm.files import read_json, replacing
+from sce_lm.files import replacing
 
 CHANGED = "changed"
 """The entry of a record that says which fields of the configuration changed at its step."""
@@ -60,13 +61,12 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         ) from None
 
 
-def with_costs(folder: Path) -> list[dict[str, Any]]:
+def with_costs(records: Iterable[dict[str, Any]], vocabulary: int) -> list[dict[str, Any]]:
     """The records of a finished run, each with what training, evaluation left out, had taken up to
     its step: ``seconds``, and the ``inner products in the loss`` (of the hidden width, in its
     forward passes; an objective that draws nothing takes one with every class)."""
-    vocabulary = read_json(folder / "summary.json")["vocabulary"]
     seconds, products, step, found = 0.0, 0.0, 0, []
-    for record in read_metrics(folder / "metrics.jsonl"):
+    for record in records:
         if "seconds_per_step" in record:
             spent = record["seconds_per_step"] * (record["step"] - step)
             seconds, step = seconds + spent, record["step"]

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sce_lm.figures import png
-from sce_lm.training.metrics_file import read_metrics
+from sce_lm.objectives.probe import Probe
+from sce_lm.training.run_folder import RunFolder
 
 if TYPE_CHECKING:
     from sce_lm.figures import Axes
@@ -68,23 +69,18 @@ def draw_curves(
 
 
 def draw_report(
-    folder: Path,
-    figure_name: str,
-    errors: Sequence[float],
-    frequencies: Mapping[str, Sequence[float]],
+    folder: RunFolder, records: Sequence[dict[str, Any]], figure_name: str, probe: Probe
 ) -> None:
     """Draw ``report.png`` of a run: its curves, how far the objective was from exact cross-entropy,
     which classes it looked at and where the time went. What the run has no figures of is left out.
 
     Args:
-        folder: of the run, with its metrics.jsonl.
+        records: of its metrics.jsonl.
         figure_name: of the validation figure, e.g. "nll" or "ndcg@10".
-        errors: loss - exact loss at validation positions, at the end.
-        frequencies: of ``shares_by_frequency``, for those positions; empty: all classes.
+        probe: of validation positions, at the end.
 
     Raises ImportError where matplotlib is not installed.
     """
-    records = read_metrics(folder / "metrics.jsonl")
     own = "objective/"
     curves: list[tuple[str, dict[str, str], dict[str, Any]]] = [
         ("training loss", {"loss": "loss"}, {}),
@@ -111,12 +107,12 @@ def draw_report(
         lines = {label: _points(records, name) for name, label in names.items()}
         if any(lines.values()):
             panels.append(partial(_draw_lines, title=title, lines=lines, limits=limits))
-    if len(errors):
-        panels.append(partial(_draw_errors, errors=errors))
-    if frequencies:
-        panels.append(partial(_draw_frequencies, frequencies=frequencies))
+    if len(probe.errors):
+        panels.append(partial(_draw_errors, errors=probe.errors.tolist()))
+    if probe.by_frequency:
+        panels.append(partial(_draw_frequencies, frequencies=probe.by_frequency))
     rows = -(-len(panels) // 3)
-    with png(folder / "report.png", 15, 4 * rows) as figure:
+    with png(folder.report, 15, 4 * rows) as figure:
         figure.suptitle(str(folder))
         for axes, draw in zip_longest(figure.subplots(rows, 3, squeeze=False).flat, panels):
             if draw is None:
