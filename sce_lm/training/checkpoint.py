@@ -80,7 +80,7 @@ class Checkpoints:
         complete = self.folder / f"step-{step:08d}"
         partial = self.folder / f".partial-{complete.name}"
         try:
-            _write(self.learner, partial)
+            _write_state(self.learner, partial)
             accelerator.wait_for_everyone()
             if accelerator.is_main_process:
                 _complete(partial, complete, {"step": step, **_facts(self.learner, batches)})
@@ -112,7 +112,7 @@ class Checkpoints:
                 "; start a number that divides them, or choose another output_dir."
             )
         try:
-            _restore(self.learner, checkpoint, manifest)
+            _restore_state(self.learner, checkpoint, manifest)
         except (LookupError, RuntimeError, SafetensorError, TypeError, ValueError) as error:
             reason = " ".join(str(error).split())[:300].rstrip(".")
             raise ValueError(
@@ -122,7 +122,7 @@ class Checkpoints:
         return {name: manifest[name] for name in ("step", "batches", "processes")}
 
 
-def _write(learner: Learner, folder: Path) -> None:
+def _write_state(learner: Learner, folder: Path) -> None:
     accelerator, state = learner.accelerator, learner.objective.state
     if accelerator.is_main_process:
         folder.mkdir(parents=True)
@@ -145,7 +145,7 @@ def _facts(learner: Learner, batches: int) -> dict[str, Any]:
     }
 
 
-def _restore(learner: Learner, checkpoint: Path, manifest: dict[str, Any]) -> None:
+def _restore_state(learner: Learner, checkpoint: Path, manifest: dict[str, Any]) -> None:
     accelerator, rank = learner.accelerator, learner.accelerator.process_index
     load_model(learner.plain_model, checkpoint / MODEL)
     _restore_optimizer(learner.optimizer, load_file(checkpoint / OPTIMIZER))
@@ -165,40 +165,46 @@ def _restore(learner: Learner, checkpoint: Path, manifest: dict[str, Any]) -> No
 def verify(checkpoint: Path) -> None:
     """Raise ValueError unless a checkpoint has exactly the files that it should have, each as it
     was written and in its format."""
+    try:
+        foreign, damaged = _faults(checkpoint)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        foreign, damaged = None, Path(getattr(error, "filename", None) or MANIFEST).name
     advice = (
         "delete that folder to go on from the checkpoint before it, or from the start if there is "
         "none."
     )
-    try:
-        manifest = read_json(checkpoint / MANIFEST)
-        files, ranks = manifest["files"], range(manifest["processes"])
-        needed = {MODEL, OPTIMIZER, *(_random_file(checkpoint, rank).name for rank in ranks)}
-        known = needed | {state_file(checkpoint, rank).name for rank in ranks}
-        there = {path.name for path in checkpoint.iterdir() if not path.name.startswith(".")}
-        foreign = sorted((there | set(files)) - known - {MANIFEST})
-        damaged = []
-        if not foreign:
-            names = sorted(needed | set(files) | there - {MANIFEST})
-            damaged = [name for name in names if _sha256(checkpoint / name) != files.get(name)]
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        foreign, damaged = [], [getattr(error, "filename", None) or MANIFEST]
     if foreign:
         raise ValueError(
-            f"The checkpoint {checkpoint} holds {foreign[0]}, which is none of its files: an "
-            "earlier version wrote it, or somebody else, and to read it could run code, so nothing "
-            f"was read; {advice}"
+            f"The checkpoint {checkpoint} holds {foreign}, which is none of its files: an earlier "
+            "version wrote it, or somebody else, and to read it could run code, so nothing was "
+            f"read; {advice}"
         )
-    for name in () if damaged else names:
+    if damaged:
+        raise ValueError(
+            f"The checkpoint {checkpoint} is damaged ({damaged} is missing or not as it was "
+            f"written); {advice}"
+        )
+
+
+def _faults(checkpoint: Path) -> tuple[str | None, str | None]:
+    """The first file that does not belong there, and else the first that is not as written."""
+    manifest = read_json(checkpoint / MANIFEST)
+    files, ranks = manifest["files"], range(manifest["processes"])
+    needed = {MODEL, OPTIMIZER, *(_random_file(checkpoint, rank).name for rank in ranks)}
+    there = {path.name for path in checkpoint.iterdir() if not path.name.startswith(".")}
+    found = (there | set(files)) - {MANIFEST}
+    foreign = found - needed - {state_file(checkpoint, rank).name for rank in ranks}
+    if foreign:
+        return min(foreign), None
+    for name in sorted(needed | found):
+        if _sha256(checkpoint / name) != files.get(name):
+            return None, name
         try:
             with safe_open(checkpoint / name, "pt"):
                 pass
         except SafetensorError:
-            damaged = [name]
-    if damaged:
-        raise ValueError(
-            f"The checkpoint {checkpoint} is damaged ({Path(damaged[0]).name} is missing or not as "
-            f"it was written); {advice}"
-        )
+            return None, name
+    return None, None
 
 
 def _random_file(folder: Path, rank: int) -> Path:

@@ -7,6 +7,7 @@ A run that was resumed with another setting has a record of that: ``{"step": 500
 import json
 import os
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +17,15 @@ CHANGED = "changed"
 """The entry of a record that says which fields of the configuration changed at its step."""
 
 
+@dataclass(frozen=True)
 class MetricsLog:
     """The records of a run, appended line by line by the one process that writes."""
 
-    def __init__(self, path: Path):
-        self.path = path
+    path: Path
 
     def append(self, record: dict[str, Any]) -> None:
         """Add a record, which has a "step"."""
-        with self.path.open("a", encoding="utf-8") as file:
+        with self.path.open("a") as file:
             file.write(json.dumps(record) + "\n")
 
     def sync(self) -> None:
@@ -41,9 +42,7 @@ class MetricsLog:
             if record["step"] <= step or CHANGED in record
         ]
         with replacing(self.path) as partial:
-            partial.write_text(
-                "".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8"
-            )
+            partial.write_text("".join(json.dumps(record) + "\n" for record in kept))
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

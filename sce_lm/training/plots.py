@@ -9,6 +9,8 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from sce_lm.figures import png
 from sce_lm.objectives.probe import Probe
 from sce_lm.training.run_folder import RunFolder
@@ -46,23 +48,15 @@ def draw_curves(
     with png(path, 5 * len(panels), 4) as figure:
         for axes, (name, x, marker) in zip(figure.subplots(1, len(panels)), panels):
             for number, (label, found) in enumerate(runs.items()):
-                style = {
-                    "color": f"C{number % LINES}",
-                    "linestyle": ("-", "--", ":", "-.")[number // LINES % 4],
-                    "marker": marker,
-                    "markersize": 3,
-                }
+                dashes = ("-", "--", ":", "-.")[number // LINES % 4]
+                style = f"C{number % LINES}{marker}{dashes}"
                 for index, records in enumerate(found):
                     points = [(r[x], r[name]) for r in records if name in r]
-                    axes.plot(
-                        [p[0] for p in points],
-                        [p[1] for p in points],
-                        label=None if index else label,
-                        **style,
-                    )
-            title = "training loss" if name == "loss" else name.replace("/", " ")
-            ylabel = "nats" if name == "loss" else ""
-            axes.set(title=title, xlabel=x.replace("/", " "), ylabel=ylabel)
+                    of_first = {} if index else {"label": label}
+                    axes.plot(*np.reshape(points, (-1, 2)).T, style, markersize=3, **of_first)
+            is_loss = name == "loss"
+            title = "training loss" if is_loss else name.replace("/", " ")
+            axes.set(title=title, xlabel=x.replace("/", " "), ylabel="nats" if is_loss else "")
             axes.grid(alpha=0.3)
         if len(runs) > 1:
             axes.legend(fontsize=7)

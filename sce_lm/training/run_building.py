@@ -48,13 +48,13 @@ def build_run(config: TrainConfig) -> Run:
     folder = RunFolder(config.output_dir)
     lock = RunLock(folder)
     try:
-        return _build(config, folder, lock)
+        return _checked_and_built(config, folder, lock)
     except BaseException:
         lock.release()
         raise
 
 
-def _build(config: TrainConfig, folder: RunFolder, lock: RunLock) -> Run:
+def _checked_and_built(config: TrainConfig, folder: RunFolder, lock: RunLock) -> Run:
     objective = objectives.get(config.objective, **config.objective_options)
     accelerator = _start_processes(config, objective)
     if accelerator.is_main_process:
@@ -97,7 +97,7 @@ def _build(config: TrainConfig, folder: RunFolder, lock: RunLock) -> Run:
     if run.is_finished:
         _tell_that_nothing_changes(run, changes)
         return run
-    _restore(run)
+    _go_back_to_checkpoint(run)
     if run.is_main:
         _record_start(run, changes, data_note)
     accelerator.wait_for_everyone()
@@ -205,7 +205,7 @@ def _tell_that_nothing_changes(run: Run, changes: Changes) -> None:
         )
 
 
-def _restore(run: Run) -> None:
+def _go_back_to_checkpoint(run: Run) -> None:
     """Go back to the newest checkpoint, or to the first step of a run that has none yet."""
     newest = run.checkpoints.newest()
     if newest is None and run.step:

@@ -94,7 +94,7 @@ def resume_task(config: TrainConfig, run: RunFolder) -> tuple[Task, str | None]:
         order = pl.read_parquet(folder / "documents.parquet")
     found = text_blocks.document_digests(documents, config)
     if note is None:
-        rows = _places(found, order.filter(~pl.col("held_out"))["digest"].to_numpy())
+        rows = _rows_of(found, order.filter(~pl.col("held_out"))["digest"].to_numpy())
     elif "held_out" in before:
         rows = np.arange(len(found))
     else:
@@ -179,7 +179,7 @@ def _fingerprints(documents: Dataset, held_out: Dataset | None, config: TrainCon
     return {name: of_documents(digests[digests != 0]) for name, digests in found.items()}
 
 
-def _places(found: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+def _rows_of(found: np.ndarray, wanted: np.ndarray) -> np.ndarray:
     """int64, the places in `found` of the digests that are wanted, in their order; of equal ones
     each is taken once."""
     by_digest = np.argsort(found, kind="stable")

@@ -27,7 +27,7 @@ def test_loss_inputs_reproduce_the_models_loss(tmp_path):
         expected = model.eval()(**batch).loss.item()
     assert sizes["positions"] == int((batch["labels"][:, 1:] != -100).sum())
     for method in ({"name": "stock"}, {"name": "exact"}, {"name": "sce", "tail_candidates": 10**6}):
-        cost = loss_cost._measure_here(path, method, repeats=1)
+        cost = loss_cost.LossCost(**loss_cost._measure_here(str(path), method, repeats=1))
         assert cost.loss == pytest.approx(expected, rel=1e-5)
         assert cost.seconds > 0
         assert cost.peak_mib >= 0

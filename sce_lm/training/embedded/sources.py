@@ -140,7 +140,7 @@ def fingerprint(
     code = [path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py"))]
     known = {
         "python": platform.python_version(),
-        "packages": {package: _version(package) for package in packages},
+        "packages": {package: _version_of(package) for package in packages},
         "files": [(module, os.path.getsize(path)) for module, path in sources],
         "options": options,
         "code": hashlib.sha256(b"".join(code)).hexdigest(),
@@ -148,7 +148,7 @@ def fingerprint(
     return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _version(package: str) -> str | None:
+def _version_of(package: str) -> str | None:
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
