@@ -83,7 +83,15 @@ class Checkpoints:
             _write_state(self.learner, partial)
             accelerator.wait_for_everyone()
             if accelerator.is_main_process:
-                _complete(partial, complete, {"step": step, **_facts(self.learner, batches)})
+                scaler = accelerator.scaler
+                facts = {
+                    "step": step,
+                    "batches": batches,
+                    "processes": accelerator.num_processes,
+                    "schedule": self.learner.scheduler.last_epoch,
+                    "scaler": scaler.state_dict() if scaler is not None else None,
+                }
+                _complete(partial, complete, facts)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
@@ -133,16 +141,6 @@ def _write_state(learner: Learner, folder: Path) -> None:
     save_file(tensors, _random_file(folder, accelerator.process_index), texts)
     if state is not None and not state.is_new:
         state.save(state_file(folder, accelerator.process_index))
-
-
-def _facts(learner: Learner, batches: int) -> dict[str, Any]:
-    scaler = learner.accelerator.scaler
-    return {
-        "batches": batches,
-        "processes": learner.accelerator.num_processes,
-        "schedule": learner.scheduler.last_epoch,
-        "scaler": scaler.state_dict() if scaler is not None else None,
-    }
 
 
 def _restore_state(learner: Learner, checkpoint: Path, manifest: dict[str, Any]) -> None:

@@ -44,12 +44,7 @@ class ItemsTask(Task):
         source: dict[str, Fingerprint],
         config: TrainConfig,
     ):
-        """Args:
-        split: what is trained on and asked.
-        tokenizer: of its items.
-        description, source: of the log, as in `Task`.
-        config: of the run.
-        """
+        """A split and the tokenizer of its items, with the description and source of its log."""
         self.config = config
         self.split = split
         self.tokenizer = tokenizer

@@ -23,7 +23,7 @@ from sce_lm.training.checkpoint import Checkpoints
 from sce_lm.training.learner import Learner
 from sce_lm.training.lock import RunLock
 from sce_lm.training.loop import Run
-from sce_lm.training.memory_prediction import MemoryEstimate, estimate_memory
+from sce_lm.training.memory_prediction import estimate_memory
 from sce_lm.training.metrics_file import CHANGED, MetricsLog
 from sce_lm.training.models import add_lora, build_model
 from sce_lm.training.optimizers import build_optimizer, check_optimizer, make_row_sparse
@@ -48,61 +48,25 @@ def build_run(config: TrainConfig) -> Run:
     folder = RunFolder(config.output_dir)
     lock = RunLock(folder)
     try:
-        return _checked_and_built(config, folder, lock)
+        objective = objectives.get(config.objective, **config.objective_options)
+        accelerator = _start_processes(config, objective)
+        if accelerator.is_main_process:
+            lock.acquire()
+        changes = _check_folder(config, folder)
+        set_seed(config.seed)
+        task, data_note = _read_data(config, folder, accelerator)
+        run = _assemble(config, folder, lock, accelerator, task, objective)
+        if not run.is_finished:
+            _take_up(run, changes, data_note)
+        elif changes and run.is_main:
+            tqdm.write(
+                f"{folder} is finished, so what it holds stays as it is; {', '.join(changes)} "
+                "would change what is to come."
+            )
+        return run
     except BaseException:
         lock.release()
         raise
-
-
-def _checked_and_built(config: TrainConfig, folder: RunFolder, lock: RunLock) -> Run:
-    objective = objectives.get(config.objective, **config.objective_options)
-    accelerator = _start_processes(config, objective)
-    if accelerator.is_main_process:
-        lock.acquire()
-    changes = _check_folder(config, folder)
-
-    set_seed(config.seed)
-    task, data_note = _read_data(config, folder, accelerator)
-    order = DataOrder(
-        task.num_rows,
-        config.per_device_batch_size,
-        config.gradient_accumulation_steps,
-        config.seed,
-    )
-    model, by_rows = _build_model(config, task, objective)
-    first_batch = task.batch(next(order.step_batches(0, 0, 1)))
-    model.to(accelerator.device)
-    memory = estimate_memory(model, objective, first_batch, config.optimizer, by_rows)
-    _warn_of_memory(memory)
-    learner = _build_learner(config, accelerator, objective, model, by_rows)
-    # From here on each process draws its own dropout and its own candidates.
-    set_seed(config.seed, device_specific=True)
-
-    run = Run(
-        config=config,
-        folder=folder,
-        lock=lock,
-        accelerator=accelerator,
-        task=task,
-        order=order,
-        learner=learner,
-        memory=memory,
-        metrics=MetricsLog(folder.metrics),
-        checkpoints=Checkpoints(folder.checkpoints, learner, config.checkpoints_to_keep),
-        best=_best_of(folder, task, comparable(folder.records())),
-        step=folder.finished_steps(),
-    )
-    run.checkpoints.remove_leftovers()
-    run.is_finished = run.step > 0 and run.is_over()
-    if run.is_finished:
-        _tell_that_nothing_changes(run, changes)
-        return run
-    _go_back_to_checkpoint(run)
-    if run.is_main:
-        _record_start(run, changes, data_note)
-    accelerator.wait_for_everyone()
-    _find_best(run)
-    return run
 
 
 def _start_processes(config: TrainConfig, objective: Objective) -> Accelerator:
@@ -147,6 +111,48 @@ def _read_data(
         return resume_task(config, folder) if has_begun else (build_task(config), None)
 
 
+def _assemble(
+    config: TrainConfig,
+    folder: RunFolder,
+    lock: RunLock,
+    accelerator: Accelerator,
+    task: Task,
+    objective: Objective,
+) -> Run:
+    """A run before its first step; one that was finished before stands at its last."""
+    model, by_rows = _build_model(config, task, objective)
+    model.to(accelerator.device)
+    batch_size, accumulation = config.per_device_batch_size, config.gradient_accumulation_steps
+    order = DataOrder(task.num_rows, batch_size, accumulation, config.seed)
+    first_batch = task.batch(next(order.step_batches(0, 0, 1)))
+    memory = estimate_memory(model, objective, first_batch, config.optimizer, by_rows)
+    if not memory.fits:
+        warnings.warn(
+            f"This run will probably not fit. {memory} Lower per_device_batch_size (with "
+            "gradient_accumulation_steps), or choose an objective that holds less.",
+            stacklevel=3,
+        )
+    learner = _build_learner(config, accelerator, objective, model, by_rows)
+    # From here on each process draws its own dropout and its own candidates.
+    set_seed(config.seed, device_specific=True)
+    run = Run(
+        config=config,
+        folder=folder,
+        lock=lock,
+        accelerator=accelerator,
+        task=task,
+        order=order,
+        learner=learner,
+        memory=memory,
+        metrics=MetricsLog(folder.metrics),
+        checkpoints=Checkpoints(folder.checkpoints, learner, config.checkpoints_to_keep),
+        best=_best_of(folder, task, comparable(folder.records())),
+        step=folder.finished_steps(),
+    )
+    run.is_finished = run.step > 0 and run.is_over()
+    return run
+
+
 def _build_model(
     config: TrainConfig, task: Task, objective: Objective
 ) -> tuple[PreTrainedModel, list[nn.Parameter]]:
@@ -161,15 +167,6 @@ def _build_model(
     return model, [] if config.optimizer == "adamw" else make_row_sparse(model)
 
 
-def _warn_of_memory(memory: MemoryEstimate) -> None:
-    if not memory.fits:
-        warnings.warn(
-            f"This run will probably not fit. {memory} Lower per_device_batch_size (with "
-            "gradient_accumulation_steps), or choose an objective that holds less.",
-            stacklevel=4,
-        )
-
-
 def _build_learner(
     config: TrainConfig,
     accelerator: Accelerator,
@@ -182,10 +179,7 @@ def _build_learner(
         objective.state.row_sum.follow(optimizer, by_rows[-1])
     prepared, accelerated = accelerator.prepare(model, optimizer)
     scheduler = get_scheduler(
-        config.scheduler,
-        accelerated.optimizer,
-        num_warmup_steps=config.warmup_steps,
-        num_training_steps=config.max_steps,
+        config.scheduler, accelerated.optimizer, config.warmup_steps, config.max_steps
     )
     return Learner(
         accelerator, objective, prepared, accelerated, scheduler, by_rows, config.max_grad_norm
@@ -197,12 +191,21 @@ def _best_of(folder: RunFolder, task: Task, records: list[dict[str, Any]]) -> Be
     return BestModel(folder.best, figure, task.higher_is_better, records)
 
 
-def _tell_that_nothing_changes(run: Run, changes: Changes) -> None:
-    if changes and run.is_main:
-        tqdm.write(
-            f"{run.folder} is finished, so what it holds stays as it is; {', '.join(changes)} "
-            "would change what is to come."
-        )
+def _take_up(run: Run, changes: Changes, data_note: str | None) -> None:
+    """Put the run where its newest checkpoint is, or at its start, and record that."""
+    run.checkpoints.remove_leftovers()
+    _go_back_to_checkpoint(run)
+    if run.is_main:
+        _record_start(run, changes, data_note)
+    run.accelerator.wait_for_everyone()
+    run.best = _best_of(run.folder, run.task, comparable(run.folder.records()))
+    if run.config.keep_best and run.best.is_missing():
+        if run.is_main:
+            tqdm.write(
+                f"The weights of the best evaluation, of step {run.best.step}, were not kept, so "
+                f"the best is looked for from step {run.step} on."
+            )
+        run.best = _best_of(run.folder, run.task, [])
 
 
 def _go_back_to_checkpoint(run: Run) -> None:
@@ -236,15 +239,3 @@ def _record_start(run: Run, changes: Changes, data_note: str | None) -> None:
         warnings.warn(data_note, stacklevel=4)
         run.metrics.append({"step": run.step, "data": data_note})
     run.folder.begin(run.config, run.learner.objective, run.task.describe())
-
-
-def _find_best(run: Run) -> None:
-    """The best of the evaluations up to here, if its weights are there."""
-    run.best = _best_of(run.folder, run.task, comparable(run.folder.records()))
-    if run.config.keep_best and run.best.is_missing():
-        if run.is_main:
-            tqdm.write(
-                f"The weights of the best evaluation, of step {run.best.step}, were not kept, so "
-                f"the best is looked for from step {run.step} on."
-            )
-        run.best = _best_of(run.folder, run.task, [])

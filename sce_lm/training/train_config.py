@@ -26,6 +26,11 @@ from sce_lm.training.kinds import FieldError, checked, nearest
 
 EMBEDDED = "embedded"
 
+Schedule = Literal[
+    "linear", "cosine", "cosine_with_restarts", "polynomial",
+    "constant", "constant_with_warmup", "inverse_sqrt",
+]  # fmt: skip
+
 Range = tuple[str, Callable[[Any], bool]]
 """What a message says is expected, and whether a value is."""
 
@@ -253,15 +258,9 @@ class OptimisationFields(Section):
     )
     betas: list[float] = option([0.9, 0.95], "Decay rates of AdamW and sparse_adam.", DECAY_RATES)
     warmup_steps: int = option(100, "Steps in which the learning rate rises from 0.", NOT_NEGATIVE)
-    scheduler: Literal[
-        "linear",
-        "cosine",
-        "cosine_with_restarts",
-        "polynomial",
-        "constant",
-        "constant_with_warmup",
-        "inverse_sqrt",
-    ] = option("cosine", "Learning-rate schedule, by its name in transformers.get_scheduler.")
+    scheduler: Schedule = option(
+        "cosine", "Of the learning rate, as in transformers.get_scheduler."
+    )
     max_grad_norm: float = option(
         1.0, "Gradients are clipped to this norm; 0: never.", NOT_NEGATIVE
     )

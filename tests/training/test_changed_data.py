@@ -357,7 +357,7 @@ def test_lists_of_other_lengths_and_the_validation_are_evaluated(items):
     written = json.loads((folder / "run" / "evaluation-validation.json").read_text())
     assert written == ten
     with pytest.raises(ValueError, match=r"k is \(31,\), but a list"):
-        evaluate_run(folder / "run", Accelerator(), k=[31])
+        evaluate_run(RunFolder(folder / "run"), Accelerator(), k=[31])
 
 
 # Text.

@@ -25,34 +25,14 @@ from typing import Any
 
 STANDARD_LIBRARY = "stdlib"
 DEFAULT_PACKAGES = (
-    STANDARD_LIBRARY,
-    "torch",
-    "transformers",
-    "datasets",
-    "accelerate",
-    "peft",
-    "huggingface_hub",
-    "numpy",
-    "pandas",
-    "pyarrow",
-    "sympy",
-    "mpmath",
-    "networkx",
-    "fsspec",
-    "jinja2",
-    "matplotlib",
-)
+    STANDARD_LIBRARY, "torch", "transformers", "datasets", "accelerate", "peft", "huggingface_hub",
+    "numpy", "pandas", "pyarrow", "sympy", "mpmath", "networkx", "fsspec", "jinja2", "matplotlib",
+)  # fmt: skip
 # Tests call little but assertions; the others are tools and site packages in the library's folder.
 SKIPPED_FOLDERS = {
-    "test",
-    "tests",
-    "idlelib",
-    "lib2to3",
-    "turtledemo",
-    "site-packages",
-    "dist-packages",
-    "__pycache__",
-}
+    "test", "tests", "idlelib", "lib2to3", "turtledemo",
+    "site-packages", "dist-packages", "__pycache__",
+}  # fmt: skip
 
 
 def find_sources(packages: Iterable[str]) -> list[tuple[str, str]]:
