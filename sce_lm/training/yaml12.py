@@ -108,7 +108,7 @@ class _Loader(yaml.SafeLoader):
         for key_node, value_node in node.value:
             if not isinstance(key_node, yaml.ScalarNode):
                 raise self.refuse(key_node, "a name is a list or a mapping; expected text.")
-            key = key_node.value
+            key = self.text(key_node)
             if key in first_lines:
                 raise self.refuse(
                     key_node,
