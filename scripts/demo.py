@@ -5,8 +5,8 @@ Called by scripts/demo.sh, which makes the environment.
 
 from pathlib import Path
 
+from sce_lm.training.command_line import as_arguments, parse_config
 from sce_lm.training.comparison import Comparison, Method, compare
-from sce_lm.training.train_config import as_arguments, parse_config
 
 FOLDER = Path("runs/demo")
 METHODS = {

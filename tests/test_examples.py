@@ -8,8 +8,8 @@ import pytest
 import torch
 from support.launch import ONE_THREAD
 
+from sce_lm.training.command_line import parse_config
 from sce_lm.training.embedded.api_calls import embedded_interactions
-from sce_lm.training.train_config import parse_config
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 

@@ -50,8 +50,8 @@ def run(arguments: argparse.Namespace) -> None:
     """Train, print, and write what was asked for."""
     # transformers and its friends take some seconds.
     from sce_lm.training import comparison
+    from sce_lm.training.command_line import as_arguments, parse_config
     from sce_lm.training.task_sources import build_task
-    from sce_lm.training.train_config import as_arguments, parse_config
 
     changes = as_arguments(_fields(arguments))
     described = report.machine(arguments.device)
