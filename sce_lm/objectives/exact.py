@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
-from sce_lm.config import ObjectiveConfig
+from sce_lm.config import LikelihoodConfig
 from sce_lm.objectives.base import Objective, Statistics
 from sce_lm.objectives.call import Call
+from sce_lm.ops.dtypes import compute_dtype
 from sce_lm.ops.exact_cross_entropy import exact_cross_entropy
 from sce_lm.ops.head import Head
 from sce_lm.ops.positions import Positions
 
 
 @dataclass(frozen=True)
-class ExactConfig(ObjectiveConfig):
+class ExactConfig(LikelihoodConfig):
     """Configuration of exact cross-entropy. Raises ValueError for a value out of range."""
 
 
@@ -28,10 +29,23 @@ class Exact(Objective):
     def compute(
         self, head: Head, positions: Positions, call: Call
     ) -> tuple[torch.Tensor, Statistics]:
-        result = exact_cross_entropy(head, positions, backend=call.backend)
-        return result.loss, Statistics(
+        terms = positions.terms
+        plain = replace(positions, weight=None) if terms else positions
+        result = exact_cross_entropy(head, plain, backend=call.backend)
+        loss = result.loss
+        if terms:
+            label = _label_logits(head, positions)
+            loss = positions.reduce(terms.losses(loss + label, label))
+        return loss, Statistics(
             num_valid=len(positions),
             products_per_position=float(head.vocab_size),
             correct=result.correct,
             confidence=result.confidence,
         )
+
+
+def _label_logits(head: Head, positions: Positions) -> torch.Tensor:
+    """``[N]`` s_ty, by autograd."""
+    dtype = compute_dtype(positions.hidden, head.weight)
+    rows = head.rows(positions.labels, dtype)
+    return head.post(torch.linalg.vecdot(head.extend(positions.hidden, dtype), rows))

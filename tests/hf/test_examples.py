@@ -34,3 +34,10 @@ def test_lightning_example_keeps_the_state_in_its_checkpoints(tmp_path):
     state = torch.load(checkpoint, weights_only=False)["sce_state"]
     assert int(state["step"]) == 4
     assert int(state["counts"].sum()) == 4 * 8 * 47
+
+
+def test_dynamic_fine_tuning_example_learns():
+    command = [sys.executable, EXAMPLES / "dynamic_fine_tuning.py", "--steps", "16"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert result.returncode == 0, result.stderr
+    assert float(result.stdout.split(" nats")[0]) < 5.0  # log 256 = 5.5 before the first step
