@@ -74,8 +74,7 @@ def a_state():
 HOST_CODE = {
     "exact, by tiles": exact,
     "row reductions": reductions,
-    "k-means": lambda: kmeans_buckets(floats(N, D), 4, None, balanced=False),
-    "k-means, balanced": lambda: kmeans_buckets(floats(N, D), 4, None, balanced=True),
+    "k-means": lambda: kmeans_buckets(floats(N, D), 4, None),
     "mixed centres": lambda: random_centers(floats(N, D), 4, None, mix=True),
     "softmax at centres": at_centers,
     "prior by labels": lambda: log_label_prior(ids(V), 0.75, 0.1),
