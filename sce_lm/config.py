@@ -38,6 +38,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from sce_lm.ops.dispatch import Backend
+from sce_lm.ops.positions import LossTerms
 
 Auto = Literal["auto"]
 
@@ -100,9 +101,55 @@ class ObjectiveConfig:
     def __post_init__(self) -> None:
         check_choice(self, "backend", *get_args(Backend))
 
+    def terms(self) -> LossTerms:
+        """What the loss has beside ``log Z - s_y``."""
+        return LossTerms()
+
+
+@dataclass(frozen=True, kw_only=True)
+class SoftmaxConfig(ObjectiveConfig):
+    """What the configuration of a softmax's loss has, be its sum over all classes or over some."""
+
+    z_loss: float = 0.0
+    """Coefficient of ``(log Z)²``, which is added to each position's loss and keeps logits from
+    drifting; Z is the objective's own sum (Zhat where it is estimated). 1e-4 is usual."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not (is_number(self.z_loss) and self.z_loss >= 0):
+            raise ValueError(
+                f"{type(self).__name__}.z_loss is {self.z_loss!r}; give a number from 0 up."
+            )
+
+    def terms(self) -> LossTerms:
+        return LossTerms(self.z_loss)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LikelihoodConfig(SoftmaxConfig):
+    """What the configuration of a loss has whose Z is, on average, that of the whole vocabulary."""
+
+    label_smoothing: float = 0.0
+    """Share of the target that is spread evenly over the vocabulary, in [0, 1], as in
+    ``torch.nn.functional.cross_entropy``. Exact, also where Z is estimated, and nearly free; with a
+    soft cap only objective "exact" has it. It reaches every row, so not with ``sparse_grad``."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_share(self, "label_smoothing")
+        if self.label_smoothing and getattr(self, "sparse_grad", False):
+            raise ValueError(
+                f"{type(self).__name__}: label_smoothing={self.label_smoothing} has a gradient for "
+                "every row of the head, and sparse_grad=True leaves most of them out; change one "
+                "of the two."
+            )
+
+    def terms(self) -> LossTerms:
+        return LossTerms(self.z_loss, self.label_smoothing)
+
 
 @dataclass(frozen=True)
-class SCEConfig(ObjectiveConfig):
+class SCEConfig(LikelihoodConfig):
     """Configuration of corrected SCE; :meth:`published` gives the published form's.
 
     Raises ValueError for a value out of range and for combinations that mean nothing.
@@ -118,10 +165,6 @@ class SCEConfig(ObjectiveConfig):
     """"priority": instead of the largest, a priority sample of everything outside the shared list
     by the softmax at the bucket's centre, mixed with ``prior``. Such a sample is the bucket's own
     tail, so there is no other and no control variate."""
-
-    assignment: Literal["nearest", "balanced"] = "nearest"
-    """"nearest": a position belongs to its nearest centre's bucket. "balanced": the same, cut into
-    equal buckets."""
 
     shared_labels: bool = True
     """Keep the labels of the batch as candidates of every position, with certainty."""
@@ -176,7 +219,6 @@ class SCEConfig(ObjectiveConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_choice(self, "assignment", "nearest", "balanced")
         check_choice(self, "bucket_sampling", "top", "priority")
         check_choice(self, "control_variate", True, False, "auto")
         for name in ("row_control_variate", "shared_labels", "sparse_grad"):
@@ -245,6 +287,18 @@ class SCEConfig(ObjectiveConfig):
                     'bucket_sampling="top"',
                 )
         has_tail = self.tail_candidates != 0 and self.bucket_sampling == "top"
+        if self.label_smoothing and not (has_tail or self.bucket_sampling == "priority"):
+            refuse(
+                "label_smoothing",
+                "spreads over the whole vocabulary, of which the partition function without a "
+                "tail holds a part; give tail_candidates, or leave label_smoothing out",
+            )
+        if self.label_smoothing and self.labels_first:
+            refuse(
+                "label_smoothing",
+                "spreads over the whole vocabulary, of which the first calls (labels_first="
+                f"{self.labels_first}) see the batch's labels; leave one of the two out",
+            )
         if self.target_relative_error is not None and not has_tail:
             refuse(
                 "target_relative_error",
@@ -373,7 +427,7 @@ class SCESizes:
 
 
 @dataclass(frozen=True)
-class PublishedSCEConfig(ObjectiveConfig):
+class PublishedSCEConfig(SoftmaxConfig):
     """Configuration of SCE as in arXiv 2409.18721. Raises ValueError for a value out of range.
 
     "auto" is the paper's: n_b = alpha·sqrt(N / beta) buckets of b_x = alpha·sqrt(N·beta) positions.

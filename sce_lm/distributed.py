@@ -68,6 +68,7 @@ def vocab_parallel_loss(
     reduction: Reduction = "mean",
     ignore_index: int = -100,
     num_items_in_batch: torch.Tensor | int | None = None,
+    token_weights: torch.Tensor | None = None,
     return_stats: bool = False,
 ) -> Any:
     """The loss of a head whose rows are spread over ranks, which call this together.
@@ -114,6 +115,7 @@ def vocab_parallel_loss(
         reduction=reduction,
         ignore_index=ignore_index,
         num_items_in_batch=num_items_in_batch,
+        token_weights=token_weights,
         return_stats=return_stats,
     )
 
@@ -243,6 +245,8 @@ class VocabParallel(Objective):
             lacks = "published SCE"
         elif isinstance(objective, SCE):
             lacks = _not_by_rank(objective.config)
+        if objective.config.terms():
+            lacks = "a loss with z_loss or label_smoothing"
         if lacks is not None:
             raise ValueError(
                 f"{lacks} has no vocabulary-parallel form; use corrected SCE (SCEConfig()) or "

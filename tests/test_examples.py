@@ -57,6 +57,11 @@ def test_plain_loop():
     assert max(nats) < 6.5
 
 
+def test_dynamic_fine_tuning_learns():
+    nats = float(run("dynamic_fine_tuning.py", "--steps", 16).split(" nats")[0])
+    assert nats < 5.0  # log 256 = 5.5 before the first step
+
+
 def test_item_tokens(tmp_path):
     log = embedded_interactions(tmp_path, packages=("asyncio", "email", "json"), progress=False)
     output = tmp_path / "run"

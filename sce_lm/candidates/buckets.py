@@ -10,7 +10,7 @@ KMEANS_POSITIONS_PER_BUCKET = 64
 
 
 def kmeans_buckets(
-    hidden: torch.Tensor, num_buckets: int, generator: torch.Generator, *, balanced: bool
+    hidden: torch.Tensor, num_buckets: int, generator: torch.Generator
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """One bucket for each position: a few Lloyd steps on this batch's hidden states.
 
@@ -18,8 +18,6 @@ def kmeans_buckets(
         hidden: ``[N, d]`` fp32 or fp64, N >= num_buckets.
         num_buckets: n_b.
         generator: picks the positions that the centres start from.
-        balanced: sort positions by nearest centre and cut into equal chunks, so that sizes do not
-            depend on data; a chunk's centre is its mean.
 
     Returns:
         Centres ``[n_b, d]`` and each position's bucket, ``[N]`` int64.
@@ -30,10 +28,6 @@ def kmeans_buckets(
     for _ in range(KMEANS_STEPS):
         centers = _bucket_means(sample, _nearest(sample, centers), centers)
     bucket = _nearest(hidden, centers)
-    if balanced:
-        by_bucket = torch.argsort(bucket, stable=True)
-        chunk = torch.arange(len(hidden), device=hidden.device) * num_buckets // len(hidden)
-        bucket = torch.empty_like(bucket).index_copy_(0, by_bucket, chunk)
     return _bucket_means(hidden, bucket, centers), bucket
 
 

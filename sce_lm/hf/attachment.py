@@ -65,6 +65,7 @@ class Attachment:
         self.in_forward = False
         self.is_lazy = False
         self.missing_loss = False
+        self.missing_weights = False
         self.other_adapter: str | None = None
         self.head: PlacedHead | None = None
         parameters = list(inspect.signature(model.forward).parameters)
@@ -104,6 +105,7 @@ class Attachment:
         self.training = model.training
         self.was_called = self.in_forward = True
         self.missing_loss = self.given("labels", args, kwargs)
+        self.missing_weights = self.given("loss_weights", args, kwargs)
         self.is_lazy = (
             self.missing_loss or self.always_lazy or self.given("shift_labels", args, kwargs)
         )
@@ -139,6 +141,12 @@ class Attachment:
         self.unshadow(model)
         self.in_forward = False
         missing, self.missing_loss = self.missing_loss, False
+        if output is not None and self.missing_weights:
+            raise ValueError(
+                f"loss_weights was given to {type(model).__name__}, whose forward computed no loss "
+                "with it; give it together with labels, to a model whose forward hands further "
+                "arguments on to loss_function."
+            )
         if output is None or not self.training or not torch.is_grad_enabled():
             return
         if missing:
@@ -159,8 +167,10 @@ class Attachment:
         elif not self.is_lazy:
             self.observed.warn_once(
                 f"{type(model).__name__} is being trained without labels in its forward, so on a "
-                "loss from elsewhere (label smoothing, compute_loss_func, a loss of your own) and "
-                f"not on the objective {self.observed.objective.name!r}."
+                "loss from elsewhere (the Trainer's label_smoothing_factor, compute_loss_func, a "
+                f"loss of your own) and not on the objective {self.observed.objective.name!r}; for "
+                "label smoothing leave label_smoothing_factor at 0 and set label_smoothing in the "
+                "objective's configuration."
             )
 
     def after_load(self, model: PreTrainedModel, incompatible_keys: Any) -> None:
@@ -186,12 +196,17 @@ class Attachment:
         num_items_in_batch: torch.Tensor | int | None = None,
         ignore_index: int = -100,
         shift_labels: torch.Tensor | None = None,
+        loss_weights: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> torch.Tensor:
+        """Args: loss_weights: a factor on the loss of each token, in the shape of the labels that
+        were given and shifted with them."""
         post = logits.transform if isinstance(logits, RecordedLogits) else None
         targets = shift_labels
         if targets is None and labels is not None:
             targets = nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+            if loss_weights is not None and loss_weights.shape == labels.shape:
+                loss_weights = nn.functional.pad(loss_weights, (0, 1))[..., 1:]
         positions = logits.shape[:-1]
         if (
             not isinstance(logits, RecordedLogits)
@@ -216,12 +231,16 @@ class Attachment:
                 shift_labels=shift_labels,
                 **kwargs,
             )
+        self.missing_weights = False
+        if loss_weights is not None and loss_weights.numel() == targets.numel():
+            loss_weights = loss_weights.reshape(positions)
         return self.objective_loss(
             logits,
             post,
             targets.reshape(positions),
             ignore_index=ignore_index,
             num_items_in_batch=num_items_in_batch,
+            token_weights=loss_weights,
         )
 
     def cross_entropy(
@@ -236,10 +255,17 @@ class Attachment:
         return self.objective_loss(logits, post, labels, **options)
 
     def objective_loss(
-        self, logits: RecordedLogits, post: LogitTransform, labels: torch.Tensor, **options: Any
+        self,
+        logits: RecordedLogits,
+        post: LogitTransform,
+        labels: torch.Tensor,
+        token_weights: torch.Tensor | None = None,
+        **options: Any,
     ) -> torch.Tensor:
         """The objective, or in ``eval()`` exact cross-entropy, inside the head's own call."""
         self.missing_loss = False
+        if token_weights is not None:
+            options["token_weights"] = token_weights.to(logits.hidden_states.device)
         if isinstance(logits, TracedLogits):
             head, hidden_states = logits.head, logits.hidden_states
             return head_loss(

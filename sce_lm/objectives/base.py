@@ -18,6 +18,7 @@ from sce_lm.objectives.compile_operator import can_trace, head_loss, outside_gra
 from sce_lm.ops.dtypes import compute_dtype
 from sce_lm.ops.head import Head
 from sce_lm.ops.logits import LogitTransform
+from sce_lm.ops.mean_logits import mean_logits
 from sce_lm.ops.positions import Positions
 
 Reduction = Literal["mean", "sum", "none"]
@@ -72,7 +73,16 @@ class Objective(ABC):
     def compute(
         self, head: Head, positions: Positions, call: Call
     ) -> tuple[torch.Tensor, Statistics]:
-        """The weighted sum of losses (or ``[N]`` losses) and statistics with ``[N]`` fields."""
+        """The weighted sum of losses (or ``[N]`` losses), the smoothing's mean logit aside, and
+        statistics with ``[N]`` fields."""
+
+    def mean_logits(self, head: Head, positions: Positions) -> torch.Tensor:
+        """``[N]`` mean logit over all classes, which label smoothing takes its share of.
+
+        Raises:
+            ValueError: it cannot be had at a bearable cost.
+        """
+        return mean_logits(head, positions)
 
     def nothing(self, head: Head, positions: Positions, call: Call) -> torch.Tensor:
         """The loss where no position has a label (N = 0): a zero that is connected to the graph."""
@@ -118,6 +128,7 @@ class Objective(ABC):
         reduction: Reduction = "mean",
         ignore_index: int = -100,
         num_items_in_batch: torch.Tensor | int | None = None,
+        token_weights: torch.Tensor | None = None,
         return_stats: bool = False,
     ) -> Any:
         """The loss of ``softmax(post(hidden_states @ weight.T + bias))`` against ``labels``.
@@ -138,6 +149,10 @@ class Objective(ABC):
             ignore_index: label of positions that are left out.
             num_items_in_batch: the sum is divided by this instead, as transformers does over
                 accumulated batches; goes with reduction "mean" or "sum".
+            token_weights: ``[...]`` factors on the positions' losses, finite and not negative, as
+                ``labels`` aligned; no gradient goes to them. "mean" and ``num_items_in_batch``
+                count positions whatever they weigh; for a weighted mean pass
+                ``num_items_in_batch=token_weights.sum()``.
             return_stats: also return :class:`Statistics`.
 
         Returns:
@@ -145,13 +160,15 @@ class Objective(ABC):
             ignored: zeros that are connected to the graph.
 
         Raises:
-            ValueError: shapes that do not fit, a label outside ``[0, V)``, an unknown reduction.
+            ValueError: shapes that do not fit, a label outside ``[0, V)``, a weight that is
+                negative or not finite, an unknown reduction.
             TypeError: labels that are not integers.
         """
         options: dict[str, Any] = {
             "reduction": reduction,
             "ignore_index": ignore_index,
             "num_items_in_batch": num_items_in_batch,
+            "token_weights": token_weights,
         }
         traceable = low_rank is None and can_trace(self.config, generator, return_stats)
         if torch.compiler.is_compiling() and traceable:
@@ -172,10 +189,11 @@ class Objective(ABC):
         reduction: Reduction,
         ignore_index: int,
         num_items_in_batch: torch.Tensor | int | None,
+        token_weights: torch.Tensor | None,
         return_stats: bool,
     ) -> Any:
         """The call in eager code."""
-        check_inputs(hidden_states, head, labels, reduction)
+        check_inputs(hidden_states, head, labels, reduction, token_weights)
         vocab_size = self.vocab_size or head.vocab_size
         dtype = compute_dtype(hidden_states, head.weight)
         flat_labels = labels.reshape(-1).long()
@@ -184,7 +202,10 @@ class Objective(ABC):
             bias = within_reach(head.bias, head.post)
             head = head._replace(bias=bias)
             is_out = is_masked(bias, head.post, self.largest_of)
-        valid, num_masked = valid_positions(flat_labels, ignore_index, vocab_size, is_out)
+        factors = None
+        if token_weights is not None:
+            factors = token_weights.detach().reshape(-1).to(dtype)
+        valid, num_masked = valid_positions(flat_labels, ignore_index, vocab_size, is_out, factors)
         num_valid = valid.numel()
         hidden = hidden_states.reshape(-1, hidden_states.shape[-1])
         call = Call(self.config.backend, return_stats)
@@ -196,6 +217,7 @@ class Objective(ABC):
 
         if num_valid < flat_labels.numel():
             hidden, flat_labels = hidden[valid], flat_labels[valid]
+            factors = None if factors is None else factors[valid]
         position_weight = None
         if reduction != "none":
             denominator = num_valid if reduction == "mean" else 1
@@ -204,17 +226,24 @@ class Objective(ABC):
             if torch.is_tensor(denominator):
                 denominator = denominator.to(hidden.device, dtype)
             position_weight = hidden.new_ones((), dtype=dtype) / denominator
+            if factors is not None:
+                position_weight = factors * position_weight
         # A head whose classes are all masked has a loss of NaN, and is left to it.
         if is_out is not None and 0 < num_masked < vocab_size:
             order = torch.argsort(is_out, stable=True)
             kept, masked = order.tensor_split([len(order) - num_masked])
             head = head._replace(masked=masked, kept=kept)
-        positions = Positions(hidden, flat_labels, position_weight)
+        positions = Positions(hidden, flat_labels, position_weight, self.config.terms())
         call = self.begin(call, head, flat_labels, generator)
         # Autocast would round the logits; the losses choose their own dtype.
         with torch.autocast(hidden.device.type, enabled=False):
             loss, statistics = self.compute(head, positions, call)
+            smoothing = positions.terms.label_smoothing
+            if smoothing:
+                mean = self.mean_logits(head, positions)
+                loss = loss - smoothing * positions.reduce(mean)
         if reduction == "none":
+            loss = loss if factors is None else loss * factors
             loss = scatter_to(labels, valid, loss)
         if not return_stats:
             return loss
@@ -254,26 +283,37 @@ def valid_positions(
     ignore_index: int,
     vocab_size: int,
     is_masked: torch.Tensor | None = None,
+    weights: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, int]:
     """Indices of the positions with a label, ascending, and the number of masked classes. On a GPU
     this waits for the device once.
 
     Raises:
-        ValueError: a label outside ``[0, vocab_size)``.
+        ValueError: a label outside ``[0, vocab_size)``, or a position with a label whose weight is
+            negative or not finite.
     """
     is_valid = labels != ignore_index
     outside = ((labels < 0) | (labels >= vocab_size)) & is_valid
     flags = [is_valid, outside, is_valid[:0] if is_masked is None else is_masked]
-    num_valid, num_outside, num_masked = torch.stack([flag.sum() for flag in flags]).tolist()
+    is_wrong = is_valid[:0]
+    if weights is not None:
+        is_wrong = ~((weights >= 0) & (weights < torch.inf)) & is_valid
+    counts = torch.stack([flag.sum() for flag in (*flags, is_wrong)])
+    num_valid, num_outside, num_masked, num_wrong = counts.tolist()
     if num_outside:
         raise ValueError(
             f"labels holds {labels[outside][0].item()}, outside [0, {vocab_size}) and not "
             f"ignore_index={ignore_index}; check that tokenizer and head have the same size."
         )
+    if weights is not None and num_wrong:
+        raise ValueError(
+            f"token_weights holds {weights[is_wrong][0].item()}; give each position with a label a "
+            "finite weight that is not negative."
+        )
     return torch.argsort(is_valid, descending=True, stable=True)[:num_valid], num_masked
 
 
-def check_inputs(hidden_states, head: Head, labels, reduction) -> None:
+def check_inputs(hidden_states, head: Head, labels, reduction, token_weights=None) -> None:
     """Raise one sentence for inputs that do not fit together."""
     weight, low_rank, bias = head.tensors
     if weight.dim() != 2:
@@ -308,7 +348,13 @@ def check_inputs(hidden_states, head: Head, labels, reduction) -> None:
             f"bias has shape {tuple(bias.shape)}; [{num_rows}], one number for each row of "
             "weight, is needed."
         )
+    if token_weights is not None and token_weights.shape != labels.shape:
+        raise ValueError(
+            f"token_weights has shape {tuple(token_weights.shape)} but labels has "
+            f"{tuple(labels.shape)}; pass one weight for each label, already shifted."
+        )
     named = {"weight": weight, "low_rank": low_rank, "bias": bias, "labels": labels}
+    named |= {"token_weights": token_weights}
     for name, tensor in named.items():
         if tensor is not None and tensor.device != hidden_states.device:
             raise ValueError(

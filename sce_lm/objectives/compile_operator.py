@@ -76,6 +76,7 @@ def head_loss(
     reduction: str = "mean",
     ignore_index: int = -100,
     num_items_in_batch: torch.Tensor | int | None = None,
+    token_weights: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The loss registered under ``number``, as one operator of the graph that is being traced.
 
@@ -94,6 +95,7 @@ def head_loss(
         bias,
         labels,
         num_items_in_batch,
+        token_weights,
         needs,
         number,
         post.scale,
@@ -139,6 +141,7 @@ def _head_loss(
     bias: torch.Tensor | None,
     labels: torch.Tensor,
     num_items: torch.Tensor | None,
+    token_weights: torch.Tensor | None,
     needs: list[bool],
     number: int,
     scale: float,
@@ -148,6 +151,7 @@ def _head_loss(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     # The state may keep labels for longer than the graph keeps their memory.
     labels = labels.clone()
+    token_weights = None if token_weights is None else token_weights.clone()
     inputs = _contiguous(hidden, weight, bias)
     replaced: Inputs = []
 
@@ -184,12 +188,14 @@ def _head_loss(
                 reduction=reduction,
                 ignore_index=ignore_index,
                 num_items_in_batch=num_items,
+                token_weights=token_weights,
             )
     return loss.detach(), _Call(loss, leaves, replaced).ticket()
 
 
 @_head_loss.register_fake
-def _(hidden, weight, bias, labels, num_items, needs, number, scale, soft_cap, reduction, *_):
+def _(hidden, weight, bias, labels, *options):
+    reduction = options[-2]
     shape = labels.shape if reduction == "none" else ()
     loss = hidden.new_empty(shape, dtype=compute_dtype(hidden, weight))
     return loss, torch.empty(1, dtype=torch.int64, device="cpu")
@@ -222,7 +228,7 @@ def _(grad, ticket, hidden, weight, bias, needs):
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    hidden, weight, bias, _, _, needs, *_ = inputs
+    hidden, weight, bias, _, _, _, needs, *_ = inputs
     ctx.needs = needs
     ctx.save_for_backward(output[1], hidden, weight, bias)
 
@@ -230,7 +236,7 @@ def _setup_context(ctx, inputs, output) -> None:
 def _backward(ctx, grad, _):
     found = iter(_head_loss_backward(grad, *ctx.saved_tensors, ctx.needs))
     gradients = [next(found) if need else None for need in ctx.needs]
-    return *gradients, *[None] * 8
+    return *gradients, *[None] * 9
 
 
 _head_loss.register_autograd(_backward, setup_context=_setup_context)

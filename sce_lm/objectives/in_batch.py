@@ -26,7 +26,7 @@ from typing import Literal
 import torch
 
 from sce_lm.candidates.state import SCEState
-from sce_lm.config import ObjectiveConfig, check_choice, check_share
+from sce_lm.config import SoftmaxConfig, check_choice, check_share
 from sce_lm.objectives.base import Statistics
 from sce_lm.objectives.call import Call
 from sce_lm.objectives.sampled_objective import SampledObjective
@@ -37,7 +37,7 @@ from sce_lm.ops.positions import Positions
 
 
 @dataclass(frozen=True)
-class InBatchConfig(ObjectiveConfig):
+class InBatchConfig(SoftmaxConfig):
     """Configuration of the in-batch softmax. Raises ValueError for a value out of range."""
 
     logq: bool = True

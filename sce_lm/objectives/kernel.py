@@ -34,7 +34,7 @@ import torch
 
 from sce_lm.candidates.kernel_sampler import KernelSampler, fit_projection, mean_kernel_proposal
 from sce_lm.candidates.proposals import draw_with_replacement
-from sce_lm.config import ObjectiveConfig, check_choice, check_count
+from sce_lm.config import LikelihoodConfig, check_choice, check_count
 from sce_lm.objectives.base import Statistics
 from sce_lm.objectives.call import Call
 from sce_lm.objectives.sampled_objective import SampledObjective
@@ -60,7 +60,7 @@ AUTO_POSITIONS, AUTO_ROWS = 64, 1024
 
 
 @dataclass(frozen=True)
-class KernelConfig(ObjectiveConfig):
+class KernelConfig(LikelihoodConfig):
     """Configuration of kernel-based sampling. Raises ValueError for a value out of range."""
 
     num_negatives: int = 64

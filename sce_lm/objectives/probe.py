@@ -17,16 +17,18 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
 
 import torch
 
 from sce_lm.objectives.base import Objective
-from sce_lm.objectives.exact import Exact
+from sce_lm.objectives.exact import Exact, ExactConfig
 
 
 class Probe:
-    """Called as the objective is, after it, with its arguments.
+    """Called as the objective is, after it, with its arguments. Positions count alike, whatever
+    they weigh.
 
     Args:
         every: calls from one look to the next; the first call is looked at.
@@ -58,6 +60,7 @@ class Probe:
         *,
         ignore_index: int = -100,
         num_items_in_batch: Any = None,
+        token_weights: Any = None,
         reduction: str = "mean",
         **options: Any,
     ) -> None:
@@ -77,6 +80,7 @@ class Probe:
             "generator": torch.Generator().manual_seed(self.calls),
         }
         weight, twin = weight.detach(), copy.deepcopy(objective)
+        exact_loss = Exact(ExactConfig(**asdict(objective.config.terms())))
 
         def approximate(leaf: torch.Tensor) -> torch.Tensor:
             if not self.tell_classes:
@@ -91,7 +95,7 @@ class Probe:
             return losses[chosen]
 
         def exact(leaf: torch.Tensor) -> torch.Tensor:
-            return Exact()(leaf, weight, labels[chosen], **options)
+            return exact_loss(leaf, weight, labels[chosen], **options)
 
         loss, gradient = _with_gradient(approximate, hidden)
         expected, direction = _with_gradient(exact, hidden[chosen])

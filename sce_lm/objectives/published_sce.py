@@ -81,8 +81,11 @@ class PublishedSCE(SampledObjective):
         # mean over covered positions = sum over them / N · (N / covered)
         dtype = compute_dtype(positions.hidden, head.weight)
         share = (num_positions / num_covered) / visits[position].to(dtype)
-        weight = None if positions.weight is None else positions.weight * share
-        pairs = Positions(positions.hidden[position], positions.labels[position], weight)
+        weight = positions.weight
+        if weight is not None:
+            weight = (weight if weight.dim() == 0 else weight[position]) * share
+        hidden, labels = positions.hidden[position], positions.labels[position]
+        pairs = Positions(hidden, labels, weight, positions.terms)
         loss = self._loss(head, pairs, bucket, items, call)
         if weight is None:
             of_pairs = loss / visits[position].to(dtype)

@@ -24,7 +24,7 @@ from typing import Literal
 import torch
 
 from sce_lm.candidates.hashing import hash_chunks
-from sce_lm.config import ObjectiveConfig, check_count
+from sce_lm.config import SoftmaxConfig, check_count
 from sce_lm.objectives.base import Statistics
 from sce_lm.objectives.call import Call
 from sce_lm.objectives.sampled_objective import SampledObjective
@@ -35,7 +35,7 @@ from sce_lm.ops.positions import Positions
 
 
 @dataclass(frozen=True)
-class RECEConfig(ObjectiveConfig):
+class RECEConfig(SoftmaxConfig):
     """Configuration of RECE. Raises ValueError for a value out of range."""
 
     num_buckets: int | Literal["auto"] = "auto"

@@ -26,7 +26,7 @@ from sce_lm.candidates.proposals import (
     draw_rows,
     draw_with_replacement,
 )
-from sce_lm.config import ObjectiveConfig, check_choice, check_count, check_share
+from sce_lm.config import LikelihoodConfig, check_choice, check_count, check_share
 from sce_lm.objectives.base import Statistics
 from sce_lm.objectives.call import Call
 from sce_lm.objectives.sampled_objective import SampledObjective
@@ -39,7 +39,7 @@ from sce_lm.ops.positions import Positions
 
 
 @dataclass(frozen=True)
-class SampledSoftmaxConfig(ObjectiveConfig):
+class SampledSoftmaxConfig(LikelihoodConfig):
     """Configuration of sampled softmax. Raises ValueError for a value out of range."""
 
     num_negatives: int = 1024

@@ -176,7 +176,6 @@ class SCE(SampledObjective):
                 hidden.to(compute_dtype(hidden)),
                 sizes.num_buckets,
                 call.stream("buckets"),
-                balanced=config.assignment == "balanced",
             )
             if config.bucket_sampling == "priority":
                 prior = proposal.log_density().index_fill_(0, shared, -torch.inf)

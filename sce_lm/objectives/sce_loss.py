@@ -29,6 +29,7 @@ def sce_loss(
     reduction: Reduction = "mean",
     ignore_index: int = -100,
     num_items_in_batch: torch.Tensor | int | None = None,
+    token_weights: torch.Tensor | None = None,
     return_stats: bool = False,
 ) -> Any:
     """Scalable Cross-Entropy of ``softmax(post(hidden_states @ weight.T + bias))``.
@@ -50,6 +51,7 @@ def sce_loss(
         "reduction": reduction,
         "ignore_index": ignore_index,
         "num_items_in_batch": num_items_in_batch,
+        "token_weights": token_weights,
     }
     if torch.compiler.is_compiling() and can_trace(config, generator, return_stats):
         return head_loss(_number_of(config, state), hidden_states, weight, labels, **options)

@@ -49,7 +49,7 @@ import torch
 
 from sce_lm.candidates.cache import Cache, draw_cache, merge_occurrences, record_draws
 from sce_lm.candidates.resampling import multinomial_counts
-from sce_lm.config import ObjectiveConfig, check_choice, check_count, check_share
+from sce_lm.config import SoftmaxConfig, check_choice, check_count, check_share
 from sce_lm.objectives.base import Statistics
 from sce_lm.objectives.call import Call
 from sce_lm.objectives.sampled_objective import SampledObjective
@@ -65,7 +65,7 @@ BLOCK_ELEMENTS = 2**21
 
 
 @dataclass(frozen=True)
-class BIRConfig(ObjectiveConfig):
+class BIRConfig(SoftmaxConfig):
     """Configuration of BIR. Raises ValueError for a value out of range."""
 
     num_negatives: int | Literal["auto"] = "auto"

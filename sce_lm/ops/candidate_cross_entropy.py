@@ -28,6 +28,9 @@ Gradients, for a weight p_t on each position's loss (p/Zhat times):
     label, x_y:  (exp(s_y) - Zhat)·g'(x_y)  - [control, y in R] e0·g'(m)
     mean,  m:    e0·( g'(m)·|R| - (g'(m)² + g''(m))·(A1 - m·A0) )
 
+With other terms of the loss (:class:`~sce_lm.ops.positions.LossTerms`) p/Zhat is multiplied by
+what the gradient of log Zhat is, and the -1 of the label, that is Zhat, by what that of -s_ty is.
+
 They are taken block of positions by block, when :mod:`sce_lm.ops.head_loss` asks for them: no
 ``[N, K]`` logits are kept. Only exp(s) itself is held for a block, and passed over four times:
 largest, shift, exp, and the weighted sum.
@@ -119,7 +122,7 @@ class CandidatePass(Pass):
 
     def forward(self, head: Head, positions: Positions, needs: Needs) -> Found:
         sums, gradients = self.run(head, positions, needs)
-        losses = sums.log_partition - sums.label_logit
+        losses = positions.terms.losses(sums.log_partition, sums.label_logit)
         return Found(losses, (sums.log_partition, sums.num_clamped), gradients)
 
     def run(
@@ -134,7 +137,7 @@ class CandidatePass(Pass):
         Args:
             whole: ``[N]`` log Zhat of all ranks, if these rows are not all there are.
         """
-        candidates, post = self.candidates, head.post
+        candidates, post, terms = self.candidates, head.post, positions.terms
         lists = Lists(head, positions, candidates)
         rest = Rest(lists, candidates.row_sum) if candidates.control_variate else None
         spans = lists.spans()
@@ -189,14 +192,15 @@ class CandidatePass(Pass):
             share = positions.weight
             share = share if share.dim() == 0 else share[b.at]
             if whole is not None:
-                z = (whole[b.at] - shift).exp()
-            per_row = share / z
+                log_z = whole[b.at]
+                z = (log_z - shift).exp()
+            per_row = terms.of_partition(share, log_z) / z
             list_factor = per_row
             if torch.is_tensor(slope):
                 e *= slope
             else:
                 list_factor = per_row * slope
-            label_grad = (e_label * per_row - share) * post.slope(label_s)
+            label_grad = (e_label * per_row - terms.of_label(share)) * post.slope(label_s)
             label_grad = label_grad.masked_fill_(~b.is_here, 0.0)
             of_mean = None
             if control is not None:

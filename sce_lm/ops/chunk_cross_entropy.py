@@ -156,8 +156,10 @@ class ChunkPass(Pass):
         grad_rows = p.hidden.new_zeros(num_rows, trained.shape[1])
         if needs:
             assert positions.weight is not None
-            per_row = positions.weight.expand_as(log_z)
-            g = (torch.exp(label_s - log_z) - 1.0) * post.slope(label_s) * per_row
+            share = positions.weight.expand_as(log_z)
+            per_row = positions.terms.of_partition(share, log_z)
+            g = torch.exp(label_s - log_z) * per_row - positions.terms.of_label(share)
+            g = g * post.slope(label_s)
             if needs_hidden:
                 grad_hidden.addcmul_(g.unsqueeze(1), label_rows)
             if needs_rows:
@@ -170,4 +172,4 @@ class ChunkPass(Pass):
                 if needs_rows:
                     grad_rows.index_add_(0, piece.classes, g.T @ trained[at])
         gradients = _Gradients(head, needs, grad_hidden, grad_rows)
-        return Found(log_z - label_s, gradients=gradients)
+        return Found(positions.terms.losses(log_z, label_s), gradients=gradients)

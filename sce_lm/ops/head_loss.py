@@ -71,6 +71,7 @@ def head_loss(
         *head.tensors,
         positions.labels,
         positions.weight,
+        positions.terms,
         head[3:],
         run,
         torch.is_grad_enabled(),
@@ -88,14 +89,16 @@ class _HeadLoss(torch.autograd.Function):
         bias,
         labels,
         position_weight,
+        terms,
         rest_of_head,
         run,
         grad_enabled,
     ):
         ctx.needs = Needs.of(ctx, grad_enabled)
-        ctx.run, ctx.rest_of_head, ctx.position_weight = run, rest_of_head, position_weight
+        ctx.run, ctx.rest_of_head = run, rest_of_head
+        ctx.position_weight, ctx.terms = position_weight, terms
         now = NOTHING if position_weight is None else ctx.needs
-        positions = Positions(hidden, labels, position_weight)
+        positions = Positions(hidden, labels, position_weight, terms)
         found = run.forward(Head(weight, low_rank, bias, *rest_of_head), positions, now)
         ctx.gradients = found.gradients if now else None
         ctx.mark_non_differentiable(*found.others)
@@ -112,7 +115,7 @@ class _HeadLoss(torch.autograd.Function):
         if gradients is None:
             if ctx.position_weight is not None:
                 factor = factor * ctx.position_weight
-            positions = Positions(hidden, labels, factor)
+            positions = Positions(hidden, labels, factor, ctx.terms)
             gradients, factor = ctx.run.backward(head, positions, ctx.needs, kept), None
         grad_hidden, *of_head = gradients.of_inputs(factor)
         if grad_hidden is not None:
@@ -121,4 +124,4 @@ class _HeadLoss(torch.autograd.Function):
             None if gradient is None or part is None else gradient.to(part.dtype)
             for gradient, part in zip(of_head, head.tensors)
         ]
-        return grad_hidden, *of_head, *[None] * 5
+        return grad_hidden, *of_head, *[None] * 6

@@ -32,14 +32,16 @@ from sce_lm.ops.dispatch import Backend, kernels
 from sce_lm.ops.dtypes import compute_dtype
 from sce_lm.ops.head import Head, Needs
 from sce_lm.ops.head_loss import Found, OfInputs, Pass, head_loss
-from sce_lm.ops.positions import Positions
+from sce_lm.ops.positions import LossTerms, Positions
 
 BLOCK_ELEMENTS = 2**22
 """Elements of the gathered rows, or logits, of a block of positions (16 MiB in fp32)."""
 
-Terms = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
-"""``s [n, 1 + K]`` (label first) and log-weights of the same shape -> loss ``[n]``, log Zhat
-``[n]`` (or the loss again) and the loss's gradient with respect to s."""
+Terms = Callable[
+    [torch.Tensor, torch.Tensor, LossTerms], tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+]
+"""``s [n, 1 + K]`` (label first), log-weights of the same shape and the terms of a softmax's loss
+-> loss ``[n]``, log Zhat ``[n]`` (or the loss again) and the loss's gradient with respect to s."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,18 +112,21 @@ def position_binary_cross_entropy(
     return head_loss(run, head, positions)[0]
 
 
-def _softmax(s, log_weights):
+def _softmax(s, log_weights, terms):
     z = s + log_weights
     log_partition = torch.logsumexp(z, dim=1)
+    one = torch.ones_like(log_partition)
     gradient = (z - log_partition.unsqueeze(1)).exp()
-    gradient[:, 0] -= 1.0
-    return log_partition - s[:, 0], log_partition, gradient
+    if terms:
+        gradient *= terms.of_partition(one, log_partition).unsqueeze(1)
+    gradient[:, 0] -= terms.of_label(one)
+    return terms.losses(log_partition, s[:, 0]), log_partition, gradient
 
 
 class _Binary(NamedTuple):
     positive_weight: float
 
-    def __call__(self, s, log_weights):
+    def __call__(self, s, log_weights, _):
         share = log_weights.exp() / s.shape[1]
         share[:, 0] *= self.positive_weight
         sign = torch.ones_like(s)
@@ -239,7 +244,9 @@ class PositionPass(Pass):
         for block in p.blocks():
             h = p.extend(block)
             s = head.post(p.raw_logits(h, block))
-            losses[block], log_partition[block], g = self.terms(s, p.log_weights(block))
+            losses[block], log_partition[block], g = self.terms(
+                s, p.log_weights(block), positions.terms
+            )
             if not needs:
                 continue
             assert positions.weight is not None

@@ -126,6 +126,44 @@ def test_no_logits_are_allocated(name, training, monkeypatch):
     assert counts[1] == 0
 
 
+def weighted_cross_entropy(logits, labels, weights, num_items=None):
+    """By the formula of transformers, with labels and weights shifted alike."""
+    labels, weights = labels[:, 1:].reshape(-1), weights[:, 1:].reshape(-1)
+    logits = logits[:, :-1].flatten(0, 1).float()
+    losses = nn.functional.cross_entropy(logits, labels, ignore_index=-100, reduction="none")
+    return (losses * weights).sum() / (num_items or (labels != -100).sum())
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "gemma2"])
+@pytest.mark.parametrize("num_items", [None, 31])
+def test_loss_weights(name, num_items):
+    stock, patched = exact_pair(name)
+    batch, weights = tiny_batch(), torch.rand(tiny_batch()["labels"].shape)
+    want = weighted_cross_entropy(stock(**batch).logits, batch["labels"], weights, num_items)
+    options = {} if num_items is None else {"num_items_in_batch": num_items}
+    got = patched(**batch, loss_weights=weights, **options).loss
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+    want.backward()
+    got.backward()
+    assert_same_gradients(patched, stock)
+    shifted = {"shift_labels": batch["labels"].roll(-1, 1), **options}
+    shifted["shift_labels"][:, -1] = -100
+    again = patched(**batch, loss_weights=weights.roll(-1, 1), **shifted).loss
+    torch.testing.assert_close(again, got)
+    evaluated = patched.eval()(**batch, loss_weights=weights, **options).loss
+    torch.testing.assert_close(evaluated, got)
+
+
+def test_loss_weights_that_reach_no_loss():
+    patched, batch = exact_pair("llama")[1], tiny_batch()
+    weights = torch.ones(batch["labels"].shape)
+    with pytest.raises(ValueError, match="pass one weight for each label"):
+        patched(**batch, loss_weights=weights[:, 1:])
+    with pytest.raises(ValueError, match="loss_weights was given to LlamaForCausalLM, whose"):
+        patched(input_ids=batch["input_ids"], loss_weights=weights)
+    patched(**batch)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_covering_sce_equals_stock(name):
     """SCE whose strata cover the vocabulary: scale, cap, bias, ties and router loss go through."""

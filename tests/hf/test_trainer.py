@@ -122,7 +122,7 @@ def doubled(outputs, labels, num_items_in_batch=None):
     "options", [{"label_smoothing_factor": 0.1}, {"compute_loss_func": doubled}]
 )
 def test_losses_of_the_trainers_own_stay_what_they_are_and_warn(options, tmp_path):
-    with pytest.warns(UserWarning, match="without labels in its forward"):
+    with pytest.warns(UserWarning, match=r"without labels in its forward.*set label_smoothing in"):
         assert_same_training(train_both("gemma3", tmp_path, **options))
 
 

@@ -172,7 +172,7 @@ def test_backward_pass_does_not_need_the_memory_of_the_forward_pass(name, reduct
         used_labels = labels.clone()
         torch.manual_seed(7)
         loss, ticket = torch.ops.sce_lm.head_loss(
-            *used, used_labels, None, needs, number, 1.0, None, reduction, -100
+            *used, used_labels, None, None, needs, number, 1.0, None, reduction, -100
         )
         if is_overwritten:
             used_labels.fill_(0)

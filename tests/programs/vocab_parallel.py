@@ -48,7 +48,6 @@ COVERING = {
         bucket_candidates=40,
         shared_frequent=20,
         tail_candidates=V,
-        assignment="balanced",
     ),
 }
 """Every class is a candidate, so that the loss is exact cross-entropy."""

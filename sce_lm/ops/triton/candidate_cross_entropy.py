@@ -21,7 +21,7 @@ from sce_lm.ops.candidate_cross_entropy import CandidateLoss
 from sce_lm.ops.candidates import Candidates
 from sce_lm.ops.head import Head, sparse_gradient
 from sce_lm.ops.logits import LogitTransform
-from sce_lm.ops.positions import Positions
+from sce_lm.ops.positions import LossTerms, Positions
 from sce_lm.ops.triton.backward_pass import backward_pass, normalised
 from sce_lm.ops.triton.candidate_forward import list_sums
 from sce_lm.ops.triton.candidate_lists import Strata, candidate_lists
@@ -68,6 +68,8 @@ def candidate_cross_entropy(
         head.post.soft_cap,
         candidates.control_variate,
         candidates.sparse_grad,
+        positions.terms.z_loss,
+        positions.terms.label_smoothing,
     )
     return CandidateLoss(positions.reduce(losses), log_partition, num_clamped)
 
@@ -90,11 +92,13 @@ def _forward(
     soft_cap: float | None,
     control_variate: bool,
     sparse_grad: bool,
+    z_loss: float,
+    label_smoothing: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Loss, log Zhat and the number of clamped positions; then what the backward pass needs, by
     position: the gradient at the label's raw logit, ``pull``, the gradient at the mean logit, and
     which were clamped; and the mean rows. The last four are empty without control variate."""
-    post = LogitTransform(scale, soft_cap)
+    post, terms = LogitTransform(scale, soft_cap), LossTerms(z_loss, label_smoothing)
     strata = Strata(
         shared, tail, tail_log_weights, bucket_items, bucket_of, bucket_log_weights, masked
     )
@@ -119,15 +123,17 @@ def _forward(
             seen = [(s.total if s.seen is None else s.seen) * (s.top - shift).exp() for s in sums]
             z = control.clamp(z, e_label + sum(part.sum(dim=0) for part in seen))
     log_z = z.log() + shift
-    grad_label = (e_label / z - 1.0) * post.slope(label_s)
+    one = torch.ones_like(z)
+    per_row = terms.of_partition(one, log_z) / z
+    grad_label = (e_label * per_row - terms.of_label(one)) * post.slope(label_s)
     if control is None or rest is None:
         pull, grad_mean, mean_rows = (grad_label.new_empty(0) for _ in range(3))
         clamped = torch.empty_like(pull, dtype=torch.int8)
     else:
-        pull, grad_mean = control.e0 * control.slope / z, control.mean_gradient() / z
-        grad_label, clamped = grad_label - pull * control.outside, control.clamped
-        mean_rows = rest.rows
-    loss, count = log_z - label_s, clamped.sum()
+        pull, grad_mean = control.e0 * control.slope, control.mean_gradient() * per_row
+        grad_label, clamped = grad_label - pull * per_row * control.outside, control.clamped
+        pull, mean_rows = pull / z, rest.rows
+    loss, count = terms.losses(log_z, label_s), clamped.sum()
     return loss, log_z, count, grad_label, pull, grad_mean, clamped, mean_rows
 
 
@@ -138,7 +144,7 @@ def _(hidden, weight, bias, labels, shared, tail, tail_log_weights, bucket_items
 
     count = len(hidden)
     result = (new(count), new(count), new(dtype=torch.int64), new(count))
-    if not options[-2]:
+    if not options[-4]:
         return *result, new(0), new(0), new(0, dtype=torch.int8), new(0)
     means = 1 if bucket_items is None else len(bucket_items)
     rows = new(means, hidden.shape[1])
@@ -169,6 +175,8 @@ def _backward(
     soft_cap: float | None,
     control_variate: bool,
     sparse_grad: bool,
+    z_loss: float,
+    label_smoothing: float,
     needs_hidden: bool,
     needs_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -187,7 +195,7 @@ def _backward(
         grad_mean = grad_mean * ratio
     loss = LossGradient(
         log_partition,
-        ratio,
+        LossTerms(z_loss).of_partition(ratio, log_partition),
         pull if rest is not None else None,
         clamped if rest is not None and soft_cap is not None else None,
     )
@@ -270,7 +278,7 @@ def _backward(
 @_backward.register_fake
 def _(grad_loss, *arguments):
     hidden, weight, bias, labels = arguments[6:10]
-    sparse_grad, needs_hidden, needs_weight = arguments[-3:]
+    sparse_grad, _, _, needs_hidden, needs_weight = arguments[-5:]
     rows = labels.new_empty(0)
     if sparse_grad and needs_weight:
         rows = labels.new_empty(torch.library.get_ctx().new_dynamic_size())
@@ -294,7 +302,7 @@ def _differentiate(ctx, grad_loss, *_):
     tensors, saved = everything[:11], everything[11:]
     weight, bias = tensors[1:3]
     needs_hidden, needs_row, needs_bias = ctx.needs_input_grad[:3]
-    sparse_grad = ctx.options[-1]
+    sparse_grad = ctx.options[-3]
     grad_hidden, grad_weight, grad_bias, ids = _backward(
         grad_loss, *saved, *tensors, *ctx.options, needs_hidden, needs_row or needs_bias
     )
@@ -304,7 +312,7 @@ def _differentiate(ctx, grad_loss, *_):
         grad_hidden if needs_hidden else None,
         grad_weight if needs_row else None,
         grad_bias if bias is not None and needs_bias else None,
-        *[None] * 13,
+        *[None] * 15,
     )
 
 

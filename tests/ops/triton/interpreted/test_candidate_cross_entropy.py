@@ -1,5 +1,7 @@
 """The kernels of candidate cross-entropy against fp64 straight-line code."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from support.problems import relative_error
@@ -7,11 +9,11 @@ from support.triton_cases import CASES, Case, draw
 
 import sce_lm.ops.triton.backward_pass as backward_pass
 import sce_lm.ops.triton.configurations as configurations
-from sce_lm.objectives.reference import candidate_reference
+from sce_lm.objectives.reference import candidate_reference, raw_logits
 from sce_lm.ops.candidates import Candidates
 from sce_lm.ops.head import Head
 from sce_lm.ops.logits import LogitTransform
-from sce_lm.ops.positions import Positions
+from sce_lm.ops.positions import LossTerms, Positions
 from sce_lm.ops.triton.candidate_cross_entropy import (
     candidate_cross_entropy,
     candidate_cross_entropy_supported,
@@ -20,13 +22,19 @@ from sce_lm.ops.triton.candidate_cross_entropy import (
 TOLERANCE = {torch.float32: 3e-6, torch.float16: 2e-3}
 
 
-def check(case: Case) -> None:
+def check(case: Case, terms: LossTerms | None = None) -> None:
     """Loss and gradients of weighted losses."""
     problem, double, candidates = draw(case)
     weights = torch.linspace(0.5, 1.5, case.positions) / 64
-    head, positions = problem.head(case.post), problem.positions(weights)
+    head = problem.head(case.post)
+    positions = replace(problem.positions(weights), terms=terms or LossTerms())
     assert candidate_cross_entropy_supported(head, positions) is None
     expected = candidate_reference(double.head(case.post), double.positions(), candidates)
+    if terms:
+        logits = case.post(raw_logits(double.head(), double.hidden))
+        label = logits.gather(1, double.labels[:, None]).squeeze(1)
+        log_z = expected + label
+        expected = log_z + terms.z_loss * log_z**2 - (1 - terms.label_smoothing) * label
     result = candidate_cross_entropy(head, positions, candidates)
     limit = TOLERANCE[case.dtype]
     wanted_loss = (expected * weights).sum()
@@ -57,6 +65,13 @@ def check(case: Case) -> None:
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_equals_the_reference(case):
     check(case)
+
+
+@pytest.mark.parametrize(
+    "case", [c for c in CASES if c.name in ("soft cap", "weighted buckets")], ids=str
+)
+def test_other_terms_of_the_loss(case):
+    check(case, LossTerms(z_loss=0.1, label_smoothing=0.2))
 
 
 @pytest.mark.parametrize(
