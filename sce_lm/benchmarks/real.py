@@ -17,7 +17,7 @@ from sce_lm.hf.adapter import apply_sce
 from sce_lm.training import models
 from sce_lm.training.comparison import save_loss_inputs
 from sce_lm.training.embedded.text import embedded_text
-from sce_lm.training.resuming import stored_fields
+from sce_lm.training.run_folder import RunFolder
 from sce_lm.training.task_sources import resume_task
 from sce_lm.training.train_config import TrainConfig
 
@@ -54,9 +54,10 @@ def real_problem(
         ValueError: there is no model or tokenizer, its tokens are no text, a run's data have
             changed, or there are fewer labels than ``positions``.
     """
-    is_run = (source / "model").is_dir()
-    path = source / "model" if is_run else source
-    config = stored_fields(source) if is_run else {}
+    run = RunFolder(source)
+    is_run = run.model.is_dir()
+    path = run.model if is_run else source
+    config = run.fields() if is_run else {}
     if text is not None and config.get("task") == "items":
         raise ValueError(
             f"{source} is a recommender, whose tokens are items, and --text gives it a text; leave "
@@ -67,7 +68,7 @@ def real_problem(
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(model.config, dtype=getattr(torch, dtype))
     if is_run and text is None:
-        task = resume_task(TrainConfig(**config), source)[0]
+        task = resume_task(TrainConfig(**config), run)[0]
         batch_of, num_rows = task.batch, task.num_rows
     else:
         rows = text_rows(model, load_tokenizer(path, gguf), text)

@@ -16,11 +16,12 @@ from sce_lm import objectives
 from sce_lm.files import write_json
 from sce_lm.hf.adapter import apply_sce, lazy_logits
 from sce_lm.training import loss_cost
-from sce_lm.training.loop import Run
 from sce_lm.training.loss_cost import LossCost
 from sce_lm.training.metrics_file import with_costs
 from sce_lm.training.models import load_model
 from sce_lm.training.plots import draw_curves
+from sce_lm.training.run_building import build_run
+from sce_lm.training.run_folder import RunFolder
 from sce_lm.training.task import DataOrder, Task, on_device
 from sce_lm.training.train_config import TrainConfig
 
@@ -72,7 +73,7 @@ class Comparison:
                 table.add_row(label, "", *cells, *("" for _ in figures))
             else:
                 seconds = statistics.mean(s["seconds_per_step"] for s in self.summaries[label])
-                test = [_spread(self.test(label, name)) for name in figures]
+                test = [_mean_and_deviation(self.test(label, name)) for name in figures]
                 table.add_row(label, f"{seconds:.2f}", *cells, *test, self._time(label))
         for label, test in self.baselines.items():
             values = [f"{test[name]:.4f}" if name in test else "" for name in figures]
@@ -98,7 +99,7 @@ class Comparison:
         return [figures[figure] for figures in found if figure in figures]
 
 
-def _spread(values: Sequence[float]) -> str:
+def _mean_and_deviation(values: Sequence[float]) -> str:
     """The mean, and the standard deviation of several."""
     if not values:
         return ""
@@ -195,38 +196,59 @@ def compare(
     """
     seeds = [config.seed] if seeds is None else seeds
     asked = {label: objectives.get(m.objective, **m.options) for label, m in methods.items()}
-    runs: dict[str, list[Path]] = {}
     summaries: dict[str, list[dict[str, Any]]] = {}
+    records: dict[str, list[Records]] = {}
     failures: dict[str, str] = {}
     task: Task | None = None
+
+    def folder_of(label: str, seed: int) -> RunFolder:
+        return RunFolder(folder / label.replace(" ", "-") / f"seed-{seed}")
+
     for label, method in methods.items():
-        folders = [folder / label.replace(" ", "-") / f"seed-{seed}" for seed in seeds]
-        found = []
         try:
-            for seed, run_folder in zip(seeds, folders):
-                run = Run(
-                    dataclasses.replace(
-                        config,
-                        objective=method.objective,
-                        objective_options=dict(method.options),
-                        output_dir=str(run_folder),
-                        seed=seed,
-                    )
-                )
-                found.append(run.train())
-                task = run.task
-                # A run, its model and its optimiser refer to each other; the next one needs room.
-                del run
-                gc.collect()
+            found = [_train(config, method, seed, folder_of(label, seed)) for seed in seeds]
         except FloatingPointError as error:
-            if not runs:
+            if not summaries:
                 raise
             failures[label] = str(error)
             continue
-        runs[label], summaries[label] = folders, found
+        summaries[label] = [summary for summary, _, _ in found]
+        records[label] = [with_seconds for _, with_seconds, _ in found]
+        task = found[-1][2]
     assert task is not None
 
-    trained = load_model(next(iter(runs.values()))[0] / "model")
+    first = folder_of(next(iter(methods)), seeds[0])
+    costs, measured = _measure_losses(config, first, task, asked, folder)
+    curves = folder / "curves.png"
+    draw_curves(records, curves, task.headline[0])
+    sooner = _sooner(records, task)
+    comparison = Comparison(summaries, failures, sooner, costs, measured, task.baselines(), curves)
+    write_json(folder / "comparison.json", dataclasses.asdict(comparison) | {"curves": str(curves)})
+    return comparison
+
+
+def _train(
+    config: TrainConfig, method: Method, seed: int, folder: RunFolder
+) -> tuple[dict[str, Any], Records, Task]:
+    """A run's summary, records and task; nothing else of it stays in memory."""
+    changes = {"objective": method.objective, "objective_options": dict(method.options)}
+    run = build_run(dataclasses.replace(config, **changes, output_dir=str(folder), seed=seed))
+    summary, task = run.train(), run.task
+    # A run, its model and its optimiser refer to each other; the next one needs room.
+    del run
+    gc.collect()
+    return summary, with_costs(folder.records(), summary["vocabulary"]), task
+
+
+def _measure_losses(
+    config: TrainConfig,
+    run: RunFolder,
+    task: Task,
+    asked: Mapping[str, objectives.Objective],
+    folder: Path,
+) -> tuple[dict[str, LossCost], dict[str, Any]]:
+    """The costs on what enters the head of a run's model, and its sizes."""
+    trained = load_model(run.model)
     apply_sce(trained, objectives.get("exact"))
     order = DataOrder(task.num_rows, config.per_device_batch_size, 1, config.seed)
     inputs = folder / "loss_inputs.safetensors"
@@ -235,11 +257,4 @@ def compare(
     costs = {loss_cost.STOCK: loss_cost.measure(inputs, {"name": loss_cost.STOCK})}
     costs |= {label: loss_cost.measure(inputs, _settled(o)) for label, o in asked.items()}
     inputs.unlink()
-
-    curves = folder / "curves.png"
-    records = {label: [with_costs(f) for f in folders] for label, folders in runs.items()}
-    draw_curves(records, curves, task.headline[0])
-    sooner = _sooner(records, task)
-    comparison = Comparison(summaries, failures, sooner, costs, measured, task.baselines(), curves)
-    write_json(folder / "comparison.json", dataclasses.asdict(comparison) | {"curves": str(curves)})
-    return comparison
+    return costs, measured

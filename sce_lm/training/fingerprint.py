@@ -46,7 +46,7 @@ def of_log(log: pl.LazyFrame) -> Fingerprint:
     """The fingerprint of a log, as from `recsys.read_interactions`: all its events."""
     events = read_events(log)
     users, items = digests(events.users), digests(events.items)
-    when = _places(events.user) if events.time is None else events.time
+    when = _ranks_of_events(events.user) if events.time is None else events.time
     total = 0
     for start in range(0, len(events.user), BLOCK):
         part = slice(start, start + BLOCK)
@@ -88,7 +88,7 @@ def _as_integers(when: pl.Series) -> np.ndarray:
     return np.where(is_whole, whole, values.view(np.int64)).view(np.uint64)
 
 
-def _places(user: np.ndarray) -> pl.Series:
+def _ranks_of_events(user: np.ndarray) -> pl.Series:
     """[events], place among the events of the user, from 0 (users are ascending)."""
     counts = np.bincount(user)
     return pl.Series(np.arange(len(user)) - np.repeat(np.cumsum(counts) - counts, counts))

@@ -24,6 +24,7 @@ from sce_lm.recsys.histories import TrainingHistories, can_pack, training_rows
 from sce_lm.recsys.metrics import popularity_profile
 from sce_lm.training.fingerprint import Fingerprint, of_log
 from sce_lm.training.models import load_tokenizer
+from sce_lm.training.run_folder import RunFolder
 from sce_lm.training.stored_data import read_source, read_split, stored, write_split
 from sce_lm.training.task import HeldOut, Task
 from sce_lm.training.train_config import TrainConfig
@@ -43,12 +44,7 @@ class ItemsTask(Task):
         source: dict[str, Fingerprint],
         config: TrainConfig,
     ):
-        """Args:
-        split: what is trained on and asked.
-        tokenizer: of its items.
-        description, source: of the log, as in `Task`.
-        config: of the run.
-        """
+        """A split and the tokenizer of its items, with the description and source of its log."""
         self.config = config
         self.split = split
         self.tokenizer = tokenizer
@@ -88,12 +84,12 @@ class ItemsTask(Task):
         return cls(split, tokenizer, description, source, config)
 
     @classmethod
-    def stored(cls, run: Path, config: TrainConfig) -> "ItemsTask":
+    def stored(cls, run: RunFolder, config: TrainConfig) -> "ItemsTask":
         """The task of a run as it was when the run began, from its folder alone."""
         with stored(run) as folder:
             split = read_split(folder)
             tokenizer = load_tokenizer(str(folder / "tokenizer"))
-            description = read_json(run / "data.json")
+            description = read_json(run.data)
         return cls(split, tokenizer, description, read_source(run), config)
 
     def store(self, folder: Path) -> None:

@@ -76,21 +76,17 @@ def measure(path: Path, method: dict[str, Any]) -> LossCost:
         path: a file of :func:`save_inputs`.
         method: ``Objective.to_dict()``, or ``{"name": "stock"}``.
     """
-    return LossCost(**in_process(_measure, path=str(path), method=method))
+    return LossCost(**in_process(_measure_here, path=str(path), method=method))
 
 
-def _measure(path: str, method: dict[str, Any]) -> dict[str, float]:
-    return dataclasses.asdict(_measure_here(Path(path), method))
-
-
-def _measure_here(path: Path, method: dict[str, Any], repeats: int = 7) -> LossCost:
-    inputs, post = load_inputs(path, "cuda" if torch.cuda.is_available() else "cpu")
+def _measure_here(path: str, method: dict[str, Any], repeats: int = 7) -> dict[str, float]:
+    inputs, post = load_inputs(Path(path), "cuda" if torch.cuda.is_available() else "cpu")
 
     def make() -> Loss:
         return stock(post) if method["name"] == STOCK else loss_of(objectives.get(**method), post)
 
     warm_up(make, inputs)
-    return cost_of(make(), inputs, repeats=repeats)
+    return dataclasses.asdict(cost_of(make(), inputs, repeats=repeats))
 
 
 def stock(post: LogitTransform) -> Loss:

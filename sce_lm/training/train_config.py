@@ -26,6 +26,11 @@ from sce_lm.training.kinds import FieldError, checked, nearest
 
 EMBEDDED = "embedded"
 
+Schedule = Literal[
+    "linear", "cosine", "cosine_with_restarts", "polynomial",
+    "constant", "constant_with_warmup", "inverse_sqrt",
+]  # fmt: skip
+
 Range = tuple[str, Callable[[Any], bool]]
 """What a message says is expected, and whether a value is."""
 
@@ -74,13 +79,9 @@ class TaskFields(Section):
     """What is trained, and where the run goes."""
 
     task: Literal["lm", "items"] = option(
-        "lm",
-        "lm: causal language model on packed text; items: next-item recommender whose tokens are "
-        "items.",
+        "lm", "lm: next tokens of packed text; items: the next item of a user."
     )
-    output_dir: str = option(
-        "runs/default", "Folder of the run: metrics, report, checkpoints and the final model."
-    )
+    output_dir: str = option("runs/default", "Folder of the run.")
 
 
 @dataclass(frozen=True)
@@ -88,27 +89,19 @@ class ModelFields(Section):
     """The model, its tokenizer and how its parameters are held."""
 
     model: str | None = option(
-        None,
-        "Hub id or local folder of a causal language model to start from; unset: from scratch by "
-        "model_config.",
+        None, "Hub id or folder of a causal language model to start from; unset: model_config."
     )
     model_config: dict[str, Any] = option(
-        {},
-        "A model from scratch: model_type and any field of that configuration, e.g. {model_type: "
-        "llama, ...}.",
+        {}, "A model from scratch: model_type and any fields of its configuration."
     )
     tokenizer: str | None = option(
-        None,
-        "Hub id or local folder of the tokenizer; unset: the model's own, or that of the embedded "
-        "data.",
+        None, "Hub id or folder; unset: the model's own, or the embedded data's."
     )
-    dtype: Literal["float32", "bfloat16"] = option(
-        "float32", "Type in which the parameters are held."
-    )
+    dtype: Literal["float32", "bfloat16"] = option("float32", "Type of the parameters.")
     lora_rank: int = option(
         0,
-        "Rank of LoRA adapters on the linear layers of a pretrained model, which is frozen; the "
-        "model that is saved has them merged. 0: all parameters are trained.",
+        "Rank of LoRA adapters on all linear layers of a pretrained, frozen model; they are merged "
+        "into the saved one. 0: all parameters are trained.",
         NOT_NEGATIVE,
     )
 
@@ -135,43 +128,28 @@ class DataFields(Section):
 
     data: str = option(
         EMBEDDED,
-        "embedded (made from the installed packages), a local csv, parquet, json or text path, or "
-        "a hub id.",
+        "embedded (read from the installed packages), a local csv, parquet, json or text path, "
+        "or a hub id.",
     )
-    data_name: str | None = option(
-        None, "Configuration name of a hub data set, e.g. wikitext-2-raw-v1."
-    )
-    data_options: dict[str, Any] = option(
-        {}, "Options of the embedded data: keyword arguments of its builder."
-    )
+    data_name: str | None = option(None, "Configuration of a hub data set, e.g. wikitext-2-raw-v1.")
+    data_options: dict[str, Any] = option({}, "Keyword arguments of the embedded data's builder.")
     held_out: str | None = option(
-        None,
-        "Held-out text: a local path, or the name of a split of the hub data set; unset: "
-        "held_out_fraction.",
+        None, "Held-out text: a path, or a split of the hub data set; unset: held_out_fraction."
     )
-    held_out_fraction: float = option(
-        0.02, "Share of the documents held out where held_out is unset.", A_SHARE
-    )
+    held_out_fraction: float = option(0.02, "Share of the documents that is held out.", A_SHARE)
     text_column: str = option("text", "Column with the text.")
-    user_column: str = option("user_id", "Column of the interaction log that says who.")
-    item_column: str = option("item_id", "Column of the interaction log that says what.")
+    user_column: str = option("user_id", "Column of the log that says who.")
+    item_column: str = option("item_id", "Column of the log that says what.")
     time_column: str | None = option(
-        None,
-        "Column of the interaction log that says when; unset: rows of a user are in the order of "
-        "the file.",
+        None, "Column of the log that says when; unset: a user's rows are in order."
     )
     time_format: str | None = option(
-        None,
-        "How times that are text are written, in the directives of strptime; unset: as numbers or "
-        "in ISO 8601.",
+        None, "How times are written, as for strptime; unset: as numbers or in ISO 8601."
     )
-    cache_dir: str = option(
-        "~/.cache/sce_lm", "Folder where embedded data and tokenised text are kept between runs."
-    )
+    cache_dir: str = option("~/.cache/sce_lm", "Where embedded data and tokenised text are kept.")
     sequence_length: int = option(
         512,
-        "Tokens of a training sequence; of a recommender, the latest items of a user that are "
-        "trained on and read.",
+        "Tokens of a training sequence; a recommender reads a user's latest so many items.",
         A_PAIR,
     )
 
@@ -182,13 +160,13 @@ class ItemsFields(Section):
 
     duplicates: Duplicates = option(
         "keep",
-        "What becomes of a user's events with the same item: all are kept, the first, the last, "
-        "or all but those right after an event with the same item.",
+        "Which of a user's events with the same item are kept: all, the first, the last, or all "
+        "but those right after an event with the same item.",
     )
     min_user_events: int = option(1, "Users with fewer events are left out.", AT_LEAST_1)
     min_item_events: int = option(1, "Items with fewer events are left out.", AT_LEAST_1)
     iterate_filters: bool = option(
-        True, "Filter until all that are left have enough events (a k-core); false: once."
+        True, "Filter until all that are left have enough events; false: once."
     )
     split: Literal["leave_one_out", "last_n", "temporal"] = option(
         "leave_one_out",
@@ -197,23 +175,19 @@ class ItemsFields(Section):
     )
     split_n: int = option(1, "Items a user in each held-out set of split last_n.", AT_LEAST_1)
     split_quantile: float = option(
-        0.95, "The cut of split temporal as a quantile of all events' times.", A_SHARE
+        0.95, "Split temporal cuts at this quantile of all times.", A_SHARE
     )
     split_time: str | None = option(
-        None,
-        "The cut of split temporal as a time: ISO 8601, or a number where the log has numbers; "
-        "unset: split_quantile.",
+        None, "Split temporal cuts at this time, in ISO 8601 or a number; unset: split_quantile."
     )
-    split_past: Past = option(
-        "after", "Events in the histories of split temporal: after the cut, or all."
-    )
+    split_past: Past = option("after", "Histories of split temporal: events after the cut, or all.")
     split_cold_items: ColdItems = option(
-        "drop", "Events after the cut of split temporal whose items do not occur in training."
+        "drop", "Events of split temporal after the cut whose items do not occur in training."
     )
     packing: bool = option(
         True,
-        "Put several users into a row, told apart by position_ids, so that short histories cost "
-        "what they hold; false: a user a row, padded. The same loss either way.",
+        "Put several users into a row, told apart by position_ids; false: a user a row, padded, "
+        "which costs more and gives the same loss.",
     )
 
 
@@ -221,13 +195,9 @@ class ItemsFields(Section):
 class ObjectiveFields(Section):
     """The loss and its options."""
 
-    objective: str = option(
-        "sce",
-        "Name of the training objective in sce_lm.objectives, e.g. sce or exact.",
-        KNOWN_OBJECTIVE,
-    )
+    objective: str = option("sce", "Name in sce_lm.objectives, e.g. sce or exact.", KNOWN_OBJECTIVE)
     objective_options: dict[str, Any] = option(
-        {}, "Options of the objective, e.g. {tail_candidates: 2048} or {published: true}."
+        {}, "Its options, e.g. {tail_candidates: 2048} or {published: true}."
     )
 
     def __post_init__(self) -> None:
@@ -265,10 +235,10 @@ class OptimisationFields(Section):
 
     max_steps: int = option(1000, "Optimiser steps.", AT_LEAST_1)
     per_device_batch_size: int = option(
-        8, "Sequences of one forward pass on one process.", AT_LEAST_1
+        8, "Sequences of a forward pass of one process.", AT_LEAST_1
     )
     gradient_accumulation_steps: int = option(
-        1, "Forward and backward passes of one optimiser step.", AT_LEAST_1
+        1, "Forward passes of one optimiser step.", AT_LEAST_1
     )
     optimizer: Literal["adamw", "sparse_adam", "rowwise_adagrad"] = option(
         "adamw",
@@ -280,44 +250,24 @@ class OptimisationFields(Section):
     learning_rate: float = option(0.0003, "Peak learning rate of AdamW.", ABOVE_0)
     sparse_learning_rate: float | None = option(
         None,
-        "Peak learning rate of the item matrix where it is trained by rows, on the same schedule; "
-        "unset: learning_rate.",
+        "Peak learning rate of a matrix that is trained by rows; unset: learning_rate.",
         ABOVE_0,
     )
     weight_decay: float = option(
-        0.1,
-        "Decoupled weight decay of matrices; vectors (norms, biases) and an item matrix that is "
-        "trained by rows have none.",
-        NOT_NEGATIVE,
+        0.1, "Decoupled decay of matrices, but for those that are trained by rows.", NOT_NEGATIVE
     )
-    betas: list[float] = option(
-        [0.9, 0.95], "The two decay rates of AdamW and sparse_adam.", DECAY_RATES
+    betas: list[float] = option([0.9, 0.95], "Decay rates of AdamW and sparse_adam.", DECAY_RATES)
+    warmup_steps: int = option(100, "Steps in which the learning rate rises from 0.", NOT_NEGATIVE)
+    scheduler: Schedule = option(
+        "cosine", "Of the learning rate, as in transformers.get_scheduler."
     )
-    warmup_steps: int = option(
-        100, "Steps over which the learning rate rises linearly from 0.", NOT_NEGATIVE
-    )
-    scheduler: Literal[
-        "linear",
-        "cosine",
-        "cosine_with_restarts",
-        "polynomial",
-        "constant",
-        "constant_with_warmup",
-        "inverse_sqrt",
-    ] = option("cosine", "Learning-rate schedule, by its name in transformers.get_scheduler.")
     max_grad_norm: float = option(
-        1.0, "Gradients are clipped to this norm; 0: they are not clipped.", NOT_NEGATIVE
+        1.0, "Gradients are clipped to this norm; 0: never.", NOT_NEGATIVE
     )
-    mixed_precision: Literal["no", "bf16", "fp16"] = option(
-        "no", "Autocast type of the forward pass."
-    )
-    gradient_checkpointing: bool = option(
-        False, "Recompute activations in the backward pass to save memory."
-    )
+    mixed_precision: Literal["no", "bf16", "fp16"] = option("no", "Autocast of the forward pass.")
+    gradient_checkpointing: bool = option(False, "Compute activations again in backward.")
     seed: int = option(
-        0,
-        "Seed of the initialisation, the data order, dropout and the objective's noise.",
-        NOT_NEGATIVE,
+        0, "Of initialisation, data order, dropout and the objective's noise.", NOT_NEGATIVE
     )
 
     def __post_init__(self) -> None:
@@ -338,40 +288,29 @@ class EvaluationFields(Section):
     eval_every: int = option(200, "Steps between evaluations; 0: only at the end.", NOT_NEGATIVE)
     eval_batches: int = option(
         0,
-        "Held-out batches of a language model's validation, over all processes; 0: all of them. "
-        "The test takes all.",
+        "Batches of a language model's validation, over all processes; 0: all. The test has all.",
         NOT_NEGATIVE,
     )
     eval_users: int = option(
-        0,
-        "Users of a recommender's evaluation, a fixed random sample; 0: all of them.",
-        NOT_NEGATIVE,
+        0, "Users of a recommender's evaluation, drawn once; 0: all.", NOT_NEGATIVE
     )
     eval_k: list[int] = option(
         [10],
-        "Lengths of a recommender's evaluated lists; NDCG at the first is what keep_best and "
-        "patience go by.",
+        "Lengths of a recommender's lists; NDCG at the first decides which model is best.",
         LENGTHS,
     )
-    mask_seen: bool = option(
-        True, "Leave the items of a user's history out of the evaluated lists."
-    )
-    keep_best: bool = option(
-        False,
-        "Save and test the model of the best validation (lowest nll, highest NDCG), not the last.",
-    )
+    mask_seen: bool = option(True, "Leave the items of a user's history out of the lists.")
+    keep_best: bool = option(False, "Save and test the model of the best validation, not the last.")
     patience: int = option(
         0,
-        "Stop after so many evaluations in a row without a better one; 0: train for max_steps.",
+        "Evaluations in a row without a better one that end the run; 0: max_steps do.",
         NOT_NEGATIVE,
     )
-    log_every: int = option(
-        10, "Steps between records of the loss in metrics.jsonl and the trackers.", AT_LEAST_1
-    )
+    log_every: int = option(10, "Steps between records of the loss.", AT_LEAST_1)
     probe_every: int = option(
         0,
-        "Batches from one comparison of the loss and its gradient with the exact ones, on 256 "
-        "positions, to the next (objective/probe_... in metrics.jsonl); 0: none.",
+        "Batches between comparisons of the loss and its gradient with the exact ones "
+        "(objective/probe_... in metrics.jsonl); 0: none.",
         NOT_NEGATIVE,
     )
     trackers: list[str] = option([], "Trackers that accelerate knows, e.g. tensorboard or wandb.")
@@ -392,22 +331,18 @@ class CheckpointFields(Section):
 
     process_timeout: float = option(
         1800.0,
-        "Seconds that a process waits for another one, which may be preparing the data, before "
-        "the run ends with an error; half an hour, as transformers' ddp_timeout.",
+        "Seconds that a process waits for another, which may be preparing the data.",
         ABOVE_0,
     )
     checkpoint_every: int = option(
-        500, "Steps between checkpoints, with one at the end; 0: none at all.", NOT_NEGATIVE
+        500, "Steps between checkpoints, and one at the end; 0: none.", NOT_NEGATIVE
     )
-    checkpoints_to_keep: int = option(2, "The newest so many checkpoints are kept.", AT_LEAST_1)
-    resume: bool = option(
-        True, "Go on from the newest checkpoint in output_dir; false: refuse a folder in use."
-    )
+    checkpoints_to_keep: int = option(2, "The newest so many are kept.", AT_LEAST_1)
+    resume: bool = option(True, "Go on from the newest checkpoint; false: refuse a folder in use.")
     resume_with_changed_data: bool = option(
         False,
-        "Resume although the data are others than those that the run began with: a recommender "
-        "goes on with the split that it stored, a language model trains on the text as it is now, "
-        "without the documents that it holds out. False: refuse.",
+        "Go on although the data have changed: a recommender with the split that it stored, a "
+        "language model on the text as it is now, without what it holds out. False: refuse.",
     )
 
 

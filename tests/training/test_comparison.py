@@ -9,9 +9,10 @@ from safetensors.torch import save_file
 from support.models import tiny_batch, tiny_model
 
 from sce_lm import apply_sce, objectives
-from sce_lm.training import loop, loss_cost
+from sce_lm.training import loss_cost, run_building
 from sce_lm.training.command_line import parse_config
 from sce_lm.training.comparison import Method, compare, save_loss_inputs
+from sce_lm.training.learner import Learner
 from sce_lm.training.loop import Run
 
 
@@ -26,7 +27,7 @@ def test_loss_inputs_reproduce_the_models_loss(tmp_path):
         expected = model.eval()(**batch).loss.item()
     assert sizes["positions"] == int((batch["labels"][:, 1:] != -100).sum())
     for method in ({"name": "stock"}, {"name": "exact"}, {"name": "sce", "tail_candidates": 10**6}):
-        cost = loss_cost._measure_here(path, method, repeats=1)
+        cost = loss_cost.LossCost(**loss_cost._measure_here(str(path), method, repeats=1))
         assert cost.loss == pytest.approx(expected, rel=1e-5)
         assert cost.seconds > 0
         assert cost.peak_mib >= 0
@@ -78,7 +79,7 @@ def test_compare_trains_each_and_writes_the_figures(tmp_path, capsys, monkeypatc
         "corrected SCE": Method("sce", {"tail_candidates": 4096}),
         "labels first": Method("sce", {"tail_candidates": 4096, "labels_first": 3}),
     }
-    models, alive, build = [], [], loop.build_model
+    models, alive, build = [], [], run_building.build_model
 
     def counted(*arguments):
         alive.append(sum(model() is not None for model in models))
@@ -86,7 +87,7 @@ def test_compare_trains_each_and_writes_the_figures(tmp_path, capsys, monkeypatc
         models.append(weakref.ref(model))
         return model
 
-    monkeypatch.setattr(loop, "build_model", counted)
+    monkeypatch.setattr(run_building, "build_model", counted)
     result = compare(config, methods, tmp_path / "out", seeds=(0, 1))
     assert alive == [0] * 8  # one model in memory at a time
     assert set(result.costs) == {"stock", *methods}
@@ -117,7 +118,7 @@ def test_compare_trains_each_and_writes_the_figures(tmp_path, capsys, monkeypatc
             raise FloatingPointError("The loss is nan")
         return train(run)
 
-    monkeypatch.setattr(Run, "_optimizer_step", None)  # nothing is trained twice
+    monkeypatch.setattr(Learner, "step", None)  # nothing is trained twice
     monkeypatch.setattr(Run, "train", diverge)
     again = compare(config, methods, tmp_path / "out", seeds=(1, 0))
     assert again.test("exact", "nll") == [second, first]

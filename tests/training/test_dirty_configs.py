@@ -14,6 +14,7 @@ from sce_lm.training.yaml12 import Plain, plain_value
 
 MANY = settings(
     max_examples=25,
+    deadline=None,
     phases=(Phase.generate, Phase.shrink),
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
