@@ -22,8 +22,9 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from sce_lm.recsys.ids import id_text
 from sce_lm.recsys.scoring import model_scorer, seen_items, top_items
-from sce_lm.recsys.tokenizer import id_text, item_counts, item_tokens
+from sce_lm.recsys.tokenizer import item_counts, item_tokens
 
 Source = Literal["model", "popularity", "none"]
 """What a list was made by; "none": it is empty."""
