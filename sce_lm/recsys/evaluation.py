@@ -6,6 +6,7 @@ What grows with the number of users is their ranks, 8 bytes each, and nothing el
 """
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -191,8 +192,6 @@ def rank_items(
         raise ValueError(
             f"The history of user {int(lengths.argmin())} is empty; give at least one item."
         )
-    scorer = model_scorer(model, max_length) if isinstance(model, nn.Module) else model
-
     all_targets = torch.from_numpy(np.array(targets, dtype=np.int64))
     ranks = torch.full((len(lengths),), depth + 1)
     best_positions = torch.full((len(items),), depth + 1)
@@ -201,20 +200,24 @@ def rank_items(
     # lack of memory shows at once.
     by_length = np.argsort(-lengths, kind="stable")
     batches = np.array_split(by_length, range(batch_size, len(lengths), batch_size))
-    for users in tqdm(batches, desc="ranking items", disable=not progress, leave=False):
-        batch = [as_tokens(histories[int(user)]) for user in users]
-        target = all_targets[users]
-        masked = None
-        if mask_seen:
-            rows, tokens = seen_items(batch)
-            eligible = tokens != target[rows]
-            masked = rows[eligible], tokens[eligible]
-        _, top = top_items(scorer(batch), items, depth, masked=masked, tile_size=tile_size)
-        top = top.cpu()
-        user, position = (top == target[:, None]).nonzero(as_tuple=True)
-        ranks[torch.from_numpy(users)[user]] = position + 1
-        listed = torch.where(top >= 0, top - items.start, -1)
-        metrics.update_best_positions(best_positions, listed)
-        times_listed += torch.bincount(listed[listed >= 0], minlength=len(items))
+    scoring = (
+        model_scorer(model, max_length) if isinstance(model, nn.Module) else nullcontext(model)
+    )
+    with scoring as scorer:
+        for users in tqdm(batches, desc="ranking items", disable=not progress, leave=False):
+            batch = [as_tokens(histories[int(user)]) for user in users]
+            target = all_targets[users]
+            masked = None
+            if mask_seen:
+                rows, tokens = seen_items(batch)
+                eligible = tokens != target[rows]
+                masked = rows[eligible], tokens[eligible]
+            _, top = top_items(scorer(batch), items, depth, masked=masked, tile_size=tile_size)
+            top = top.cpu()
+            user, position = (top == target[:, None]).nonzero(as_tuple=True)
+            ranks[torch.from_numpy(users)[user]] = position + 1
+            listed = torch.where(top >= 0, top - items.start, -1)
+            metrics.update_best_positions(best_positions, listed)
+            times_listed += torch.bincount(listed[listed >= 0], minlength=len(items))
     unrankable = (all_targets < items.start) | (all_targets >= items.stop)
     return ItemRanking(ranks, best_positions, times_listed, int(unrankable.sum()))

@@ -116,7 +116,6 @@ def recommend(
             f"k is {k}, but there are {choice} items to choose from; choose k from 1 to {choice}."
         )
     tokens, unknown = _encode(tokenizer, _as_lists(histories))
-    score = model_scorer(model, max_length)
     items: list[list[str]] = [[] for _ in tokens]
     scores: list[list[float]] = [[] for _ in tokens]
     sources: list[Source] = ["none" for _ in tokens]
@@ -131,7 +130,10 @@ def recommend(
 
     lengths = np.array([len(history) for history in tokens], dtype=np.int64)
     by_length = np.argsort(-lengths, kind="stable")[: int((lengths > 0).sum())]
-    with tqdm(total=len(by_length), unit=" users", disable=not progress, leave=False) as bar:
+    with (
+        model_scorer(model, max_length) as score,
+        tqdm(total=len(by_length), unit=" users", disable=not progress, leave=False) as bar,
+    ):
         for start in range(0, len(by_length), batch_size):
             users = by_length[start : start + batch_size].tolist()
             batch = [tokens[user] for user in users]
