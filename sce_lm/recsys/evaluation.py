@@ -132,15 +132,15 @@ def ranking_report(
         instance unknown items; each counts as a miss) and ``"protocol"``.
     """
     report: dict = {}
-    intervals: dict[str, tuple[float, float]] = {}
+    intervals: dict[str, list[float]] = {}
     for length in k:
         for name, metric in metrics.RANK_METRICS.items():
             report[f"{name}@{length}"] = metric(ranking.ranks, length)
         report[f"coverage@{length}"] = metrics.coverage(ranking.best_positions, length)
         for name, interval in metrics.bootstrap_intervals(ranking.ranks, length).items():
-            intervals[f"{name}@{length}"] = interval
+            intervals[f"{name}@{length}"] = list(interval)
     return report | {
-        "intervals": {name: list(interval) for name, interval in intervals.items()},
+        "intervals": intervals,
         "users": len(ranking.ranks),
         "items": len(ranking.best_positions),
         "unrankable_targets": ranking.unrankable_targets,

@@ -38,7 +38,8 @@ class Events:
         dtype = np.int32 if len(self) < 2**31 else np.int64
         if self.time is None:
             return np.argsort(self.user, kind="stable").astype(dtype)
-        by_time = np.argsort(self.time.to_physical().to_numpy(), kind="stable").astype(dtype)
+        time = self.time.to_physical().fill_null(0).to_numpy()  # nulls would make floats of it
+        by_time = np.argsort(time, kind="stable").astype(dtype)
         by_user = np.argsort(self.user[by_time], kind="stable").astype(dtype)
         return by_time[by_user]
 

@@ -91,16 +91,17 @@ def recommend(
         ValueError: ``k`` is below 1 or above the number of items to choose from, there are none to
             choose from, another number is below 1, or a table has no column ``history``.
     """
-    for name, value in (
-        ("max_length", max_length),
-        ("batch_size", batch_size),
-        ("tile_size", tile_size),
-    ):
+    sizes = {"max_length": max_length, "batch_size": batch_size, "tile_size": tile_size}
+    for name, value in sizes.items():
         if value is not None and value < 1:
             raise ValueError(f"{name} is {value}; give a whole number of at least 1.")
     wanted, unknown_candidates = _known(tokenizer, "candidates", candidates)
     unwanted, unknown_excluded = _known(tokenizer, "exclude", exclude)
-    allowed = _allowed(tokenizer, None if candidates is None else wanted, unwanted)
+    catalogue = item_tokens(tokenizer)
+    allowed = torch.zeros(catalogue.stop, dtype=torch.bool)
+    allowed[catalogue.start :] = candidates is None
+    allowed[wanted] = True
+    allowed[unwanted] = False
     choice = int(allowed.sum())
     if not choice:
         raise ValueError(
@@ -139,7 +140,7 @@ def recommend(
             batch = [tokens[user] for user in users]
             best_scores, best = top_items(
                 score(batch),
-                item_tokens(tokenizer),
+                catalogue,
                 k,
                 masked=seen_items(batch) if exclude_seen else None,
                 allowed=allowed,
@@ -150,14 +151,13 @@ def recommend(
     nothing_known = np.flatnonzero(lengths == 0).tolist()
     counts = item_counts(tokenizer) if nothing_known else None
     if counts is not None:
-        popularity = torch.zeros(1, item_tokens(tokenizer).stop, dtype=torch.float64)
-        popularity[0, item_tokens(tokenizer).start :] = torch.from_numpy(counts)
+        popularity = torch.from_numpy(counts).double()[None]
+
+        def score_tile(start: int, stop: int) -> torch.Tensor:
+            return popularity[:, start - catalogue.start : stop - catalogue.start].clone()
+
         best_scores, best = top_items(
-            lambda start, stop: popularity[:, start:stop].clone(),
-            item_tokens(tokenizer),
-            k,
-            allowed=allowed,
-            tile_size=tile_size,
+            score_tile, catalogue, k, allowed=allowed, tile_size=tile_size
         )
         everyone = len(nothing_known)
         take(nothing_known, "popularity", best_scores.tolist() * everyone, best.tolist() * everyone)
@@ -214,17 +214,3 @@ def _known(
     tokens = torch.tensor(tokenizer.convert_tokens_to_ids(list(names)), dtype=torch.int64)
     known = tokens[tokens >= item_tokens(tokenizer).start]
     return known, len(tokens) - len(known)
-
-
-def _allowed(
-    tokenizer: PreTrainedTokenizerBase, candidates: torch.Tensor | None, exclude: torch.Tensor
-) -> torch.Tensor:
-    """bool [tokens]: what may be recommended at all."""
-    items = item_tokens(tokenizer)
-    allowed = torch.zeros(items.stop, dtype=torch.bool)
-    if candidates is None:
-        allowed[items.start :] = True
-    else:
-        allowed[candidates] = True
-    allowed[exclude] = False
-    return allowed

@@ -177,16 +177,8 @@ def recommend_file(
         ValueError: as of :func:`recommend`, or an output of another kind.
     """
     started = clock.perf_counter()
-    totals = dict.fromkeys(
-        (
-            "users_without_history",
-            "users_without_list",
-            "unknown_items",
-            "unknown_candidates",
-            "unknown_excluded",
-        ),
-        0,
-    )
+    of_users = ("users_without_history", "users_without_list", "unknown_items")
+    totals = dict.fromkeys((*of_users, "unknown_candidates", "unknown_excluded"), 0)
     with (
         _writer(Path(output)) as write,
         tqdm(total=len(histories), unit=" users", disable=not progress) as bar,
