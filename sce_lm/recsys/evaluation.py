@@ -63,9 +63,10 @@ def evaluate_items(
     batch_size: int = 256,
     tile_size: int = 16_384,
     split: str = "leave-one-out",
+    counts: Tensor | None = None,
     progress: bool = False,
 ) -> dict:
-    """NDCG@k, HR@k, MRR@k and coverage@k over the whole catalogue, and the protocol behind them.
+    """Metrics at each k over the whole catalogue, and the protocol behind them.
 
     Args:
         model: any causal language model over item tokens, or a baseline such as
@@ -83,6 +84,8 @@ def evaluate_items(
         batch_size: users at a time.
         tile_size: tokens at a time; scores take ``batch_size * tile_size`` numbers.
         split: what histories and targets are, e.g. ``Split.protocol``; recorded in the protocol.
+        counts: int [items], events of each item in training, such as :func:`item_counts` of the
+            tokenizer as a tensor: the report then holds the novelty of the longest lists, too.
         progress: show a progress bar.
 
     Returns:
@@ -107,7 +110,10 @@ def evaluate_items(
     )
     if max_length is None and isinstance(model, nn.Module):
         max_length = num_positions(model)
-    return ranking_report(ranking, k=k, split=split, mask_seen=mask_seen, max_length=max_length)
+    report = ranking_report(ranking, k=k, split=split, mask_seen=mask_seen, max_length=max_length)
+    if counts is not None:
+        report[f"novelty@{max(k)}"] = metrics.novelty(ranking.times_listed, counts)
+    return report
 
 
 def ranking_report(
@@ -126,8 +132,10 @@ def ranking_report(
         split, mask_seen, max_length: how the ranking was made; recorded.
 
     Returns:
-        JSON-ready: ``"ndcg@10"``, ``"hr@10"``, ``"mrr@10"``, ``"coverage@10"`` and so on for each
-        k; ``"intervals"``, the 95 % bootstrap interval over users of each of the first three;
+        JSON-ready: ``"ndcg@10"``, ``"hr@10"``, ``"mrr@10"``, ``"precision@10"``, ``"recall@10"``,
+        ``"map@10"``, ``"coverage@10"`` and so on for each k (with one relevant item a user recall
+        is HR and MAP is MRR); ``"intervals"``, the 95 % bootstrap interval over users of all of
+        these but coverage;
         ``"users"``, ``"items"``, ``"unrankable_targets"`` (targets outside the catalogue, for
         instance unknown items; each counts as a miss) and ``"protocol"``.
     """

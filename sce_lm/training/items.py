@@ -22,7 +22,7 @@ from sce_lm import recsys
 from sce_lm.files import read_json
 from sce_lm.recsys.events import read_events
 from sce_lm.recsys.histories import TrainingHistories, can_pack, training_rows
-from sce_lm.recsys.metrics import popularity_profile
+from sce_lm.recsys.metrics import novelty, popularity_profile
 from sce_lm.training.fingerprint import Fingerprint, of_log
 from sce_lm.training.models import load_tokenizer
 from sce_lm.training.stored_data import read_source, read_split, stored, write_split
@@ -150,12 +150,12 @@ class ItemsTask(Task):
         ranking, report = rank_questions(
             model, self._questions(on), self.items, self.split.protocol, self.config
         )
-        counts = np.bincount(self.train.tokens, minlength=self.items.stop)[self.items.start :]
+        counts = torch.bincount(torch.from_numpy(self.train.tokens), minlength=self.items.stop)
+        counts = counts[self.items.start :]
         return {
             **report,
-            "list_entries_by_popularity": popularity_profile(
-                ranking.times_listed, torch.from_numpy(counts)
-            ),
+            f"novelty@{max(self.config.eval_k)}": novelty(ranking.times_listed, counts),
+            "list_entries_by_popularity": popularity_profile(ranking.times_listed, counts),
         }
 
     def _questions(self, on: HeldOut) -> pl.DataFrame:

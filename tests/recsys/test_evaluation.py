@@ -158,7 +158,7 @@ def test_metrics_are_those_of_a_dense_evaluation(mask_seen):
     assert report["users"] == 40
     assert report["protocol"]["split"] == "test"
     assert report["intervals"].keys() == {
-        f"{m}@{k}" for m in ("ndcg", "hr", "mrr") for k in (3, 10)
+        f"{m}@{k}" for m in ("ndcg", "hr", "mrr", "precision", "recall", "map") for k in (3, 10)
     }
     assert report["protocol"]["max_length"] == 32
     assert report == json.loads(json.dumps(report))
