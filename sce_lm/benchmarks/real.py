@@ -9,15 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from sce_lm import objectives
+from sce_lm.benchmarks.loss_cost import save_inputs
 from sce_lm.benchmarks.problem import Problem
-from sce_lm.hf.adapter import apply_sce
+from sce_lm.hf.adapter import apply_sce, lazy_logits
 from sce_lm.training import models
-from sce_lm.training.comparison import save_loss_inputs
 from sce_lm.training.embedded.text import embedded_text
 from sce_lm.training.resuming import stored_fields
+from sce_lm.training.task import on_device
 from sce_lm.training.task_sources import resume_task
 from sce_lm.training.train_config import TrainConfig
 
@@ -74,11 +75,45 @@ def real_problem(
         batch_of, num_rows = (lambda i: {"input_ids": rows[i], "labels": rows[i]}), len(rows)
     batch, past = _take(batch_of, num_rows, positions)
     apply_sce(model.to(device), objectives.get("exact"))
-    save_loss_inputs(model, batch, folder / "inputs.safetensors")
+    title = source.name + " at initialisation" * initial
+    problem = problem_of_batch(model, batch, folder, title, past)
     del model
     gc.collect()  # nothing of it stays beside what is measured
     torch.cuda.empty_cache()
-    return Problem.of(folder, source.name + " at initialisation" * initial, past)
+    return problem
+
+
+def problem_of_batch(
+    model: PreTrainedModel,
+    batch: Batch,
+    folder: Path,
+    title: str,
+    past: torch.Tensor | None = None,
+) -> Problem:
+    """Write what enters the head for one batch of causal language modelling.
+
+    Args:
+        model: patched by ``apply_sce``; its transform of the logits must be a LogitTransform.
+        folder: where the problem goes.
+        past: labels that the state has counted; None: it has counted none.
+    """
+    inputs = on_device(batch, model.device)
+    labels = inputs.pop("labels")[:, 1:]
+    model.eval()
+    with torch.no_grad(), lazy_logits(model):
+        hidden_states, head = model(**inputs, use_cache=False).logits.parts()
+    columns = [part for part in (head.weight, head.low_rank) if part is not None]
+    weight = torch.cat(columns, dim=1) if len(columns) > 1 else head.weight
+    valid = labels != -100
+    tensors = {
+        "hidden_states": hidden_states[:, :-1][valid],
+        "weight": weight.detach(),
+        "labels": labels[valid],
+    }
+    if head.bias is not None:
+        tensors["bias"] = head.bias.detach()
+    save_inputs(folder / "inputs.safetensors", tensors, head.post)
+    return Problem.of(folder, title, labels.new_empty(0) if past is None else past)
 
 
 def load_model(path: Path, dtype: str, gguf: str | None) -> Any:

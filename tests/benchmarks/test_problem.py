@@ -10,9 +10,9 @@ from support.training import lm_fields, write_text
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sce_lm.benchmarks import real
+from sce_lm.benchmarks.loss_cost import load_inputs, stock
 from sce_lm.benchmarks.problem import random_problem, zipf_labels
 from sce_lm.benchmarks.real import real_problem, text_rows
-from sce_lm.training.loss_cost import load_inputs, stock
 from sce_lm.training.stored_data import store
 from sce_lm.training.task_sources import build_task
 from sce_lm.training.train_config import TrainConfig
