@@ -37,13 +37,13 @@ def check(arguments: argparse.Namespace) -> None:
 
 
 def show(found: results.Results, tables: tuple[report.Table, ...]) -> None:
-    """Every problem's tables, and what is to be said of its rows."""
+    """The tables of every comparison, and what is to be said of its rows."""
     report.print_line(found.heading)
-    for problem in found.problems:
-        report.print_line(f"\n{problem.title}")
+    for comparison in found.comparisons:
+        report.print_line(f"\n{comparison.title}")
         for table in tables:
-            table.print(problem.rows)
-        for row in problem.rows:
+            table.print(comparison.rows)
+        for row in comparison.rows:
             for note in row.get("notes", ()):
                 report.print_line(f"{row['label']}: {note}")
 
@@ -87,8 +87,8 @@ def main() -> None:
             found.save(arguments.json)
         show(found, module.TABLES)
         if arguments.plot is not None:
-            problems = [(problem.title, problem.rows) for problem in found.problems]
-            report.draw(arguments.plot, module.PLOTS, problems)
+            comparisons = [(comparison.title, comparison.rows) for comparison in found.comparisons]
+            report.draw(arguments.plot, module.PLOTS, comparisons)
     except (ValueError, OSError, ImportError) as error:
         sys.exit(f"benchmark.py: {error}")
 

@@ -32,26 +32,26 @@ RECOMMENDER = {
 }
 
 
-def run(config: str, changes: dict, what: str, folder: Path) -> results.Problem:
+def run(config: str, changes: dict, what: str, folder: Path) -> results.Comparison:
     arguments = [f"examples/configs/{config}.yaml", *as_arguments(changes)]
     chosen = [methods()[name] for name in METHODS]
-    problem = compare(parse_config(arguments), chosen, folder)
-    problem.title = f"{what}: {problem.title}"
-    return problem
+    comparison = compare(parse_config(arguments), chosen, folder)
+    comparison.title = f"{what}: {comparison.title}"
+    return comparison
 
 
 def main() -> None:
-    problems = [
+    comparisons = [
         run("lm_embedded", LANGUAGE_MODEL, "Language model", FOLDER / "lm"),
         run("items_embedded", RECOMMENDER, "Recommender", FOLDER / "items"),
     ]
-    for problem in problems:
-        report.print_line(f"\n{problem.title}")
+    for comparison in comparisons:
+        report.print_line(f"\n{comparison.title}")
         for table in TABLES:
-            table.print(problem.rows)
-    found = results.Results("train", problems, **results.provenance("cpu"))
+            table.print(comparison.rows)
+    found = results.Results("train", comparisons, **results.provenance("cpu"))
     found.save(FOLDER / "results.json")
-    print("\nCurves:", ", ".join(problem.sizes["curves"] for problem in problems))
+    print("\nCurves:", ", ".join(comparison.sizes["curves"] for comparison in comparisons))
     print(f"Results: {FOLDER}/results.json")
 
 

@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 from sce_lm.benchmarks.report import Column, Row, draw
-from sce_lm.benchmarks.results import Problem, Results, changed_options
+from sce_lm.benchmarks.results import Comparison, Results, changed_options
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "docs" / "results"
@@ -73,7 +73,7 @@ SUMMARY = (
         ("items-beauty-exact", 0, "exact (ours)", "test.ndcg@10", ".4f"),
     ),
 )
-"""What was done, what came out, and where each number is: file, problem, label or number of the
+"""What was done, what came out, and where each number is: file, comparison, label or number of the
 row, key and form."""
 
 
@@ -82,20 +82,20 @@ def load(folder: Path) -> dict[str, Results]:
     return {path.stem: Results.load(path) for path in sorted(folder.glob("*.json"))}
 
 
-def changes(problem: Problem) -> dict[str, str]:
+def changes(comparison: Comparison) -> dict[str, str]:
     """By the label of each stale row, what of its options is something else today."""
-    found = {row["label"]: changed_options(row, problem.sizes) for row in problem.rows}
+    found = {row["label"]: changed_options(row, comparison.sizes) for row in comparison.rows}
     return {label: ", ".join(changed) for label, changed in found.items() if changed}
 
 
 def row_of(results: Results, index: int, which: str | int) -> tuple[Row, str]:
     """A row by label or number, and the mark of a stale one."""
-    problem = results.problems[index]
+    comparison = results.comparisons[index]
     if isinstance(which, int):
-        row = problem.rows[which]
+        row = comparison.rows[which]
     else:
-        row = next(row for row in problem.rows if row["label"] == which)
-    return row, STALE * (row["label"] in changes(problem))
+        row = next(row for row in comparison.rows if row["label"] == which)
+    return row, STALE * (row["label"] in changes(comparison))
 
 
 def summary(results: dict[str, Results]) -> str:
@@ -118,13 +118,13 @@ def section(results: Results, name: str) -> str:
     module = importlib.import_module(f"sce_lm.benchmarks.{results.subcommand}")
     lines = [f"`{results.command}`", ""]
     lines += [f"{results.heading}; commit {results.commit}, {results.date}."]
-    for problem in results.problems:
-        stale = changes(problem)
+    for comparison in results.comparisons:
+        stale = changes(comparison)
         rows = [
             row | {"label": f"{row['label']} {STALE}"} if row["label"] in stale else row
-            for row in problem.rows
+            for row in comparison.rows
         ]
-        lines += ["", f"**{problem.title}**", ""]
+        lines += ["", f"**{comparison.title}**", ""]
         lines += ["\n\n".join(filter(None, (table.markdown(rows) for table in module.TABLES)))]
         notes = [f"{row['label']}: {note}" for row in rows for note in row.get("notes", ())]
         notes += [f"{STALE} stale: {label}: {changed}" for label, changed in stale.items()]
@@ -155,8 +155,10 @@ def plot(results: dict[str, Results]) -> None:
     """A PNG beside each file that has something to plot."""
     for name, found in results.items():
         module = importlib.import_module(f"sce_lm.benchmarks.{found.subcommand}")
-        problems = [(problem.title.split(":")[0], problem.rows) for problem in found.problems]
-        draw(FOLDER / f"{name}.png", module.PLOTS, problems)
+        comparisons = [
+            (comparison.title.split(":")[0], comparison.rows) for comparison in found.comparisons
+        ]
+        draw(FOLDER / f"{name}.png", module.PLOTS, comparisons)
 
 
 def main() -> None:

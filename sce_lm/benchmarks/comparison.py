@@ -74,7 +74,7 @@ def compare(
     chosen: Sequence[Method],
     folder: Path,
     seeds: Sequence[int] | None = None,
-) -> results.Problem:
+) -> results.Comparison:
     """Train ``config`` with each method and seed, and measure each loss in a process of its own.
 
     Runs that are finished, or that can be resumed, are not trained anew. The costs are taken on
@@ -146,7 +146,7 @@ def compare(
         rows.append({"label": label, "test": _by_seed([test])})
     sizes = dataclasses.asdict(measured) | {"steps": config.max_steps, "curves": str(curves)}
     title = f"{config.max_steps} steps, {len(seeds)} seed(s); the loss on {measured}"
-    return results.Problem(title, sizes, rows)
+    return results.Comparison(title, sizes, rows)
 
 
 def _measure_costs(

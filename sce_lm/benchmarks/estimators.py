@@ -57,8 +57,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--initial", action="store_true", help="also with fresh weights")
 
 
-def measure(arguments: argparse.Namespace) -> Sequence[results.Problem]:
-    """One problem for each kind of weights and scale."""
+def measure(arguments: argparse.Namespace) -> Sequence[results.Comparison]:
+    """One comparison for each kind of weights and scale."""
     found = []
     for initial in (False, True)[: 1 + arguments.initial]:
         for scale in arguments.scales:

@@ -46,9 +46,9 @@ TABLES = (
         "Forward and backward, trainable head",
         (
             METHOD,
-            Column("forward ms", "forward_ms", ".2f"),
-            Column("ms", "ms", ".2f"),
-            Column("host ms", "host_ms", ".2f", "until the passes are queued"),
+            Column("forward ms", "forward_seconds", ".2f", factor=1e3),
+            Column("ms", "seconds", ".2f", factor=1e3),
+            Column("host ms", "host_seconds", ".2f", "until the passes are queued", 1e3),
             Column("x stock", "speedup", ".2f", "times as fast as plain cross-entropy"),
             Column(
                 *("x floor", "over_floor", ".2f"),
@@ -61,11 +61,11 @@ TABLES = (
         "A whole training step, random weights",
         (
             METHOD,
-            Column("ms", "step_ms", ".1f"),
-            Column("x stock", "step_speedup", ".2f", "times as fast as the stock model's step"),
-            Column("in the loss, host ms", "in_loss_ms", ".1f"),
-            Column("held MiB", "held_mib", ",.0f", "parameters and AdamW's moments"),
-            Column("peak MiB", "step_peak_mib", ",.0f", "what a step needs over that"),
+            Column("ms", "step.seconds", ".1f", factor=1e3),
+            Column("x stock", "step.speedup", ".2f", "times as fast as the stock model's step"),
+            Column("in the loss, host ms", "step.loss_seconds", ".1f", factor=1e3),
+            Column("held MiB", "step.held_mib", ",.0f", "parameters and AdamW's moments"),
+            Column("peak MiB", "step.peak_mib", ",.0f", "what a step needs over that"),
         ),
     ),
 )
@@ -190,45 +190,30 @@ def run(todo: Sequence[Part], folder: Path, budget: float = BUDGET) -> list[Resu
     return found
 
 
-def problems(found: Sequence[Result]) -> list[results.Problem]:
-    """What was measured, a problem for each shape and model, as the page of results shows it."""
+def comparisons(found: Sequence[Result]) -> list[results.Comparison]:
+    """What was measured, one for each shape and model, as the page of results shows it."""
     errors = [
         {"label": f"{result['dtype']}, {name}", "errors": values}
         for result in found
         for name, values in result.get("errors", {}).items()
     ]
-    made = [results.Problem("Correctness (stock: in the same dtype)", {}, errors)] if errors else []
-    shapes: dict[str, list[Result]] = {}
-    models: dict[str, list[Result]] = {}
+    grouped: dict[str, list[Result]] = {}
     for result in found:
         if "forward_seconds" in result:
             n, v, d = result["sizes"]
-            shapes.setdefault(f"N={n:,}, V={v:,}, d={d:,}, {result['dtype']}", []).append(result)
-        elif "loss_seconds" in result:
-            models.setdefault(result["model"], []).append(result)
-    kept = ("name", "label", "specification", "resolved")
-    for title, measured in shapes.items():
-        stock = next((r["seconds"] for r in measured if r["name"] == STOCK), math.nan)
-        rows = [
-            {name: r[name] for name in kept}
-            | {"forward_ms": 1e3 * r["forward_seconds"], "ms": 1e3 * r["seconds"]}
-            | {"host_ms": 1e3 * r["host_seconds"], "speedup": stock / r["seconds"]}
-            | {"peak_mib": r["peak_mib"], "over_floor": r.get("over_floor")}
-            for r in measured
-        ]
-        n, v, d = measured[0]["sizes"]
-        sizes = {"positions": n, "vocab_size": v, "width": d, "dtype": measured[0]["dtype"]}
-        made.append(results.Problem(title, sizes, rows))
-    for title, measured in models.items():
-        stock = next((r["seconds"] for r in measured if r["name"] == STOCK), math.nan)
-        rows = [
-            {name: r[name] for name in kept if name in r}
-            | {"step_ms": 1e3 * r["seconds"], "step_speedup": stock / r["seconds"]}
-            | {"in_loss_ms": 1e3 * r["loss_seconds"], "held_mib": r["held_mib"]}
-            | {"step_peak_mib": r["peak_mib"]}
-            for r in measured
-        ]
-        made.append(results.Problem(title, {"batch": measured[0]["batch"]}, rows))
+            title = f"N={n:,}, V={v:,}, d={d:,}, {result['dtype']}"
+            grouped.setdefault(title, []).append(result)
+        elif "step" in result:
+            grouped.setdefault(result["model"], []).append(result)
+    made = (
+        [results.Comparison("Correctness (stock: in the same dtype)", {}, errors)] if errors else []
+    )
+    for title, rows in grouped.items():
+        costs = [row.get("step", row) for row in rows]
+        stock = next((c["seconds"] for c, r in zip(costs, rows) if r["name"] == STOCK), math.nan)
+        for cost in costs:
+            cost["speedup"] = stock / cost["seconds"]
+        made.append(results.Comparison(title, {}, rows))
     return made
 
 
@@ -240,10 +225,10 @@ def print_summary(found: Sequence[Result]) -> None:
         report.print_line(f"Missing packages: {', '.join(where['missing']) or 'none'}")
     if "summary" in by_name.get("tests", {}):
         report.print_line(f"\nTests marked gpu: {by_name['tests']['summary']}")
-    for problem in problems(found):
-        report.print_line(f"\n{problem.title}")
+    for comparison in comparisons(found):
+        report.print_line(f"\n{comparison.title}")
         for table in TABLES:
-            table.print(problem.rows)
+            table.print(comparison.rows)
     for result in found:
         if "kernels" in result:
             title = (
@@ -286,7 +271,7 @@ def main() -> None:
         except OSError as error:
             sys.exit(f"gpu.sh: {error}")
     origin = results.provenance("cpu" if arguments.rehearse else "cuda")
-    shown = results.Results("gpu", problems(found), **origin)
+    shown = results.Results("gpu", comparisons(found), **origin)
     shown.save(arguments.json / "results.json")
     report.print_line(shown.heading)
     print_summary(found)

@@ -76,12 +76,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def measure(arguments: argparse.Namespace) -> Sequence[results.Problem]:
+def measure(arguments: argparse.Namespace) -> Sequence[results.Comparison]:
     """Compile everything; or, with --tune, time it."""
     if arguments.tune:
         return [tune.measure(arguments)]
     rows = compile_table(arguments.archs, arguments.dtypes, arguments.processes)
-    return [results.Problem("Compiled offline", {}, rows)]
+    return [results.Comparison("Compiled offline", {}, rows)]
 
 
 @dataclass(frozen=True)

@@ -118,7 +118,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def measure_problem(
     arguments: argparse.Namespace, *, initial: bool = False, scale: float = 1.0, **settings: Any
-) -> results.Problem:
+) -> results.Comparison:
     """Make the problem that the arguments describe and measure the methods on it.
 
     Args:
@@ -139,7 +139,7 @@ def measure_problem(
         in_process(write_reference, folder=name, device=arguments.device)
         chosen = methods.choose(arguments, made.vocab_size)
         rows = measure_methods(made, folder, chosen, how)
-    return results.Problem(str(made), asdict(made), rows)
+    return results.Comparison(str(made), asdict(made), rows)
 
 
 def _make_problem(arguments: argparse.Namespace, folder: Path, *, initial: bool) -> problem.Problem:
@@ -166,6 +166,6 @@ def _make_problem(arguments: argparse.Namespace, folder: Path, *, initial: bool)
     )
 
 
-def measure(arguments: argparse.Namespace) -> Sequence[results.Problem]:
-    """One problem."""
+def measure(arguments: argparse.Namespace) -> Sequence[results.Comparison]:
+    """One comparison."""
     return [measure_problem(arguments)]

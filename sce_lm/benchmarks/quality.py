@@ -48,9 +48,9 @@ def write_reference(folder: str, device: str) -> None:
     leaves = {name: tensor.float().requires_grad_() for name, tensor in inputs.items()}
     hidden, weight, bias = leaves["hidden_states"], leaves["weight"], leaves.get("bias")
     losses, largest, entropy = [], [], []
-    for rows in torch.arange(len(labels)).split(max(1, BLOCK_ELEMENTS // len(weight))):
-        logits = post(linear(hidden[rows], weight, bias))
-        loss = cross_entropy(logits, labels[rows], reduction="none")
+    for block in torch.arange(len(labels)).split(max(1, BLOCK_ELEMENTS // len(weight))):
+        logits = post(linear(hidden[block], weight, bias))
+        loss = cross_entropy(logits, labels[block], reduction="none")
         (loss.sum() / len(labels)).backward()
         losses.append(loss.detach())
         with torch.no_grad():

@@ -69,11 +69,11 @@ def real_problem(
         model = AutoModelForCausalLM.from_config(model.config, dtype=getattr(torch, dtype))
     if is_run and text is None:
         task = resume_task(TrainConfig(**config), source)[0]
-        batch_of, num_rows = task.batch, task.num_rows
+        batch_of, count = task.batch, task.num_rows
     else:
-        rows = text_rows(model, load_tokenizer(path, gguf), text)
-        batch_of, num_rows = (lambda i: {"input_ids": rows[i], "labels": rows[i]}), len(rows)
-    batch, past = _take(batch_of, num_rows, positions)
+        ids = text_sequences(model, load_tokenizer(path, gguf), text)
+        batch_of, count = (lambda i: {"input_ids": ids[i], "labels": ids[i]}), len(ids)
+    batch, past = _take(batch_of, count, positions)
     apply_sce(model.to(device), objectives.get("exact"))
     title = source.name + " at initialisation" * initial
     problem = problem_of_batch(model, batch, folder, title, past)
@@ -136,14 +136,14 @@ def _file(gguf: str | None) -> dict[str, Any]:
 
 
 def _take(
-    batch_of: Callable[[Sequence[int]], Batch], num_rows: int, positions: int
+    batch_of: Callable[[Sequence[int]], Batch], count: int, positions: int
 ) -> tuple[Batch, torch.Tensor]:
-    """A batch of random rows with exactly ``positions`` labels, and the labels of other rows."""
-    order = torch.randperm(num_rows, generator=torch.Generator().manual_seed(0)).tolist()
+    """A batch of random sequences with exactly ``positions`` labels, and the labels of others."""
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(0)).tolist()
     batch = batch_of(order[:positions])
     is_label = batch["labels"][:, 1:] != -100
     reached = is_label.sum(dim=1).cumsum(0)
-    if not num_rows or reached[-1] < positions:
+    if not count or reached[-1] < positions:
         raise ValueError(
             f"the data have {int(is_label.sum()):,} labels and {positions:,} positions were asked "
             "for; give more text by --text, or fewer --tokens."
@@ -169,8 +169,8 @@ def _read_text(path: Path | None) -> str:
         return "\n\n".join(json.loads(line)["text"] for line in lines)
 
 
-def text_rows(model: Any, tokenizer: Any, path: Path | None) -> torch.Tensor:
-    """Blocks of a text, int64 ``[rows, length]``, each behind the token that starts a text.
+def text_sequences(model: Any, tokenizer: Any, path: Path | None) -> torch.Tensor:
+    """Blocks of a text, int64 ``[sequences, length]``, each behind the token that starts a text.
 
     Args:
         path: of the text; None: the embedded text's held-out part.

@@ -42,13 +42,17 @@ class Column:
     where the values are not known, both are shown; of a list with None how many are there."""
     meaning: str = ""
     """For the legend."""
+    factor: float = 1.0
+    """The value is shown times this."""
 
     def value(self, row: Row) -> Any:
         """Of the row; None: it has none."""
         found: Any = row
         for name in self.key.split("."):
             found = found.get(name) if isinstance(found, Mapping) else None
-        return None if isinstance(found, float) and math.isnan(found) else found
+        if isinstance(found, float):
+            return None if math.isnan(found) else found * self.factor
+        return found
 
     def number(self, row: Row) -> float | None:
         """The value, or the mean of the list."""
@@ -139,7 +143,7 @@ class Plot:
     x: Column
     y: Column
     joined: bool = False
-    """Whether the rows of one label are a line; else each is a point with its label."""
+    """Whether the rows of one label are a line; else they are points."""
     keep: Callable[[Row], bool] = lambda row: True
     """Which rows are in it."""
 
@@ -159,23 +163,24 @@ class Plot:
         for label, points in lines.items():
             xs, ys = zip(*sorted(points))
             axes.plot(xs, ys, linestyle="solid" if self.joined else "none", marker="o", label=label)
-            if not self.joined:
-                axes.annotate(label, (xs[0], ys[0]), (3, 3), textcoords="offset points", fontsize=6)
         axes.set(title=f"{self.title}: {title}", xlabel=self.x.heading, ylabel=self.y.heading)
         axes.set(xscale="log", yscale="log")
+        axes.tick_params(which="minor", labelsize=6)
         axes.grid(alpha=0.3, which="both")
         axes.legend(fontsize=7)
 
 
-def draw(path: Path, plots: Sequence[Plot], problems: Sequence[tuple[str, Sequence[Row]]]) -> None:
-    """Every plot of every problem that has points in it, two in a line, as one PNG; no file where
-    there is none.
+def draw(
+    path: Path, plots: Sequence[Plot], comparisons: Sequence[tuple[str, Sequence[Row]]]
+) -> None:
+    """Every plot of every comparison that has points in it, two in a line, as one PNG; no file
+    where there is none.
 
     Raises ImportError where matplotlib is not installed.
     """
     panels = [
         (plot, title, lines)
-        for title, rows in problems
+        for title, rows in comparisons
         for plot in plots
         for lines in (plot.lines(rows),)
         if sum(map(len, lines.values())) > 1

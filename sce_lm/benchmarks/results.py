@@ -1,7 +1,7 @@
 """A measurement as a file: what ran where, at which commit, and the rows that came out.
 
     {"subcommand", "command", "commit", "date", "machine": {...}, "versions": {...},
-     "problems": [{"title", ..., "rows": [{"label", "resolved", ...}, ...]}, ...]}
+     "comparisons": [{"title", ..., "rows": [{"label", "resolved", ...}, ...]}, ...]}
 
 A row of a method has its ``specification``, and ``resolved``, every option with a number for each
 "auto". It is stale where the same specification is resolved to something else today.
@@ -32,8 +32,8 @@ PACKAGES = ("torch", "transformers", "triton", "numpy")
 
 
 @dataclass
-class Problem:
-    """What one table is about."""
+class Comparison:
+    """Methods side by side on one problem: what one table shows."""
 
     title: str
     sizes: dict[str, Any]
@@ -47,7 +47,7 @@ class Results:
 
     subcommand: str
     """Of scripts/benchmark.py: whose tables show it."""
-    problems: list[Problem]
+    comparisons: list[Comparison]
     command: str = ""
     """As it was typed."""
     commit: str | None = None
@@ -67,8 +67,8 @@ class Results:
 
     def drop_seconds(self) -> None:
         """Leave out of the rows what means nothing on a machine that others use."""
-        for problem in self.problems:
-            problem.rows = _without_seconds(problem.rows)
+        for comparison in self.comparisons:
+            comparison.rows = _without_seconds(comparison.rows)
 
     def save(self, path: Path) -> None:
         """Write the file."""
@@ -76,18 +76,18 @@ class Results:
 
     def to_dict(self) -> dict[str, Any]:
         """The file's value."""
-        problems = [{"title": p.title, **p.sizes, "rows": p.rows} for p in self.problems]
-        return {**vars(self), "problems": problems}
+        comparisons = [{"title": p.title, **p.sizes, "rows": p.rows} for p in self.comparisons]
+        return {**vars(self), "comparisons": comparisons}
 
     @classmethod
     def load(cls, path: Path) -> Results:
         """What :meth:`save` wrote."""
         found = files.read_json(path)
-        problems = [
-            Problem(problem.pop("title"), rows=problem.pop("rows"), sizes=problem)
-            for problem in found.pop("problems")
+        comparisons = [
+            Comparison(comparison.pop("title"), rows=comparison.pop("rows"), sizes=comparison)
+            for comparison in found.pop("comparisons")
         ]
-        return cls(problems=problems, **found)
+        return cls(comparisons=comparisons, **found)
 
 
 def provenance(device: str, *, shared: bool = False) -> dict[str, Any]:
@@ -151,7 +151,7 @@ def changed_options(row: Mapping[str, Any], sizes: Mapping[str, Any]) -> list[st
 
     Args:
         row: of a method; others have nothing that could change.
-        sizes: of its problem, where the row has no positions and vocab_size of its own.
+        sizes: of its comparison, where the row has no positions and vocab_size of its own.
     """
     if "resolved" not in row:
         return []

@@ -77,8 +77,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--budget", type=float, default=60.0, help="most seconds of an exact step")
 
 
-def measure(arguments: argparse.Namespace) -> Sequence[results.Problem]:
-    """One problem, whose rows have sizes of their own."""
+def measure(arguments: argparse.Namespace) -> Sequence[results.Comparison]:
+    """One comparison, whose rows have sizes of their own."""
     grids = {
         V.key: [(arguments.tokens, v) for v in arguments.vocabs],
         N.key: [(n, arguments.vocab) for n in arguments.token_counts],
@@ -90,7 +90,7 @@ def measure(arguments: argparse.Namespace) -> Sequence[results.Problem]:
         for row in _line(method, grows, sizes, arguments)
     ]
     title = f"Random data, width {arguments.dim}, float32"
-    return [results.Problem(title, {"width": arguments.dim}, rows)]
+    return [results.Comparison(title, {"width": arguments.dim}, rows)]
 
 
 def _line(

@@ -57,6 +57,7 @@ def measure_methods(
     for number, method in enumerate(methods, start=1):
         progress(f"{number}/{len(methods)} {method.label}")
         row: dict[str, Any] = {**asdict(method), "notes": [], "positions": problem.positions}
+        row["resolved"] = method.resolved(problem.positions, problem.vocab_size)
         rows.append(row)
         if method.peer is not None:
             reason = _unavailable(method, row, problem.vocab_size, settings.device)
@@ -64,7 +65,6 @@ def measure_methods(
                 row["notes"].append(f"skipped; {reason}")
                 continue
             row["version"] = method.peer.version
-        row["resolved"] = method.resolved(problem.positions, problem.vocab_size)
         for head in settings.heads:
             row[head] = measured_apart(
                 row,

@@ -67,8 +67,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def measure(arguments: argparse.Namespace) -> Sequence[results.Problem]:
-    """One problem."""
+def measure(arguments: argparse.Namespace) -> Sequence[results.Comparison]:
+    """One comparison."""
     rows: list[dict[str, Any]] = []
     for method in methods.choose(arguments):
         report.progress(method.label)
@@ -105,7 +105,7 @@ def measure(arguments: argparse.Namespace) -> Sequence[results.Problem]:
         f"{arguments.dtype}, {trained}"
     )
     known = {name: sizes[name] for name in ("positions", "vocab_size", "parameters")}
-    return [results.Problem(title, known, rows)]
+    return [results.Comparison(title, known, rows)]
 
 
 def measure_step(
@@ -122,12 +122,12 @@ def measure_step(
 ) -> dict[str, float]:
     """Seconds and memory of a training step, in this process."""
     # transformers and its friends take some seconds.
-    from sce_lm.benchmarks.real import load_model, load_tokenizer, text_rows
+    from sce_lm.benchmarks.real import load_model, load_tokenizer, text_sequences
     from sce_lm.training.models import add_lora
 
     torch.manual_seed(0)
     trained, tokenizer = load_model(Path(model), dtype, gguf), load_tokenizer(Path(model), gguf)
-    blocks = text_rows(trained, tokenizer, None if text is None else Path(text))
+    blocks = text_sequences(trained, tokenizer, None if text is None else Path(text))
     count = max(1, tokens // blocks.shape[1])
     if len(blocks) < count:
         raise ValueError(
@@ -156,7 +156,7 @@ def time_steps(
     """Seconds and memory of a training step of a model of transformers, in this process.
 
     Args:
-        batches: token ids, ``[rows, length]`` each, taken in turn.
+        batches: token ids, ``[sequences, length]`` each, taken in turn.
         specification: a :class:`~sce_lm.benchmarks.methods.Method`'s; a peer's leaves the model's
             own loss in place.
     """
@@ -171,8 +171,8 @@ def time_steps(
     turns = cycle(batches)
 
     def step() -> None:
-        rows = next(turns).to(device)
-        model(input_ids=rows, labels=rows, use_cache=False).loss.backward()
+        ids = next(turns).to(device)
+        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
 

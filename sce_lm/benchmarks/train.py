@@ -38,19 +38,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--folder", type=Path, default=Path("runs/train"), help="of all runs")
 
 
-def measure(arguments: argparse.Namespace) -> Sequence[results.Problem]:
-    """One problem for each configuration."""
-    changes, problems = as_arguments(_fields(arguments)), []
+def measure(arguments: argparse.Namespace) -> Sequence[results.Comparison]:
+    """One comparison for each configuration."""
+    changes, comparisons = as_arguments(_fields(arguments)), []
     for path in arguments.configs:
         config = parse_config([str(path), *changes])
         own = {"name": config.objective, **config.objective_options}
         configured = Method("configured", "as configured", own)
         vocab_size = len(build_task(config).tokenizer)
         chosen = methods.choose(arguments, vocab_size, configured)
-        problem = compare(config, chosen, arguments.folder / path.stem, arguments.seeds)
-        problem.title = f"{path.stem}: {problem.title}"
-        problems.append(problem)
-    return problems
+        comparison = compare(config, chosen, arguments.folder / path.stem, arguments.seeds)
+        comparison.title = f"{path.stem}: {comparison.title}"
+        comparisons.append(comparison)
+    return comparisons
 
 
 def _fields(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -73,7 +73,7 @@ def tune(kernel: str, like: torch.Tensor, milliseconds: Callable[[], float]) -> 
     return {"kernel": kernel, "table": str(row), "milliseconds": times, "failed": failed}
 
 
-def measure(arguments: argparse.Namespace) -> results.Problem:
+def measure(arguments: argparse.Namespace) -> results.Comparison:
     """Times of every kernel's configurations, the fastest first.
 
     Raises:
@@ -95,7 +95,7 @@ def measure(arguments: argparse.Namespace) -> results.Problem:
                 rows.append({"label": kernel, "config": shown, "milliseconds": time})
             rows[-1]["notes"] = [f"{name}: {why}" for name, why in found["failed"].items()]
     title = f"Milliseconds of the operation on {torch.cuda.get_device_name()}, bf16"
-    return results.Problem(title, {}, rows)
+    return results.Comparison(title, {}, rows)
 
 
 def _milliseconds(operation: Callable[[], Any]) -> float:

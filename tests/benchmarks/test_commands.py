@@ -35,8 +35,8 @@ def benchmark(*arguments: object, fails: bool = False) -> subprocess.CompletedPr
 
 
 def rows_of(path):
-    (problem,) = Results.load(path).problems
-    return problem.rows
+    (comparison,) = Results.load(path).comparisons
+    return comparison.rows
 
 
 def test_loss(tmp_path):
@@ -47,8 +47,8 @@ def test_loss(tmp_path):
         *("--plot", tmp_path / "loss.png"),
     )
     found = Results.load(tmp_path / "loss.json")
-    stock, liger, tail, other = found.problems[0].rows
-    assert found.problems[0].sizes["vocab_size"] == 700
+    stock, liger, tail, other = found.comparisons[0].rows
+    assert found.comparisons[0].sizes["vocab_size"] == 700
     assert found.machine["threads"] == 1
     assert {"torch", "python"} <= set(found.versions)
     assert found.command.startswith("python scripts/benchmark.py loss --tokens 96")
@@ -97,7 +97,9 @@ def test_estimators(tmp_path):
         *("--methods", "sce-published", 'kernel-sampling:{"shared": true}'),
         *("--json", tmp_path / "found.json", "--plot", tmp_path / "found.png"),
     )
-    flat, peaked = (problem.rows for problem in Results.load(tmp_path / "found.json").problems)
+    flat, peaked = (
+        comparison.rows for comparison in Results.load(tmp_path / "found.json").comparisons
+    )
     for row in (*flat, *peaked):
         assert row["quality"]["coverage"] <= 1
         assert row["quality"]["relative_error"] > 0

@@ -103,9 +103,9 @@ def test_compare_trains_each_and_writes_the_figures(tmp_path, capsys, monkeypatc
         return model
 
     monkeypatch.setattr(loop, "build_model", counted)
-    problem = compare(config, chosen, tmp_path / "out", seeds=(0, 1))
+    comparison = compare(config, chosen, tmp_path / "out", seeds=(0, 1))
     assert alive == [0] * 8  # one model in memory at a time
-    rows = {row["label"]: row for row in problem.rows}
+    rows = {row["label"]: row for row in comparison.rows}
     assert list(rows) == ["stock", *(method.label for method in chosen)]
     loss = {label: row["trainable"]["loss"] for label, row in rows.items()}
     assert loss["stock"] == pytest.approx(loss[exact.label], rel=1e-5)
@@ -120,9 +120,9 @@ def test_compare_trains_each_and_writes_the_figures(tmp_path, capsys, monkeypatc
     assert nll[published.label] != pytest.approx(nll[exact.label], rel=1e-4)
     assert rows[exact.label]["sooner"] == [1.0, 1.0]
     assert rows[published.label]["sooner"] == [None, None]
-    assert Path(problem.sizes["curves"]).read_bytes().startswith(b"\x89PNG")
-    assert json.loads(json.dumps(problem.rows)) == problem.rows
-    TABLES[0].print(problem.rows)
+    assert Path(comparison.sizes["curves"]).read_bytes().startswith(b"\x89PNG")
+    assert json.loads(json.dumps(comparison.rows)) == comparison.rows
+    TABLES[0].print(comparison.rows)
     mean, spread = (first + second) / 2, abs(first - second) / 2**0.5
     printed = capsys.readouterr().out
     assert f"{mean:.4f} ± {spread:.4f}" in printed

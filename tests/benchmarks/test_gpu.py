@@ -98,7 +98,7 @@ def test_the_rehearsal_needs_no_network_and_little_else(tmp_path):
         assert "failed" not in part, part
     made = Results.load(tmp_path / "found/results.json")
     assert made.machine["cpu"]
-    assert {row["label"] for row in made.problems[1].rows} >= {"stock", "SCE (default)"}
+    assert {row["label"] for row in made.comparisons[1].rows} >= {"stock", "SCE (default)"}
     for shown in ("Correctness", "Forward and", "A whole training step", "liger: skipped"):
         assert shown in result.stdout
 

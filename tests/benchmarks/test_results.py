@@ -8,7 +8,7 @@ import pytest
 from support.documents import ROOT
 
 from sce_lm.benchmarks.report import METHOD, Column, Plot, Table, draw
-from sce_lm.benchmarks.results import Problem, Results, changed_options, provenance
+from sce_lm.benchmarks.results import Comparison, Results, changed_options, provenance
 
 _spec = importlib.util.spec_from_file_location("render", ROOT / "scripts/render_results.py")
 render = importlib.util.module_from_spec(_spec)
@@ -34,10 +34,10 @@ def test_every_file_is_complete_and_on_a_page():
         assert found.date, name
         assert found.machine["cpu"], name
         assert found.versions["torch"], name
-        for problem in found.problems:
-            for row in problem.rows:
-                # Baselines that need no training have no options.
-                assert "resolved" in row or set(row) <= {"label", "test"}, (name, row["label"])
+        for comparison in found.comparisons:
+            for row in comparison.rows:
+                # What has no options, such as a baseline that needs no training, has no name.
+                assert "resolved" in row or "name" not in row, (name, row["label"])
         if found.machine["shared"]:
             assert 'seconds"' not in (render.FOLDER / f"{name}.json").read_text(), name
 
@@ -54,8 +54,8 @@ def results():
         },
         {"name": "stock", "label": "stock", "trainable": {"speedup": 1.0}},
     ]
-    problem = Problem("drawn", {"positions": 64, "vocab_size": 5000}, rows)
-    found = Results("loss", [problem], **provenance("cpu"))
+    comparison = Comparison("drawn", {"positions": 64, "vocab_size": 5000}, rows)
+    found = Results("loss", [comparison], **provenance("cpu"))
     from sce_lm.benchmarks.methods import methods
 
     rows[0]["resolved"] = methods()["sce"].resolved(64, 5000)
@@ -66,12 +66,12 @@ def test_a_row_whose_options_are_not_todays_is_marked():
     now = results()
     assert render.STALE not in render.section(now, "none")
     then = copy.deepcopy(now)
-    then.problems[0].rows[0]["resolved"]["shared_frequent"] = 7
+    then.comparisons[0].rows[0]["resolved"]["shared_frequent"] = 7
     shown = render.section(then, "none")
     assert "| SCE (default) † |" in shown
     assert "† stale: SCE (default): shared_frequent was 7, is 2048" in shown
-    then.problems[0].rows[0]["specification"]["tail_strata"] = 4  # an option that is gone
-    (changed,) = changed_options(then.problems[0].rows[0], then.problems[0].sizes)
+    then.comparisons[0].rows[0]["specification"]["tail_strata"] = 4  # an option that is gone
+    (changed,) = changed_options(then.comparisons[0].rows[0], then.comparisons[0].sizes)
     assert "no option 'tail_strata'" in changed
 
 
@@ -98,14 +98,14 @@ def test_summary_takes_its_numbers_from_the_files():
 
 def test_results_come_back_from_their_file(tmp_path):
     found = results()
-    found.problems[0].rows[0]["trainable"]["seconds"] = float("inf")
+    found.comparisons[0].rows[0]["trainable"]["seconds"] = float("inf")
     found.save(tmp_path / "found.json")
     again = Results.load(tmp_path / "found.json")
-    assert again.problems[0].rows[0]["trainable"]["seconds"] is None
-    assert again.problems[0].sizes == found.problems[0].sizes
+    assert again.comparisons[0].rows[0]["trainable"]["seconds"] is None
+    assert again.comparisons[0].sizes == found.comparisons[0].sizes
     assert (again.command, again.machine) == (found.command, found.machine)
     found.drop_seconds()
-    assert found.problems[0].rows[0]["trainable"] == {"speedup": 2.0}
+    assert found.comparisons[0].rows[0]["trainable"] == {"speedup": 2.0}
 
 
 @pytest.mark.parametrize(
