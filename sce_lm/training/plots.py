@@ -12,38 +12,38 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sce_lm.objectives.probe import Probe
-from sce_lm.png_plots import png
+from sce_lm.png import png
 from sce_lm.training.run_folder import RunFolder
 
 if TYPE_CHECKING:
-    from sce_lm.png_plots import Axes
+    from sce_lm.png import Axes
 
 LINES = 10
 """Colours of matplotlib's default cycle; further labels get another line style."""
 
 
 def draw_curves(
-    runs: Mapping[str, Sequence[Sequence[dict[str, Any]]]], path: Path, figure_name: str
+    runs: Mapping[str, Sequence[Sequence[dict[str, Any]]]], path: Path, metric: str
 ) -> None:
-    """Draw training loss and a validation figure against the step, the latter against the seconds
+    """Draw training loss and a validation metric against the step, the latter against the seconds
     of training and the operations of the loss; of language models also accuracy against NLL, where
     up and left is better. One line a run, one colour a label.
 
     Args:
         runs: label and records of runs, as from ``metrics.with_costs``, for instance one a seed.
         path: PNG file to write.
-        figure_name: of the validation figure, e.g. "nll" or "ndcg@10".
+        metric: of validation, e.g. "nll" or "ndcg@10".
 
     Raises ImportError where matplotlib is not installed.
     """
-    validation = f"validation/{figure_name}"
+    validation = f"validation/{metric}"
     panels = [
         ("loss", "step", ""),
         (validation, "step", "o"),
         (validation, "seconds", "o"),
         (validation, "inner products in the loss", "o"),
     ]
-    if figure_name == "nll":
+    if metric == "nll":
         panels.append(("validation/accuracy", validation, "o"))
     with png(path, 5 * len(panels), 4) as figure:
         for axes, (name, x, marker) in zip(figure.subplots(1, len(panels)), panels):
@@ -63,14 +63,14 @@ def draw_curves(
 
 
 def draw_report(
-    folder: RunFolder, records: Sequence[dict[str, Any]], figure_name: str, probe: Probe
+    folder: RunFolder, records: Sequence[dict[str, Any]], metric: str, probe: Probe
 ) -> None:
     """Draw ``report.png`` of a run: its curves, how far the objective was from exact cross-entropy,
-    which classes it looked at and where the time went. What the run has no figures of is left out.
+    which classes it looked at and where the time went. What the run has not measured is left out.
 
     Args:
         records: of its metrics.jsonl.
-        figure_name: of the validation figure, e.g. "nll" or "ndcg@10".
+        metric: of validation, e.g. "nll" or "ndcg@10".
         probe: of validation positions, at the end.
 
     Raises ImportError where matplotlib is not installed.
@@ -78,7 +78,7 @@ def draw_report(
     own = "objective/"
     curves: list[tuple[str, dict[str, str], dict[str, Any]]] = [
         ("training loss", {"loss": "loss"}, {}),
-        (f"validation {figure_name}", {figure_name: f"validation/{figure_name}"}, {}),
+        (f"validation {metric}", {metric: f"validation/{metric}"}, {}),
         ("gradient norm", {"grad_norm": "before clipping"}, {}),
         (
             "relative error of the partition function",

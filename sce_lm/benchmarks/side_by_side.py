@@ -1,4 +1,4 @@
-"""Rows of a table: every method measured in processes of its own.
+"""Methods side by side on one problem, each measured in processes of its own.
 
 A method that is missing or fails is a row that says so, and never ends the run. Where the logits of
 stock cross-entropy do not fit into memory, it is measured on half of the positions, or on half of
@@ -8,7 +8,8 @@ row then has no peak.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,103 +17,107 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from sce_lm import objectives
 from sce_lm.benchmarks.floor import measure_floor
-from sce_lm.benchmarks.methods import Method
-from sce_lm.benchmarks.peers import PEERS
+from sce_lm.benchmarks.loss_cost import cost_of, load_inputs, warm_up
+from sce_lm.benchmarks.methods import Method, build
+from sce_lm.benchmarks.peers import STOCK
 from sce_lm.benchmarks.problem import Problem
-from sce_lm.benchmarks.quality import quality_of, write_reference
+from sce_lm.benchmarks.quality import quality_of
 from sce_lm.benchmarks.report import progress
 from sce_lm.candidates.state import SCEState
-from sce_lm.objectives import Objective
-from sce_lm.ops.logits import LogitTransform
-from sce_lm.training.loss_cost import STOCK, Loss, cost_of, load_inputs, loss_of, warm_up
 from sce_lm.training.measure import in_process
 
-Row = dict[str, Any]
-"""The fields of a Method, and "skipped", why; or "trainable" and "frozen", each the fields of
-LossCost with speedup (over stock), over_floor and "floor", and "quality". What failed holds
-"error", why, instead. "positions" are those that were measured."""
+HEADS = ("trainable", "frozen")
 
 
 @dataclass(frozen=True)
 class Settings:
     """How each method is measured."""
 
-    repeats: int
-    """Passes whose median is taken."""
-    budget: float
-    """Seconds after which no pass is repeated."""
-    draws: int
-    """Choices of candidates over which quality is averaged."""
     device: str
+    repeats: int = 7
+    """Passes whose median is taken."""
+    budget: float = math.inf
+    """Seconds after which no pass is repeated."""
+    draws: int = 1
+    """Choices of candidates over which quality is averaged."""
+    heads: tuple[str, ...] = HEADS
+    """Of ``HEADS``; "trainable" has quality too."""
+    floors: bool = True
+    """Whether to measure each method's least time."""
 
 
-def measure_rows(
-    problem: Problem,
-    folder: Path,
-    methods: Sequence[Method],
-    settings: Settings,
-    *,
-    heads: Sequence[str],
-    floors: bool,
-) -> list[Row]:
-    """A row for each method.
-
-    Args:
-        folder: the problem's; the reference goes there too.
-        heads: "trainable", whose rows have quality too, "frozen", or both.
-        floors: whether to measure each method's least time.
-    """
-    progress(f"{problem}\nexact reference")
-    in_process(write_reference, folder=str(folder), device=settings.device)
+def measure_methods(
+    problem: Problem, folder: Path, methods: Sequence[Method], settings: Settings
+) -> list[dict[str, Any]]:
+    """A row for each method: its fields, ``resolved``, and for each head the fields of ``LossCost``
+    with ``speedup`` (over stock), ``floor`` and ``over_floor``. The quality is there if the
+    problem's folder has a reference."""
     rows = []
     for number, method in enumerate(methods, start=1):
         progress(f"{number}/{len(methods)} {method.label}")
-        row: Row = asdict(method) | {"positions": problem.positions}
+        row: dict[str, Any] = {**asdict(method), "notes": [], "positions": problem.positions}
+        row["resolved"] = method.resolved(problem.positions, problem.vocab_size)
         rows.append(row)
-        name = method.specification["name"]
-        peer = PEERS.get(name)
-        if peer is not None:
-            vocab_size, device = problem.vocab_size, settings.device
-            reason = peer.unavailable(row["positions"] * vocab_size, device)
-            while reason is not None and name == STOCK and row["positions"] > 1:
-                row["positions"] //= 2
-                reason = peer.unavailable(row["positions"] * vocab_size, device)
+        if method.peer is not None:
+            reason = _unavailable(method, row, problem.vocab_size, settings.device)
             if reason is not None:
-                row["skipped"] = reason
-                progress(f"    skipped: {reason}")
+                row["notes"].append(f"skipped; {reason}")
                 continue
-            row["version"] = peer.version
-        for head in heads:
-            row[head] = or_error(
+            row["version"] = method.peer.version
+        for head in settings.heads:
+            row[head] = measured_apart(
+                row,
                 measure_method,
                 folder=str(folder),
                 specification=method.specification,
                 trainable=head == "trainable",
                 settings=asdict(settings),
                 positions=row["positions"],
-                floor=floors,
             )
+            floor = row[head].get("floor")
+            if floor and method.peer is None:
+                shares = {name: took / floor["seconds"] for name, took in floor["terms"].items()}
+                parts = " + ".join(f"{name} {share:.0%}" for name, share in shares.items())
+                row["notes"].append(f"{head}, floor = {parts}")
         row["quality"] = row.get("trainable", {}).pop("quality", {})
     _add_ratios(rows)
     return rows
 
 
-def or_error(function: Any, **arguments: Any) -> dict[str, Any]:
-    """The function's result in a process of its own, or ``{"error": why}``."""
+def _unavailable(method: Method, row: dict[str, Any], vocab_size: int, device: str) -> str | None:
+    """Why a peer cannot run; stock on as many positions as fit."""
+    peer, positions = method.peer, row["positions"]
+    assert peer is not None
+    reason = peer.unavailable(row["positions"] * vocab_size, device)
+    while reason is not None and method.name == STOCK and row["positions"] > 1:
+        row["positions"] //= 2
+        reason = peer.unavailable(row["positions"] * vocab_size, device)
+    if reason is None and row["positions"] < positions:
+        row["notes"].append(
+            f"measured on {row['positions']:,} positions, as many as fit, and seconds multiplied "
+            f"by {positions / row['positions']:g}"
+        )
+    return reason
+
+
+def measured_apart(
+    row: dict[str, Any], function: Callable[..., Any], **arguments: Any
+) -> dict[str, Any]:
+    """The function's result in a process of its own; if it fails, nothing, and a note why."""
     try:
         return in_process(function, **arguments)
     except RuntimeError as error:
         reason = str(error).strip().splitlines()[-1]
         progress(f"    failed: {reason}")
-        return {"error": reason}
+        row.setdefault("notes", []).append(f"failed; {reason}")
+        return {}
 
 
-def _add_ratios(rows: Sequence[Row]) -> None:
-    stock: Row = next((row for row in rows if row["name"] == "stock"), {})
+def _add_ratios(rows: Sequence[dict[str, Any]]) -> None:
+    stock = next((row for row in rows if row["name"] == STOCK), {})
     for row in rows:
-        for head in ("trainable", "frozen"):
+        for head in HEADS:
             cost = row.get(head, {})
             references = {
                 "speedup": (stock.get(head, {}).get("seconds"), cost.get("seconds")),
@@ -127,7 +132,6 @@ def measure_method(
     trainable: bool,
     settings: dict[str, Any],
     positions: int,
-    floor: bool,
 ) -> dict[str, Any]:
     """Cost, floor if asked for, and quality if the head is trainable, in this process.
 
@@ -139,8 +143,8 @@ def measure_method(
     inputs, post = load_inputs(Path(folder) / "inputs.safetensors", how.device)
     labels, share = inputs["labels"], len(inputs["labels"]) / positions
     inputs |= {name: inputs[name][:positions] for name in ("hidden_states", "labels")}
-    warm_up(lambda: _build(specification, post, how.device)[0], inputs)
-    loss, objective = _build(specification, post, how.device)
+    warm_up(lambda: build(specification, post, how.device)[0], inputs)
+    loss, objective = build(specification, post, how.device)
     state = Path(folder) / "state.safetensors"
     if objective is not None and isinstance(objective.state, SCEState) and state.exists():
         objective.state.load(state)
@@ -149,23 +153,13 @@ def measure_method(
     if share > 1:
         result = {name: result[name] * share for name in ("seconds", "forward_seconds")}
     weight = inputs["weight"]
-    if floor:
+    if how.floors:
         counts = load_file(state)["counts"] if state.exists() else torch.zeros(len(weight))
         result["floor"] = measure_floor(
             specification, labels.cpu(), weight, counts, trainable=trainable
         )
-    if trainable and share == 1:
+    reference = Path(folder) / "reference.safetensors"
+    if trainable and share == 1 and reference.exists():
         draws = how.draws if objective is not None and objective.state is not None else 1
-        reference = Path(folder) / "reference.safetensors"
         result["quality"] = quality_of(loss, objective, inputs, post, reference, draws)
     return result
-
-
-def _build(
-    specification: dict[str, Any], post: LogitTransform, device: str
-) -> tuple[Loss, Objective | None]:
-    """A new loss, and the objective behind it if it is one of ours."""
-    if specification["name"] in PEERS:
-        return PEERS[specification["name"]].build(post, device), None
-    objective = objectives.get(**specification)
-    return loss_of(objective, post), objective

@@ -15,20 +15,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch.nn.functional import cross_entropy, linear
 
-from sce_lm import objectives
 from sce_lm.objectives import Objective
 from sce_lm.ops.logits import LogitTransform
-from sce_lm.training.measure import in_process, start_peak, time_calls
-
-STOCK = "stock"
-"""Name of plain cross-entropy over logits that are kept, as transformers computes it."""
+from sce_lm.training.measure import start_peak, time_calls
 
 Loss = Callable[..., torch.Tensor]
 """``loss(hidden_states, weight, labels, bias=None)`` in nats, 0-dim."""
@@ -67,26 +62,6 @@ def load_inputs(path: Path, device: str) -> tuple[Inputs, LogitTransform]:
         post = LogitTransform(**json.loads(file.metadata()["post"]))
     # Clones, because a mapped file would be counted when it is first read.
     return {name: tensor.clone().to(device) for name, tensor in tensors.items()}, post
-
-
-def measure(path: Path, method: dict[str, Any]) -> LossCost:
-    """The cost in a process of its own.
-
-    Args:
-        path: a file of :func:`save_inputs`.
-        method: ``Objective.to_dict()``, or ``{"name": "stock"}``.
-    """
-    return LossCost(**in_process(_measure_here, path=str(path), method=method))
-
-
-def _measure_here(path: str, method: dict[str, Any], repeats: int = 7) -> dict[str, float]:
-    inputs, post = load_inputs(Path(path), "cuda" if torch.cuda.is_available() else "cpu")
-
-    def make() -> Loss:
-        return stock(post) if method["name"] == STOCK else loss_of(objectives.get(**method), post)
-
-    warm_up(make, inputs)
-    return dataclasses.asdict(cost_of(make(), inputs, repeats=repeats))
 
 
 def stock(post: LogitTransform) -> Loss:
