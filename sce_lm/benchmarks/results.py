@@ -161,10 +161,12 @@ def changed_options(row: Mapping[str, Any], sizes: Mapping[str, Any]) -> list[st
     except ValueError as error:
         return [str(error)]
     was = row["resolved"]
+    # An option that the file does not know is new, and one that is gone had its default, or today's
+    # objective would have refused it.
     return [
-        f"{name} was {was.get(name)}, is {today.get(name)}"
-        for name in {**was, **today}
-        if was.get(name) != today.get(name)
+        f"{name} was {was[name]}, is {now}"
+        for name, now in today.items()
+        if name in was and was[name] != now
     ]
 
 

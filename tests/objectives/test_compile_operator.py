@@ -65,7 +65,19 @@ def test_equals_eager_for_all_lengths(name):
         assert torch.equal(inside.state.counts, outside.state.counts)
 
 
-@pytest.mark.parametrize("options", [{"reduction": "none"}, {"reduction": "sum"}, {}])
+WEIGHTS = torch.linspace(0, 2, 15)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"reduction": "none"},
+        {"reduction": "sum"},
+        {},
+        {"token_weights": WEIGHTS},
+        {"token_weights": WEIGHTS, "reduction": "none"},
+    ],
+)
 @pytest.mark.parametrize(
     "specification",
     [
