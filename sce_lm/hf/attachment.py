@@ -12,11 +12,17 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 
-from sce_lm.hf.head_call import call_inside, check_linear, other_adapter, vocab_size
+from sce_lm.hf.head_call import (
+    call_inside,
+    check_linear,
+    is_plain,
+    other_adapter,
+    vocab_size,
+)
 from sce_lm.hf.lazy_logits import LazyLogits
 from sce_lm.hf.observed_loss import ObservedLoss, number_of_loss
 from sce_lm.hf.recorded_logits import CrossEntropy, RecordedLogits
-from sce_lm.hf.traced_logits import TracedLogits, is_traceable
+from sce_lm.hf.traced_logits import TracedLogits
 from sce_lm.objectives import Objective
 from sce_lm.objectives.compile_operator import can_trace, head_loss, outside_graphs, refuse_export
 from sce_lm.ops.head import Head
@@ -124,7 +130,7 @@ class Attachment:
         observed = self.observed
         objective = observed.objective if self.training else observed.evaluation
         head = self.head.module
-        in_graph = self.asks_loss_function and is_traceable(head) and can_trace(objective.config)
+        in_graph = self.asks_loss_function and is_plain(head) and can_trace(objective.config)
         owner.__dict__[self.head.attribute] = LazyHead(head, self.cross_entropy, in_graph)
 
     def unshadow(self, model: PreTrainedModel) -> None:
