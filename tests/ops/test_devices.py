@@ -20,6 +20,7 @@ from sce_lm.ops.catalogue_scan import catalogue_topk
 from sce_lm.ops.exact_cross_entropy import ExactScan
 from sce_lm.ops.head import Head, Needs, sparse_gradient
 from sce_lm.ops.positions import Positions
+from sce_lm.ops.row_reductions import row_reductions
 
 N, V, D = 60, 500, 16
 POST = LogitTransform(1.0, 30.0)
@@ -47,6 +48,15 @@ def exact():
     return [found.log_partition, found.best_class, *found.top, found.grad_hidden, *gradients]
 
 
+def reductions():
+    options = {"entropy": True, "logit_sum": True, "top_k": 3, "backend": "torch"}
+    hidden = floats(N, D).requires_grad_()
+    found = row_reductions(head(), hidden, ids=ids(N, 2), **options)
+    asked = [*found[:3], found.logit_sum, found.top.values]
+    (grad,) = torch.autograd.grad(asked, hidden, [torch.ones_like(x) for x in asked])
+    return [*asked, found.top.indices, grad]
+
+
 def at_centers():
     return center_softmax(floats(4, D), ids(N), head(), control_variate=True)
 
@@ -63,6 +73,7 @@ def a_state():
 
 HOST_CODE = {
     "exact, by tiles": exact,
+    "row reductions": reductions,
     "k-means": lambda: kmeans_buckets(floats(N, D), 4, None, balanced=False),
     "k-means, balanced": lambda: kmeans_buckets(floats(N, D), 4, None, balanced=True),
     "mixed centres": lambda: random_centers(floats(N, D), 4, None, mix=True),
