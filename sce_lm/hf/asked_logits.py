@@ -64,8 +64,8 @@ class AskedLogits:
         return rows.reduce(self._key(), wanted, stream, self.x._steps)
 
     def at(self, ids: torch.Tensor, *, logit_sum: bool = False) -> torch.Tensor:
-        """``[..., K]`` logits at these ids: from the stream that finds log Z (and ``logit_sum``), or
-        from their rows of the weight alone."""
+        """``[..., K]`` logits at these ids: from the stream that finds log Z (and the logits' sum),
+        or from their rows of the weight alone."""
         rows, wanted = self.x._rows, Wanted(logit_sum=logit_sum)
         ids = self._checked(ids)
         is_known = rows.known(self._key(), wanted) is not None

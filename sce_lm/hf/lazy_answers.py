@@ -62,25 +62,22 @@ def _reduced(column: torch.Tensor, keepdim: bool) -> torch.Tensor:
     return column if keepdim else column.squeeze(-1)
 
 
-def _gather(func, input, dim=None, index=None, indices=None, sparse_grad=False):
-    """``gather``, and ``take_along_dim``, whose arguments change places."""
-    if func.__name__ == "take_along_dim":
-        indices = index if indices is None and isinstance(index, torch.Tensor) else indices
-        indices, dim = (dim, index) if isinstance(dim, torch.Tensor) else (indices, dim)
-        index = indices
+def _gather(func, input, dim, index, *, sparse_grad=False):
     asked = AskedLogits(input, *ANY)
     asked.check_dim(dim)
     asked.check_bare(factor=False)
-    if not isinstance(index, torch.Tensor) or index.dim() != input.dim():
-        raise Unanswered
-    if func.__name__ == "take_along_dim":
-        sizes = zip(index.shape[:-1], input.shape)
-        if any(of_index not in (1, of_input) for of_index, of_input in sizes):
-            raise Unanswered
-        index = index.expand(*input.shape[:-1], index.shape[-1])
     if index.shape[:-1] != input.shape[:-1] or index.dtype != torch.int64 or not index.numel():
         raise Unanswered
     return asked.give(asked.values(asked.at(index)), input.dtype)
+
+
+def _take_along_dim(func, input, indices, dim=None):
+    """``gather`` of indices that may be the same along leading dimensions."""
+    if indices.dim() != input.dim() or any(
+        size not in (1, of_input) for size, of_input in zip(indices.shape[:-1], input.shape)
+    ):
+        raise Unanswered
+    return _gather(func, input, dim, indices.expand(*input.shape[:-1], -1))
 
 
 def _getitem(func, x, index):
@@ -141,7 +138,8 @@ def _amax(func, input, dim=(), keepdim=False):
 
 
 def _top(asked: AskedLogits, found: Found, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    assert found.top_values is not None and found.top_indices is not None
+    assert found.top_values is not None
+    assert found.top_indices is not None
     values = asked.values(found.top_values[..., :k], found.log_partition)
     indices = asked.give(found.top_indices[..., :k], torch.int64)
     return asked.give(values, asked.x.dtype), indices
@@ -270,7 +268,8 @@ def _loss(
 def _answers() -> dict[Callable, Callable]:
     rows = [
         (_logsumexp, [*named("logsumexp"), torch.special.logsumexp]),
-        (_gather, named("gather", "take_along_dim")),
+        (_gather, named("gather")),
+        (_take_along_dim, named("take_along_dim")),
         (_getitem, [torch.Tensor.__getitem__]),
         (_argmax, named("argmax")),
         (_max, named("max")),

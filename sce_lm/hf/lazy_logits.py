@@ -3,13 +3,13 @@
 A :class:`LazyLogits` stands where a causal LM expects the result of its output head. It holds the
 hidden states and the head, and writes down the few things that models and the libraries around
 them do next (:mod:`sce_lm.hf.logit_operations`): add a bias, multiply or divide by a number, tanh,
-change dtype or device, slice or flatten positions, log_softmax. A loss that knows it reads that record
-(:meth:`LazyLogits.parts`) and never forms ``[..., V]``; ``cross_entropy`` asks whoever made the
-logits for such a loss first. What is read off whole rows, log-probabilities of tokens, entropies,
-the best classes, is answered without forming them either (:mod:`sce_lm.hf.lazy_answers`). Whatever
-else touches it - a vocabulary crop, numpy, a custom loss - gets the real logits, computed once by
-the head itself under the autocast and gradient modes of the forward pass, and autograd goes on
-through them as usual. Of a slice only its own rows are formed, unless memory is shared with it.
+change dtype or device, slice or flatten positions, log_softmax. A loss that knows it reads that
+record (:meth:`LazyLogits.parts`) and never forms ``[..., V]``; ``cross_entropy`` asks whoever made
+the logits for such a loss first. What is read off whole rows (log-probabilities of tokens,
+entropies, best classes) is answered without forming them either (:mod:`sce_lm.hf.lazy_answers`).
+Whatever else touches it - a vocabulary crop, numpy, a custom loss - gets the real logits, computed
+once by the head itself under the autocast and gradient modes of the forward pass, and autograd goes
+on through them as usual. Of a slice only its own rows are formed, unless memory is shared with it.
 """
 
 from __future__ import annotations
@@ -105,6 +105,8 @@ class LazyLogits(RecordedLogits):
                 base, (kind, value) = self._view_of
                 with self._source.modes.restored():
                     real = APPLY[kind](base.materialise(), value)
+            elif self._are_some_rows():
+                real = self._own_rows()
             else:
                 real = self._source.logits()
                 with self._source.modes.restored():
@@ -118,22 +120,29 @@ class LazyLogits(RecordedLogits):
     def _formed_alone(self) -> torch.Tensor:
         """The real logits of these rows, for code that neither keeps nor changes their memory."""
         if self._own is None:
-            real = self._source.logits(self._hidden)
-            with self._source.modes.restored():
-                for kind, value in self._steps:
-                    if kind == "add":
-                        real = real + value.flatten()
-                    elif kind == "to" or kind not in SHAPING:
-                        real = APPLY[kind](real, value)
-            self._own = real.detach() if not self.requires_grad else real
+            self._own = self._own_rows()
         return self._own
 
     def _can_be_formed_alone(self) -> bool:
-        if self._view_of is None or self.is_materialised:
-            return False
         # The gradient of logits that somebody waits for is that of all of them.
-        has_hooks = any(each._hooks for each in self._bases())
-        return not (has_hooks or any(kind == "times" for kind, _ in self._steps))
+        is_view = self._view_of is not None and not self.is_materialised
+        return is_view and self._are_some_rows() and not any(x._hooks for x in self._bases())
+
+    def _are_some_rows(self) -> bool:
+        """Whether these are fewer than the head was called with, and none are multiplied by."""
+        is_less = self._hidden.numel() < self._source.hidden_states.numel()
+        return is_less and all(kind != "times" for kind, _ in self._steps)
+
+    def _own_rows(self) -> torch.Tensor:
+        """The real logits of these rows, by a product of these rows."""
+        real = self._source.logits(self._hidden)
+        with self._source.modes.restored():
+            for kind, value in self._steps:
+                if kind == "add":
+                    real = real + value.flatten()
+                elif kind == "to" or kind not in SHAPING:
+                    real = APPLY[kind](real, value)
+        return real if self.requires_grad else real.detach()
 
     def _bases(self) -> Iterator[LazyLogits]:
         """This, and what it is a view of."""

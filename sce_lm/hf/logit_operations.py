@@ -30,7 +30,7 @@ def is_lazy(x: Any) -> bool:
 
 
 def _lazy(x: Any) -> bool:
-    return is_lazy(x) and not x.has_hooks
+    return is_lazy(x) and (torch.compiler.is_compiling() or not x.has_hooks)
 
 
 def _scalar(value: Any, like: RecordedLogits) -> Any:

@@ -68,8 +68,8 @@ class Rows:
         return self.whole[0].reduced if self.whole is not None and self.together else self
 
     def factors(self, with_grad: bool, seen: torch.Tensor | None = None) -> Any:
-        """``[..., d + r]`` hidden states as a head's low-rank operand takes them, those of the first
-        call. Under dropout each call of the head has others: now it has ``seen``."""
+        """``[..., d + r]`` hidden states as a head's low-rank operand takes them: those of the
+        first call. Under dropout each call of the head has others; now it has ``seen``."""
         factors = self._factors.get(with_grad)
         if factors is None and self.whole is not None:
             rows, place = self.whole
