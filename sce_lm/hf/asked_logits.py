@@ -140,10 +140,11 @@ class AskedLogits:
             return *found, got.logits_at
 
         shape = rows.hidden.shape[:-1]
-        *found, logits = (
+        log_partition, *others = (
             None if part is None else part.view(*shape, -1) for part in self._inside(rows, compute)
         )
-        return Found(*found), logits
+        assert log_partition is not None
+        return Found(log_partition, *others[:-1]), others[-1]
 
     def _inside(self, rows: Rows, compute: Callable[[torch.Tensor, Head], Any]) -> Any:
         """``compute`` of ``[N, d + r]`` rows and the head, inside the head's own call."""

@@ -129,8 +129,8 @@ def _max(func, input, dim=None, keepdim=False):
     asked = AskedLogits(input, *ANY)
     asked.check_dim(dim)
     asked.check_bare()
-    top = [_reduced(part, keepdim) for part in _top(asked, asked.found(top_k=1), 1)]
-    return torch.return_types.max(top)
+    values, indices = _top(asked, asked.found(top_k=1), 1)
+    return torch.return_types.max((_reduced(values, keepdim), _reduced(indices, keepdim)))
 
 
 def _amax(func, input, dim=(), keepdim=False):

@@ -24,7 +24,11 @@ class Wanted(NamedTuple):
 
     def and_of(self, other: Wanted) -> Wanted:
         """What serves both."""
-        return Wanted(*map(max, self, other))
+        return Wanted(
+            self.entropy or other.entropy,
+            self.logit_sum or other.logit_sum,
+            max(self.top_k, other.top_k),
+        )
 
 
 class Found(NamedTuple):
@@ -44,7 +48,8 @@ class Found(NamedTuple):
 
     def at(self, place: Place) -> Found:
         """The same of some of the rows."""
-        return Found(*(None if part is None else place(part) for part in self))
+        others = (None if part is None else place(part) for part in self[1:])
+        return Found(place(self.log_partition), *others)
 
 
 class Rows:

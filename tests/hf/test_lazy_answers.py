@@ -413,3 +413,19 @@ def test_always_returns_lazy_logits_without_labels_and_real_ones_to_generate():
     assert type(model(**inputs).logits) is torch.Tensor
     with pytest.raises(ValueError, match="always"):
         apply_sce(model, SCEConfig(), lazy_logits="often")
+
+
+def test_answers_inside_fsdp(process_group):
+    """Its hook on the model's outputs must not form them, and must fire."""
+    fsdp = pytest.importorskip("torch.distributed.fsdp")
+    stock, model = (build("llama", torch.float32, lazy=lazy).train() for lazy in (False, True))
+    mesh = torch.distributed.init_device_mesh("cpu", (1,))
+    for part in (*model.model.layers, model):
+        fsdp.fully_shard(part, mesh=mesh)
+    for _ in range(2):
+        for each in (stock, model):
+            logits = each(input_ids=tiny_batch()["input_ids"]).logits
+            policy(logits)[0].mean().backward()
+        assert not logits.is_materialised
+        for p, q in zip(model.parameters(), stock.parameters()):
+            torch.testing.assert_close(p.grad.full_tensor(), q.grad, rtol=1e-5, atol=1e-5)
