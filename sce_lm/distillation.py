@@ -66,7 +66,7 @@ class HeadScores:
 
     @classmethod
     def of(cls, logits: Any) -> HeadScores:
-        """Those of lazy logits, which :func:`sce_lm.hf.lazy_logits` has a model return.
+        """Those of lazy logits, which :func:`sce_lm.hf.adapter.lazy_logits` has a model return.
 
         Raises:
             TypeError: the logits are formed already.
@@ -75,7 +75,7 @@ class HeadScores:
         if not hasattr(logits, "parts"):
             raise TypeError(
                 f"HeadScores.of got a {type(logits).__name__}; pass lazy logits, which a model "
-                "that apply_sce patched returns inside sce_lm.hf.lazy_logits(model)."
+                "that apply_sce patched returns inside sce_lm.hf.adapter.lazy_logits(model)."
             )
         hidden, head = logits.parts()
         return cls(hidden, head.weight, head.bias, head.low_rank, head.post)

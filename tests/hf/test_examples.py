@@ -1,3 +1,4 @@
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -34,3 +35,15 @@ def test_lightning_example_keeps_the_state_in_its_checkpoints(tmp_path):
     state = torch.load(checkpoint, weights_only=False)["sce_state"]
     assert int(state["step"]) == 4
     assert int(state["counts"].sum()) == 4 * 8 * 47
+
+
+def test_multi_token_prediction_learns_every_head():
+    command = [sys.executable, EXAMPLES / "multi_token_prediction.py", "--steps", "12"]
+    result = subprocess.run([*command, "--depth", "3"], capture_output=True, text=True, timeout=240)
+    assert result.returncode == 0, result.stderr
+    losses = [float(line.split()[-4]) for line in result.stdout.splitlines() if "ahead" in line]
+    words = int(result.stdout.split(" words, ")[1].split()[0].replace(",", ""))
+    assert len(losses) == 3
+    assert max(losses) < math.log(words)
+    table = result.stdout.split("exact       SCE\n")[1].splitlines()
+    assert [row.split()[0] for row in table] == ["1", "2", "3"]
