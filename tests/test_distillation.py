@@ -287,7 +287,11 @@ def few_classes(monkeypatch):
     monkeypatch.setattr("sce_lm.objectives.distilled_candidates.TEACHER_CLASSES", 12)
 
 
-@pytest.mark.parametrize("config", SAMPLES.values(), ids=SAMPLES)
+@pytest.mark.parametrize(
+    "config",
+    [pytest.param(SAMPLES["tail"], marks=pytest.mark.slow), SAMPLES["buckets"]],
+    ids=list(SAMPLES),
+)
 def test_every_sum_is_unbiased(config, few_classes):
     bias = log_sums(config, 500)
     assert (bias.standard_error > 0).all()
@@ -378,6 +382,20 @@ def test_half_precision_is_near_to_double(objective):
     ):
         assert mine.dtype == torch.bfloat16
         assert (mine.double() - want).norm() <= 0.01 * want.norm()
+
+
+def test_a_sparse_gradient_is_the_dense_one():
+    student, teacher = scores((20,), 900, 4, 0, bias=False), scores((20,), 900, 3, 1)
+    found = []
+    for sparse in (False, True):
+        config = SCEConfig(tail_candidates=30, shared_frequent=5, sparse_grad=sparse)
+        loss = distillation_loss(
+            student, teacher, objective=config, generator=torch.Generator().manual_seed(0)
+        )
+        found.append(torch.autograd.grad(loss, student.weight)[0])
+        assert found[-1].is_sparse == sparse
+    assert found[1]._nnz() < 900
+    torch.testing.assert_close(found[1].to_dense(), found[0])
 
 
 def test_no_position_that_counts():
