@@ -1,5 +1,6 @@
 """The example programs run as they stand."""
 
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -60,6 +61,16 @@ def test_plain_loop():
 def test_dynamic_fine_tuning_learns():
     nats = float(run("dynamic_fine_tuning.py", "--steps", 16).split(" nats")[0])
     assert nats < 5.0  # log 256 = 5.5 before the first step
+
+
+def test_multi_token_prediction_learns_every_head():
+    printed = run("multi_token_prediction.py", "--steps", 12, "--depth", 3)
+    losses = [float(line.split()[-4]) for line in printed.splitlines() if "ahead" in line]
+    words = int(printed.split(" words, ")[1].split()[0].replace(",", ""))
+    assert len(losses) == 3
+    assert max(losses) < math.log(words)
+    table = printed.split("exact       SCE\n")[1].splitlines()
+    assert [row.split()[0] for row in table] == ["1", "2", "3"]
 
 
 def test_item_tokens(tmp_path):

@@ -16,7 +16,9 @@ MAY_IMPORT = {
     "candidates": {"config", "files", "ops"},
     "objectives": {"candidates", "config", "ops"},
     "distributed": {"objectives", "candidates", "config", "ops"},
-    "hf": {"distributed", "objectives", "candidates", "config", "files", "ops"},
+    "distillation": {"objectives", "candidates", "config", "ops"},
+    "teacher_files": {"distillation", "files", "ops"},
+    "hf": {"distillation", "distributed", "objectives", "candidates", "config", "files", "ops"},
     "recsys": {"hf", "objectives", "candidates", "config", "files", "ops", "requirements"},
     "training": {
         *("recsys", "hf", "objectives", "candidates", "config", "files", "png", "ops"),
@@ -34,7 +36,7 @@ ONLY_IN = {
     "peft": {"hf", "training"},
     "trl": {"hf", "benchmarks"},
     "datasets": {"recsys", "training"},
-    "polars": {"recsys", "training"},
+    "polars": {"recsys", "teacher_files", "training"},
     "accelerate": {"training"},
     "matplotlib": {"png"},
 }
