@@ -38,11 +38,11 @@ from sce_lm.objectives.distilled_candidates import distilled_candidates, refuse_
 from sce_lm.ops.candidate_divergence import candidate_divergence
 from sce_lm.ops.divergence import Divergence, Kind
 from sce_lm.ops.dtypes import compute_dtype
-from sce_lm.ops.exact_cross_entropy import ExactScan
 from sce_lm.ops.exact_divergence import exact_divergence
 from sce_lm.ops.head import Head
 from sce_lm.ops.logits import LogitTransform
 from sce_lm.ops.positions import Positions
+from sce_lm.ops.row_reductions import row_reductions
 from sce_lm.ops.teachers import HeadTeacher, Rest, Teacher, TopKTeacher
 
 __all__ = ["HeadScores", "StoredTopK", "distillation_loss"]
@@ -94,13 +94,13 @@ class HeadScores:
         _check_scores("the teacher", self)
         head = _head(self, temperature)
         hidden = self.hidden_states.reshape(-1, self.hidden_states.shape[-1])
-        nothing = torch.zeros(len(hidden), dtype=torch.int64, device=hidden.device)
         shape = (*self.hidden_states.shape[:-1], k)
-        scan = ExactScan(head, Positions(hidden, nothing)).scan(top_k=k)
-        log_probs = scan.top.values - scan.log_partition.unsqueeze(1)
-        return StoredTopK(
-            scan.top.indices.reshape(shape), log_probs.reshape(shape), rest, temperature
-        )
+        with torch.no_grad():
+            found = row_reductions(head, hidden, top_k=k)
+        top = found.top
+        assert top is not None
+        log_probs = top.values - found.log_partition.unsqueeze(1)
+        return StoredTopK(top.indices.reshape(shape), log_probs.reshape(shape), rest, temperature)
 
 
 @dataclass(frozen=True)

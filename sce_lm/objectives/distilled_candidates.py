@@ -83,9 +83,7 @@ def _with_best(candidates: Candidates, teacher: HeadTeacher, call: Call) -> Cand
     own, bucket_of = candidates.bucket_items, candidates.bucket_of
     if own is None or bucket_of is None:
         num_buckets = max(1, min(MOST_BUCKETS, len(hidden) // BUCKET_POSITIONS))
-        centers, bucket_of = kmeans_buckets(
-            hidden, num_buckets, call.stream("teacher"), balanced=False
-        )
+        centers, bucket_of = kmeans_buckets(hidden, num_buckets, call.stream("teacher"))
     else:
         centers = hidden.new_zeros(len(own), hidden.shape[1]).index_add_(0, bucket_of, hidden)
         count = torch.bincount(bucket_of, minlength=len(own)).clamp_min(1)
