@@ -70,6 +70,8 @@ class AskedLogits:
         ids = self._checked(ids)
         is_known = rows.known(self._key(), wanted) is not None
         if is_known or not self.with_grad or rows.reduced is not rows:
+            if self.read.form is not None:
+                self.found()  # first, so that under dropout both see the same draw
             return self._direct(ids, slice(None))
         found, logits = self._stream(rows, wanted, ids)
         rows.found[self._key()] = found, self.x._steps

@@ -380,6 +380,7 @@ def _handlers() -> dict[Callable, Callable]:
     put(_cross_entropy, [nn.functional.cross_entropy])
     put(_register_hook, [torch.Tensor.register_hook])
     attributes = "shape dtype device ndim requires_grad layout is_cuda is_cpu is_meta itemsize"
+    attributes += " is_nested is_sparse is_quantized"
     put(_metadata, [getattr(torch.Tensor, name).__get__ for name in attributes.split()])
     for name in ("grad_fn", "_base"):
         put(_none_yet, [vars(torch._C.TensorBase)[name].__get__])

@@ -287,6 +287,21 @@ def test_slice_uses_what_was_found_of_the_whole(monkeypatch):
     assert streams.count == {"scan": 2}
 
 
+def test_probabilities_under_dropout_of_an_adapter_sum_to_1():
+    """Every question sees the same draw of it."""
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(
+        r=3, target_modules=["lm_head"], lora_dropout=0.5, init_lora_weights=False
+    )
+    model = peft.get_peft_model(tiny_model("llama", num_hidden_layers=1), config).train()
+    apply_sce(model, SCEConfig(), lazy_logits="always")
+    x = model(input_ids=tiny_batch()["input_ids"]).logits
+    total = x[1].softmax(-1)[..., torch.arange(VOCAB_SIZE)].sum(-1)
+    torch.testing.assert_close(total, torch.ones(T))
+    rows = [row.softmax(-1).gather(-1, torch.arange(VOCAB_SIZE).expand(T, -1)) for row in x]
+    torch.testing.assert_close(torch.stack(rows).sum(-1), torch.ones(B, T))
+
+
 # ------------------------------------------------------------------------- what is still formed
 
 
