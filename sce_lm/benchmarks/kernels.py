@@ -26,12 +26,14 @@ from sce_lm.ops.candidates import Candidates
 from sce_lm.ops.head import Head
 from sce_lm.ops.logits import LogitTransform
 from sce_lm.ops.positions import Positions
+from sce_lm.ops.row_reductions import Asked
 from sce_lm.ops.triton.candidate_cross_entropy import candidate_cross_entropy
 from sce_lm.ops.triton.catalogue_scan import catalogue_topk
 from sce_lm.ops.triton.compile_offline import Compiled, Launch, compile_launch, recording
 from sce_lm.ops.triton.configurations import ARCHITECTURES, DTYPES, Architecture
 from sce_lm.ops.triton.exact_cross_entropy import exact_cross_entropy
 from sce_lm.ops.triton.priority_sample import priority_sample
+from sce_lm.ops.triton.row_reductions import row_reductions
 
 CACHE = Path(knobs.cache.dir) / "sce_lm"
 """Where results are kept, by a hash of source, types and options."""
@@ -135,12 +137,21 @@ def launches(architecture: Architecture, dtype: torch.dtype, variant: Variant) -
         for loss in (
             candidate_cross_entropy(head, positions, candidates).loss,
             exact_cross_entropy(head, positions).loss,
+            *_everything(head, hidden),
         ):
             loss.sum().backward()
         excluded = torch.arange(16) if variant.bias else None
         catalogue_topk(hidden.detach(), head, 16, excluded=excluded)
         priority_sample(torch.zeros(v), 32, torch.Generator())
     return list({launch.key: launch for launch in found}.values())
+
+
+def _everything(head: Head, hidden: torch.Tensor) -> list[torch.Tensor]:
+    """All that row reductions find, in one sum."""
+    ids, asked = torch.zeros(len(hidden), 4, dtype=torch.int64), Asked(True, True, True, 1)
+    found = row_reductions(head, hidden, ids, asked)
+    parts = [*found[:5], None if found.top is None else found.top.values]
+    return [torch.cat([part.flatten() for part in parts if part is not None])]
 
 
 def configurations_of(architecture: Architecture, dtype: torch.dtype) -> list[Launch]:
