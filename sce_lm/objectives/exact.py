@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
 from sce_lm.config import LikelihoodConfig
 from sce_lm.objectives.base import Objective, Statistics
 from sce_lm.objectives.call import Call
-from sce_lm.ops.dtypes import compute_dtype
-from sce_lm.ops.exact_cross_entropy import exact_cross_entropy
+from sce_lm.ops.dispatch import Backend
+from sce_lm.ops.exact_cross_entropy import ExactLoss, exact_cross_entropy
 from sce_lm.ops.head import Head
 from sce_lm.ops.positions import Positions
+from sce_lm.ops.row_reductions import row_reductions
 
 
 @dataclass(frozen=True)
@@ -29,23 +30,35 @@ class Exact(Objective):
     def compute(
         self, head: Head, positions: Positions, call: Call
     ) -> tuple[torch.Tensor, Statistics]:
-        terms = positions.terms
-        plain = replace(positions, weight=None) if terms else positions
-        result = exact_cross_entropy(head, plain, backend=call.backend)
-        loss = result.loss
-        if terms:
-            label = _label_logits(head, positions)
-            loss = positions.reduce(terms.losses(loss + label, label))
-        return loss, Statistics(
+        find = _with_terms if positions.terms else exact_cross_entropy
+        result = find(head, positions, backend=call.backend)
+        return result.loss, Statistics(
             num_valid=len(positions),
             products_per_position=float(head.vocab_size),
             correct=result.correct,
             confidence=result.confidence,
         )
 
+    def mean_logits(self, head: Head, positions: Positions) -> torch.Tensor:
+        """Behind a soft cap in a stream of its own."""
+        if head.post.soft_cap is None:
+            return super().mean_logits(head, positions)
+        found = row_reductions(
+            head, positions.hidden, logit_sum=True, backend=self.config.backend
+        ).logit_sum
+        assert found is not None
+        return found / head.vocab_size
 
-def _label_logits(head: Head, positions: Positions) -> torch.Tensor:
-    """``[N]`` s_ty, by autograd."""
-    dtype = compute_dtype(positions.hidden, head.weight)
-    rows = head.rows(positions.labels, dtype)
-    return head.post(torch.linalg.vecdot(head.extend(positions.hidden, dtype), rows))
+
+def _with_terms(head: Head, positions: Positions, *, backend: Backend) -> ExactLoss:
+    """:func:`~sce_lm.ops.exact_cross_entropy.exact_cross_entropy` with the terms of the loss."""
+    labels = positions.labels
+    found = row_reductions(head, positions.hidden, ids=labels, top_k=1, backend=backend)
+    log_z, label, top = found.log_partition, found.logits_at, found.top
+    assert label is not None
+    assert top is not None
+    return ExactLoss(
+        positions.reduce(positions.terms.losses(log_z, label)),
+        top.indices[:, 0] == labels,
+        (top.values[:, 0] - log_z).exp().detach(),
+    )

@@ -258,10 +258,28 @@ def test_refused(options, message):
         objectives.get(**options)
 
 
+@pytest.mark.parametrize("post", [LogitTransform(soft_cap=3.0), LogitTransform(0.7)])
+def test_exact_loss_with_terms(post):
+    """Soft-capped logits are summed in a stream; accuracy and confidence are those without."""
+    problem = make_problem(40, V, 5)
+    expected = stock(problem, post, z_loss=0.03, smoothing=0.1)
+    options = {"name": "exact", "z_loss": 0.03, "label_smoothing": 0.1}
+    loss, found = seeded(options, problem, post=post, return_stats=True)
+    assert_same(loss, expected.mean(), problem)
+    plain = seeded({"name": "exact"}, problem, post=post, return_stats=True)[1]
+    assert torch.equal(found.correct, plain.correct)
+    torch.testing.assert_close(found.confidence, plain.confidence)
+
+
 def test_smoothing_of_soft_capped_logits_is_left_to_the_exact_loss():
     problem, post = make_problem(8, V, 5), LogitTransform(soft_cap=3.0)
     with pytest.raises(ValueError, match=r"label_smoothing needs the sum of all logits"):
         seeded(SAMPLED["sce"] | {"label_smoothing": 0.1}, problem, post=post)
+
+
+def test_kernels_are_refused_where_there_are_none():
+    with pytest.raises(ValueError, match='cannot run with backend="triton"'):
+        seeded({"name": "exact", "z_loss": 0.1, "backend": "triton"}, make_problem(8, V, 5))
 
 
 def test_terms_are_saved():

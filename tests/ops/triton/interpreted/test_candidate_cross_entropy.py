@@ -22,12 +22,12 @@ from sce_lm.ops.triton.candidate_cross_entropy import (
 TOLERANCE = {torch.float32: 3e-6, torch.float16: 2e-3}
 
 
-def check(case: Case, terms: LossTerms = LossTerms()) -> None:
+def check(case: Case, terms: LossTerms | None = None) -> None:
     """Loss and gradients of weighted losses."""
     problem, double, candidates = draw(case)
     weights = torch.linspace(0.5, 1.5, case.positions) / 64
     head = problem.head(case.post)
-    positions = replace(problem.positions(weights), terms=terms)
+    positions = replace(problem.positions(weights), terms=terms or LossTerms())
     assert candidate_cross_entropy_supported(head, positions) is None
     expected = candidate_reference(double.head(case.post), double.positions(), candidates)
     if terms:
