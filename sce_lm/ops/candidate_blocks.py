@@ -15,6 +15,7 @@ from sce_lm.ops.candidates import Candidates, find
 from sce_lm.ops.dtypes import compute_dtype
 from sce_lm.ops.head import Head
 from sce_lm.ops.positions import Positions
+from sce_lm.ops.static_shapes import needs_static_shapes
 
 BLOCK_ELEMENTS = 2**22
 """Logits of a block of positions (16 MiB in fp32), and elements of the rows of W that its buckets
@@ -77,14 +78,24 @@ class Block(NamedTuple):
     """``[n]`` raw logits of the labels."""
     x: torch.Tensor
     """``[n, S + m + K_b]`` raw logits of the lists."""
-    is_label: tuple[torch.Tensor, torch.Tensor]
-    """(rows, columns) of ``x`` at which the candidate is the label."""
+    label_columns: list[torch.Tensor]
+    """``[n]`` each: columns of ``x`` at which the candidate is the label, -1 where there is none."""
     is_here: torch.Tensor
     """``[n]`` bool: the label's row is one of these."""
     outside: torch.Tensor
     """``[n]`` 1 where the label lies in R."""
     label_weight: torch.Tensor
     """``[n]`` w of the label where it was drawn and is not in the bucket's own list, else 0."""
+
+    def without_labels(self, e: torch.Tensor) -> None:
+        """Write 0 where a column of ``e [n, S + m + K_b]`` is the position's label."""
+        for column in self.label_columns:
+            if needs_static_shapes(e.device):
+                at = column.clamp_min(0).unsqueeze(1)
+                e.scatter_(1, at, e.gather(1, at).masked_fill_(column.unsqueeze(1) >= 0, 0.0))
+            else:
+                row = (column >= 0).nonzero().squeeze(1)
+                e[row, column[row]] = 0.0
 
 
 class Lists:
@@ -95,20 +106,38 @@ class Lists:
         self.head, self.positions = head, positions
         self.dtype = dtype = compute_dtype(positions.hidden, head.weight)
         labels = positions.labels
-        tail, log_weights = candidates.tail, candidates.tail_log_weights
-        is_drawn = log_weights > -torch.inf
-        if not is_drawn.all():
-            tail, log_weights = tail[is_drawn], log_weights[is_drawn]
-        self.num_shared, self.num_tail = len(candidates.shared), len(tail)
+        shared, tail, log_weights = (
+            candidates.shared,
+            candidates.tail,
+            candidates.tail_log_weights,
+        )
+        self.is_static = needs_static_shapes(labels.device)
+        is_there = log_weights > -torch.inf
+        if self.is_static:
+            is_there = torch.cat([shared >= 0, is_there])
+        elif not is_there.all():
+            tail, log_weights = tail[is_there], log_weights[is_there]
+        self.num_shared, self.num_tail = len(shared), len(tail)
         self.tail = slice(self.num_shared, self.num_shared + self.num_tail)
         self.num_dense = self.num_shared + self.num_tail
-        self.dense = torch.cat([candidates.shared, tail])
+        dense = torch.cat([shared, tail])
+        self.dense = dense.clamp_min(0) if self.is_static else dense
         self.dense_rows = head.rows(self.dense, dtype)
         self.dense_weight = self.dense_rows.new_ones(self.num_dense)
         self.dense_weight[self.tail] = log_weights.to(dtype).exp()
+        self.num_certain: int | torch.Tensor = self.num_shared
+        """Shared candidates, empty places aside."""
+        self.dense_offset = None
+        """``[S + m]`` on the dense logits: -inf in an empty place, 0 elsewhere."""
+        if self.is_static:
+            self.dense_weight[: self.num_shared] = is_there[: self.num_shared].to(dtype)
+            self.num_certain = is_there[: self.num_shared].sum()
+            nothing = torch.zeros_like(self.dense_weight)
+            self.dense_offset = nothing.masked_fill_(~is_there, -torch.inf)
+            dense = dense.masked_fill(~is_there, head.vocab_size)
 
         # The column of each label among the dense candidates, -1 where it is not there.
-        ordered, order = torch.sort(self.dense)
+        ordered, order = torch.sort(dense)
         slot, found = find(labels, ordered)
         self.label_column = torch.where(found, order[slot] if self.num_dense else slot, -1)
 
@@ -144,6 +173,15 @@ class Lists:
     def tail_rows(self) -> torch.Tensor:
         """``[m, D]`` rows of the tail."""
         return self.dense_rows[self.tail]
+
+    def sum_seen(self, e: torch.Tensor) -> torch.Tensor:
+        """``[n]`` sums of ``e [n, S + m + K_b]`` as if nothing had a weight; empty places aside."""
+        return e @ (self.column_weight > 0).to(self.dtype) if self.is_static else e.sum(dim=1)
+
+    def unweighted(self) -> torch.Tensor:
+        """``[m]`` what takes the weights of the tail away again."""
+        inverse = 1.0 / self.dense_weight[self.tail]
+        return inverse.masked_fill_(inverse == torch.inf, 0.0) if self.is_static else inverse
 
     def rows(self, ids: torch.Tensor) -> torch.Tensor:
         """``[n, D]`` rows of the head."""
@@ -202,7 +240,11 @@ class Lists:
         h = self.head.extend(self.positions.hidden[at], self.dtype)
         y, bucket = self.positions.labels[at], self.bucket_of[at]
         column, own_column = self.label_column[at], self.own_column[at]
-        torch.mm(h, self.dense_rows.T, out=x[:, : self.num_dense])
+        dense = x[:, : self.num_dense]
+        if self.dense_offset is None:
+            torch.mm(h, self.dense_rows.T, out=dense)
+        else:
+            torch.addmm(self.dense_offset, h, self.dense_rows.T, out=dense)
         items = self.items[span.buckets]
         item_rows = self.bucket_rows(items)
         for group in span.groups:
@@ -210,11 +252,9 @@ class Lists:
             x[group.rows, self.num_dense :] = group.unpad(own)
 
         is_own = own_column >= 0
-        in_dense, in_bucket = (column >= 0).nonzero().squeeze(1), is_own.nonzero().squeeze(1)
-        is_label = (
-            torch.cat([in_dense, in_bucket]),
-            torch.cat([column[in_dense], self.num_dense + own_column[in_bucket]]),
-        )
+        label_columns = [column] if self.num_dense else []
+        if self.bucket_size:
+            label_columns.append(torch.where(is_own, self.num_dense + own_column, -1))
         is_here = y >= 0
         is_shared = (column >= 0) & (column < self.num_shared)
         outside = (is_here & ~is_shared & ~is_own & self.takes_part(y)).to(self.dtype)
@@ -226,7 +266,7 @@ class Lists:
         label_raw = torch.linalg.vecdot(h, label_rows)
         return Block(
             at, h, y, bucket, span.groups, items, item_rows,
-            label_rows, label_raw, x, is_label, is_here, outside, label_weight,
+            label_rows, label_raw, x, label_columns, is_here, outside, label_weight,
         )  # fmt: skip
 
 

@@ -164,7 +164,7 @@ class CandidatePass(Pass):
             if control is not None:
                 shift = torch.maximum(shift, control.least_shift())
             e = s.sub_(shift.unsqueeze(1)).exp_()
-            e[b.is_label] = 0.0
+            b.without_labels(e)
             if lists.own_tail is not None:
                 e[:, lists.tail].masked_fill_(lists.own_tail[b.bucket], 0.0)
             if lists.item_weight is not None:
@@ -175,13 +175,12 @@ class CandidatePass(Pass):
             if control is not None:
                 known = control.known_part(shift)
                 if post.soft_cap is not None:
-                    seen = e.sum(dim=1) + e_label
+                    seen = lists.sum_seen(e) + e_label
                     clamped = z + known < seen
                     num_clamped += clamped.sum()
                     z, known = torch.where(clamped, seen, z), known.masked_fill(clamped, 0.0)
                     control.e0 = control.e0.masked_fill(clamped, 0.0)
-                    unweighted = 1.0 / lists.dense_weight[lists.tail]
-                    e[:, lists.tail] *= torch.where(clamped.unsqueeze(1), unweighted, 1.0)
+                    e[:, lists.tail] *= torch.where(clamped.unsqueeze(1), lists.unweighted(), 1.0)
                 z = z + known
             log_z = z.log() + shift
             log_partition[b.at] = log_z
@@ -251,7 +250,7 @@ def candidate_variance(
         h, bucket = head.extend(positions.hidden[at], lists.dtype), lists.bucket_of[at]
         x = h @ lists.tail_rows.T
         column = lists.label_column[at].unsqueeze(1) - lists.num_shared
-        left_out = torch.arange(lists.num_tail, device=x.device) == column
+        left_out = (torch.arange(lists.num_tail, device=x.device) == column) | (w == 0)
         if lists.own_tail is not None:
             left_out |= lists.own_tail[bucket]
         shift = log_partition[at].unsqueeze(1)
