@@ -13,17 +13,18 @@ class Distinct(NamedTuple):
     """Classes, ascending."""
 
     ids: torch.Tensor
-    """``[U]`` int64: each class once; where shapes are static, U = n and classes repeat."""
+    """``[U]`` int64: each class once; where shapes are static, U = min(n, V) and places are left
+    over."""
     occurrences: torch.Tensor
     """``[U]`` int64: how often the class is there."""
-    is_repeat: torch.Tensor | None
-    """``[U]`` bool: the class has had its place, or there is none at all; None: nothing repeats."""
+    is_spare: torch.Tensor | None
+    """``[U]`` bool: places left over, whose ids may be any; None: there are none."""
 
     def once(self, log_weights: torch.Tensor) -> torch.Tensor:
-        """``[U]`` log-weights, -inf at repeats."""
-        if self.is_repeat is None:
+        """``[U]`` log-weights, -inf in places that are left over."""
+        if self.is_spare is None:
             return log_weights
-        return log_weights.masked_fill(self.is_repeat, -torch.inf)
+        return log_weights.masked_fill(self.is_spare, -torch.inf)
 
 
 def distinct(
@@ -36,12 +37,17 @@ def distinct(
     """
     if not needs_static_shapes(ids.device):
         return Distinct(*torch.unique(ids, return_counts=True), None)
+    if len(ids) >= vocab_size:
+        one = torch.ones_like(ids) if is_there is None else is_there.to(ids.dtype)
+        occurrences = ids.new_zeros(vocab_size).index_add_(0, ids, one)
+        every = torch.arange(vocab_size, device=ids.device)
+        return Distinct(every, occurrences, occurrences == 0)
     if is_there is not None:
         ids = ids.masked_fill(~is_there, vocab_size)
     ordered = torch.sort(ids).values
-    is_repeat = ordered == vocab_size
-    is_repeat[1:] |= ordered[1:] == ordered[:-1]
+    is_spare = ordered == vocab_size
+    is_spare[1:] |= ordered[1:] == ordered[:-1]
     # Places behind the last class repeat the first one.
     ids = torch.where(ordered < vocab_size, ordered, ordered[:1].clamp_max(vocab_size - 1))
     first, stop = (torch.searchsorted(ordered, ids, right=right) for right in (False, True))
-    return Distinct(ids, stop - first, is_repeat)
+    return Distinct(ids, stop - first, is_spare)

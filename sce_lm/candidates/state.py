@@ -200,6 +200,8 @@ class SCEState:
         """
         known = self._frequent
         ranked = counts if left_out is None else counts.index_fill(0, left_out, -1)
+        if needs_static_shapes(counts.device):  # which has no distinct classes to look among
+            return torch.topk(ranked, size).indices
         if known is None or len(known) != size:
             found = torch.topk(ranked, size).indices
         else:

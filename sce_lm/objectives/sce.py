@@ -29,6 +29,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 import torch
+from torch.nn.functional import pad
 
 from sce_lm.candidates.bucket_samples import bucket_samples
 from sce_lm.candidates.buckets import (
@@ -37,6 +38,8 @@ from sce_lm.candidates.buckets import (
     kmeans_buckets,
 )
 from sce_lm.candidates.center_softmax import CenterSoftmax, center_softmax
+from sce_lm.candidates.distinct import distinct
+from sce_lm.candidates.masks import may_mask
 from sce_lm.candidates.priority import priority_sample
 from sce_lm.config import SCEConfig, SCESizes
 from sce_lm.objectives import monitor
@@ -51,6 +54,7 @@ from sce_lm.ops.catalogue_scan import catalogue_topk
 from sce_lm.ops.dtypes import compute_dtype
 from sce_lm.ops.head import Head
 from sce_lm.ops.positions import Positions
+from sce_lm.ops.static_shapes import needs_static_shapes
 
 LARGE_CATALOGUE = 2**18
 """Classes above which a tail by labels, or uniform, is a Poisson sample, drawn in time that does
@@ -77,6 +81,12 @@ class SCE(SampledObjective):
     """Size of the latest tail."""
     covered = 0
     """Classes of the latest call if its lists held them all, else 0."""
+
+    def has_static_shapes(self, head: Head) -> bool:
+        config = self.config
+        is_plain = config.num_buckets == 0 and config.prior_shares().keys() <= {"labels", "uniform"}
+        waits = config.sparse_grad or config.row_control_variate or may_mask(head)
+        return is_plain and not waits and config.target_relative_error is None
 
     def compute(
         self, head: Head, positions: Positions, call: Call
@@ -114,9 +124,11 @@ class SCE(SampledObjective):
         """How long this call's lists are."""
         state = self.state
         # A rank's rows may all be masked.
-        rows = max(head.num_classes, 1)
+        rows, num_labels = max(head.num_classes, 1), state.num_labels
+        if torch.is_tensor(num_labels):
+            num_labels = num_labels.double()
         sizes = self.config.resolve(
-            len(positions), num_classes, call.prefer_control_variate, state.num_labels, rows
+            len(positions), num_classes, call.prefer_control_variate, num_labels, rows
         )
         before = call.once("calls before", lambda: state.step - call.counted)
         if before < self.config.labels_first:
@@ -130,6 +142,7 @@ class SCE(SampledObjective):
         run."""
         config, sizes = self.config, proposal.sizes
         head, call = proposal.head, proposal.call
+        is_static = needs_static_shapes(call.labels.device)
         labels, listed = call.labels, [call.labels[:0]]
         if sizes.shared_frequent:
             frequent = self.state.most_frequent(
@@ -138,14 +151,25 @@ class SCE(SampledObjective):
             listed.append(frequent)
         if config.shared_labels:
             listed.append(labels)
-        shared = torch.unique(torch.cat(listed)) if len(listed) > 1 else listed[0]
+        shared = listed[0]
+        if len(listed) > 1:
+            is_there = None
+            if config.shared_labels and call.is_valid is not None:
+                num_frequent = sum(map(len, listed)) - len(labels)
+                is_there = pad(call.is_valid, (num_frequent, 0), value=True)
+            found = distinct(torch.cat(listed), head.vocab_size, is_there)
+            shared = found.ids
+            if found.is_spare is not None:
+                shared = shared.masked_fill(found.is_spare, -1)
         if head.masked is not None:
             shared = shared[~torch.isin(shared, head.masked)]
-        if not sizes.tail_candidates or len(shared) == head.num_classes:
+        is_whole = len(shared) == head.num_classes and not is_static
+        if not sizes.tail_candidates or is_whole:
             none = torch.zeros(0, dtype=torch.float64, device=labels.device)
             return shared, shared[:0], none
         noise = call.stream("tail")
-        if head.vocab_size > LARGE_CATALOGUE and config.prior in ("labels", "uniform"):
+        is_large = head.vocab_size > LARGE_CATALOGUE and not is_static
+        if is_large and config.prior in ("labels", "uniform"):
             tail, log_weights = self.state.weight_classes(call.counts).sample(
                 sizes.tail_candidates,
                 call.counts,
@@ -155,7 +179,7 @@ class SCE(SampledObjective):
                 uniform_floor=1.0 if config.prior == "uniform" else sizes.uniform_floor,
             )
             return shared, tail, log_weights
-        density = proposal.log_density().index_fill_(0, shared, -torch.inf)
+        density = proposal.log_density().index_fill_(0, _ids(shared), -torch.inf)
         tail, log_weights = priority_sample(
             density, sizes.tail_candidates, noise, backend=call.backend
         )
@@ -168,8 +192,9 @@ class SCE(SampledObjective):
         config, sizes = self.config, proposal.sizes
         head, call, hidden = proposal.head, proposal.call, proposal.positions.hidden
         centers = items = bucket_of = bucket_weights = None
-        rest = head.num_classes - len(shared)
+        rest = head.num_classes - len(shared)  # at least: places may be empty
         own = min(sizes.bucket_candidates, rest)
+        rest = head.num_classes if needs_static_shapes(shared.device) else rest
         self.covered = head.num_classes if max(own, sizes.tail_candidates) >= rest else 0
         if own > 0:
             centers, bucket_of = kmeans_buckets(
@@ -179,11 +204,11 @@ class SCE(SampledObjective):
                 balanced=config.assignment == "balanced",
             )
             if config.bucket_sampling == "priority":
-                prior = proposal.log_density().index_fill_(0, shared, -torch.inf)
+                prior = proposal.log_density().index_fill_(0, _ids(shared), -torch.inf)
                 noise = call.stream("tail")
                 items, bucket_weights = bucket_samples(centers, head, prior, own, noise)
             else:
-                excluded = _with_masked(shared, head)
+                excluded = _with_masked(_ids(shared), head)
                 items = catalogue_topk(centers, head, own, excluded=excluded, backend=call.backend)
         has_control = sizes.control_variate and len(tail) > 0
         return centers, Candidates(
@@ -258,6 +283,13 @@ def _expected(
         proposal.head,
         control_variate=candidates.control_variate,
     )
+
+
+def _ids(shared: torch.Tensor) -> torch.Tensor:
+    """``[S]`` ids of a shared list, where some repeat if places are empty."""
+    if len(shared) and needs_static_shapes(shared.device):
+        return shared.cummax(dim=0).values.clamp_min_(0)
+    return shared
 
 
 def _with_masked(ids: torch.Tensor, head: Head) -> torch.Tensor:
