@@ -7,6 +7,7 @@ on tensors of two devices.
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -73,10 +74,11 @@ def a_card(*head_sizes: int) -> Iterator[Counts]:
     """Inside, tensors can be made on it, and what is asked of it is counted. Labels for heads
     of these sizes have been looked at before."""
     counts = Counts()
+    seeds = itertools.count()
     seen = {(torch.device(CARD), size) for size in head_sizes}
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(labels, "looked_at", seen))
-        stack.enter_context(mock.patch.object(call, "draw_seed", lambda generator: 1))
+        stack.enter_context(mock.patch.object(call, "draw_seed", lambda _: next(seeds)))
         stack.enter_context(mock.patch.object(call, "stream", lambda *key: Noise()))
         stack.enter_context(mock.patch.object(torch, "autocast", lambda *_, **__: nullcontext()))
         stack.enter_context(_launches(counts))
