@@ -160,7 +160,8 @@ class SCE(SampledObjective):
             found = distinct(torch.cat(listed), head.vocab_size, is_there)
             shared = found.ids
             if found.is_spare is not None:
-                shared = shared.masked_fill(found.is_spare, -1)
+                last = torch.argsort(found.is_spare, stable=True)
+                shared = shared.masked_fill(found.is_spare, -1)[last]
         if head.masked is not None:
             shared = shared[~torch.isin(shared, head.masked)]
         is_whole = len(shared) == head.num_classes and not is_static

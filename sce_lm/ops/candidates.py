@@ -17,8 +17,8 @@ class Candidates:
     """
 
     shared: torch.Tensor
-    """``[S]`` int64: in every position's sum, with certainty. -1 marks an empty place, where shapes
-    are static (:mod:`sce_lm.ops.static_shapes`)."""
+    """``[S]`` int64: in every position's sum, with certainty. -1 marks the empty places, which
+    are the last ones, where shapes are static (:mod:`sce_lm.ops.static_shapes`)."""
     tail: torch.Tensor
     """``[m]`` int64: in every position's sum with weight ``exp(c)``."""
     tail_log_weights: torch.Tensor
