@@ -170,7 +170,7 @@ class SCEConfig(LikelihoodConfig):
 
     assignment: Literal["nearest", "balanced"] = "nearest"
     """"nearest": a position belongs to its nearest centre's bucket. "balanced": the same, cut into
-    equal buckets."""
+    equal buckets, whose sizes do not depend on data. On a device they are balanced always."""
 
     shared_labels: bool = True
     """Keep the labels of the batch as candidates of every position, with certainty."""

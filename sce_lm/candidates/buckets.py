@@ -10,7 +10,12 @@ KMEANS_POSITIONS_PER_BUCKET = 64
 
 
 def kmeans_buckets(
-    hidden: torch.Tensor, num_buckets: int, generator: torch.Generator, *, balanced: bool
+    hidden: torch.Tensor,
+    num_buckets: int,
+    generator: torch.Generator,
+    *,
+    balanced: bool,
+    is_valid: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """One bucket for each position: a few Lloyd steps on this batch's hidden states.
 
@@ -20,21 +25,41 @@ def kmeans_buckets(
         generator: picks the positions that the centres start from.
         balanced: sort positions by nearest centre and cut into equal chunks, so that sizes do not
             depend on data; a chunk's centre is its mean.
+        is_valid: ``[N]`` bool: positions that there is anything to group of, the others have hidden
+            states of 0; None: all. Balanced buckets have equal shares of both.
 
     Returns:
         Centres ``[n_b, d]`` and each position's bucket, ``[N]`` int64.
     """
     order = torch.randperm(len(hidden), generator=generator, device=hidden.device)
-    sample = hidden[order[: num_buckets * KMEANS_POSITIONS_PER_BUCKET]]
+    if is_valid is not None:
+        order = order[torch.argsort(is_valid[order], descending=True, stable=True)]
+    some = order[: num_buckets * KMEANS_POSITIONS_PER_BUCKET]
+    sample, is_there = hidden[some], None if is_valid is None else is_valid[some]
     centers = sample[:num_buckets].clone()
     for _ in range(KMEANS_STEPS):
-        centers = _bucket_means(sample, _nearest(sample, centers), centers)
+        centers = _bucket_means(sample, _nearest(sample, centers), centers, is_there)
     bucket = _nearest(hidden, centers)
     if balanced:
+        if is_valid is not None:
+            bucket = bucket.masked_fill(~is_valid, num_buckets)
         by_bucket = torch.argsort(bucket, stable=True)
-        chunk = torch.arange(len(hidden), device=hidden.device) * num_buckets // len(hidden)
+        place = torch.arange(len(hidden), device=hidden.device)
+        chunk = place * num_buckets // len(hidden)
+        if is_valid is not None:
+            count = is_valid.sum()
+            chunk = torch.where(
+                place < count,
+                place * num_buckets // count.clamp_min(1),
+                (place - count) * num_buckets // (len(hidden) - count).clamp_min(1),
+            )
         bucket = torch.empty_like(bucket).index_copy_(0, by_bucket, chunk)
-    return _bucket_means(hidden, bucket, centers), bucket
+    return _bucket_means(hidden, bucket, centers, is_valid), bucket
+
+
+def largest_balanced(num_positions: int, num_buckets: int) -> int:
+    """Positions that a balanced bucket has at most, however many of them are valid."""
+    return num_positions // num_buckets + 2
 
 
 def _nearest(hidden: torch.Tensor, centers: torch.Tensor) -> torch.Tensor:
@@ -43,9 +68,9 @@ def _nearest(hidden: torch.Tensor, centers: torch.Tensor) -> torch.Tensor:
     return torch.addmm(offset, hidden, centers.T).argmax(dim=1)
 
 
-def _bucket_means(hidden, bucket, centers):
+def _bucket_means(hidden, bucket, centers, is_valid=None):
     """Mean of each bucket; an empty one keeps its centre."""
-    one = hidden.new_ones(1).expand(len(hidden))
+    one = hidden.new_ones(1).expand(len(hidden)) if is_valid is None else is_valid.to(hidden.dtype)
     count = hidden.new_zeros(len(centers)).index_add_(0, bucket, one).unsqueeze(1)
     total = torch.zeros_like(centers).index_add_(0, bucket, hidden)
     return torch.where(count > 0, total / count.clamp_min(1), centers)

@@ -27,9 +27,7 @@ class Distinct(NamedTuple):
         return log_weights.masked_fill(self.is_spare, -torch.inf)
 
 
-def distinct(
-    ids: torch.Tensor, vocab_size: int, is_there: torch.Tensor | None = None
-) -> Distinct:
+def distinct(ids: torch.Tensor, vocab_size: int, is_there: torch.Tensor | None = None) -> Distinct:
     """The distinct classes of ``ids [n]`` in ``[0, vocab_size)``.
 
     Args:

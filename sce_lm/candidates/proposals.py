@@ -86,8 +86,8 @@ class Categorical(Proposal):
 def draw_with_replacement(
     proposal: Proposal, size: int, generator: torch.Generator
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """``size`` draws as ``[K]`` ids, ascending, and their ``[K]`` log-weights. Ids are distinct; with
-    static shapes K is ``size``, and repeats have the weight -inf."""
+    """``size`` draws as ``[K]`` ids, ascending, and their ``[K]`` log-weights. Ids are distinct;
+    with static shapes K is ``size``, and places left over have the weight -inf."""
     drawn = distinct(proposal.draw((size,), generator), proposal.vocab_size)
     log_weights = torch.log(drawn.occurrences.to(torch.float64) / size)
     return drawn.ids, drawn.once(log_weights - proposal.log_prob(drawn.ids))
@@ -96,8 +96,8 @@ def draw_with_replacement(
 def draw_distinct(
     proposal: Proposal, tries: int, generator: torch.Generator
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The ``[K]`` distinct ids among ``tries`` draws, ascending, and their ``[K]`` log-weights; with
-    static shapes as above."""
+    """The ``[K]`` distinct ids among ``tries`` draws, ascending, and their ``[K]`` log-weights;
+    with static shapes as above."""
     drawn = distinct(proposal.draw((tries,), generator), proposal.vocab_size)
     return drawn.ids, drawn.once(-log_inclusion(proposal.log_prob(drawn.ids), tries))
 

@@ -36,6 +36,7 @@ from sce_lm.candidates.buckets import (
     KMEANS_POSITIONS_PER_BUCKET,
     KMEANS_STEPS,
     kmeans_buckets,
+    largest_balanced,
 )
 from sce_lm.candidates.center_softmax import CenterSoftmax, center_softmax
 from sce_lm.candidates.distinct import distinct
@@ -84,7 +85,8 @@ class SCE(SampledObjective):
 
     def has_static_shapes(self, head: Head) -> bool:
         config = self.config
-        is_plain = config.num_buckets == 0 and config.prior_shares().keys() <= {"labels", "uniform"}
+        is_plain = config.prior_shares().keys() <= {"labels", "uniform"}
+        is_plain &= config.bucket_sampling == "top"
         waits = config.sparse_grad or config.row_control_variate or may_mask(head)
         return is_plain and not waits and config.target_relative_error is None
 
@@ -193,16 +195,20 @@ class SCE(SampledObjective):
         config, sizes = self.config, proposal.sizes
         head, call, hidden = proposal.head, proposal.call, proposal.positions.hidden
         centers = items = bucket_of = bucket_weights = None
+        balanced = False
         rest = head.num_classes - len(shared)  # at least: places may be empty
         own = min(sizes.bucket_candidates, rest)
         rest = head.num_classes if needs_static_shapes(shared.device) else rest
         self.covered = head.num_classes if max(own, sizes.tail_candidates) >= rest else 0
         if own > 0:
+            is_static = needs_static_shapes(hidden.device)
+            balanced = config.assignment == "balanced" or is_static
             centers, bucket_of = kmeans_buckets(
                 hidden.to(compute_dtype(hidden)),
                 sizes.num_buckets,
                 call.stream("buckets"),
-                balanced=config.assignment == "balanced",
+                balanced=balanced,
+                is_valid=proposal.positions.is_valid,
             )
             if config.bucket_sampling == "priority":
                 prior = proposal.log_density().index_fill_(0, _ids(shared), -torch.inf)
@@ -218,6 +224,7 @@ class SCE(SampledObjective):
             log_weights,
             items,
             bucket_of,
+            largest_balanced(len(hidden), max(sizes.num_buckets, 1)) if balanced else None,
             bucket_log_weights=bucket_weights,
             row_sum=self.state.row_sum.of(head) if has_control else None,
             control_variate=sizes.control_variate,

@@ -55,7 +55,7 @@ class Span(NamedTuple):
 
     start: int
     stop: int
-    buckets: list[int]
+    buckets: list[int] | slice
     groups: list[Group]
 
 
@@ -63,7 +63,12 @@ class Block(NamedTuple):
     """One block of positions and its raw logits."""
 
     at: torch.Tensor | slice
-    """``[n]`` which positions."""
+    """``[n]`` which positions; N where static shapes leave a place empty. What is found there is
+    written behind all positions."""
+    read: torch.Tensor | slice
+    """``[n]`` positions to read from: any where a place is empty."""
+    is_empty: torch.Tensor | None
+    """``[n]`` bool, or None: no place is."""
     h: torch.Tensor
     y: torch.Tensor
     bucket: torch.Tensor
@@ -79,13 +84,20 @@ class Block(NamedTuple):
     x: torch.Tensor
     """``[n, S + m + K_b]`` raw logits of the lists."""
     label_columns: list[torch.Tensor]
-    """``[n]`` each: columns of ``x`` at which the candidate is the label, -1 where there is none."""
+    """``[n]`` each: columns of ``x`` at which the candidate is the label, -1 where it is none."""
     is_here: torch.Tensor
     """``[n]`` bool: the label's row is one of these."""
     outside: torch.Tensor
     """``[n]`` 1 where the label lies in R."""
     label_weight: torch.Tensor
     """``[n]`` w of the label where it was drawn and is not in the bucket's own list, else 0."""
+
+    def share_of(self, weight: torch.Tensor) -> torch.Tensor:
+        """0-dim or ``[n]``: what these positions' losses weigh."""
+        share = weight if weight.dim() == 0 else weight[self.read]
+        if self.is_empty is None:
+            return share
+        return share.expand(len(self.is_empty)).masked_fill(self.is_empty, 0.0)
 
     def without_labels(self, e: torch.Tensor) -> None:
         """Write 0 where a column of ``e [n, S + m + K_b]`` is the position's label."""
@@ -142,6 +154,7 @@ class Lists:
         self.label_column = torch.where(found, order[slot] if self.num_dense else slot, -1)
 
         self.order = self.own_tail = self.item_weight = None
+        self.longest = candidates.bucket_positions if self.is_static else None
         if candidates.bucket_items is None or candidates.bucket_of is None:
             self.items = self.dense.new_empty(1, 0)
             self.bucket_of = torch.zeros_like(labels)
@@ -206,6 +219,8 @@ class Lists:
         if self.bucket_size == 0:
             edges = _equal_parts(0, len(self.positions), limit)
             return [Span(a, b, [], []) for a, b in pairwise(edges)]
+        if self.longest is not None:
+            return self._static_spans(limit, self.longest)
         sizes = torch.bincount(self.bucket_of, minlength=len(self.items))
         bounds = [0, *sizes.cumsum(0).tolist()]
         parts = [
@@ -232,14 +247,42 @@ class Lists:
             taken.append((high - low, bucket))
         return spans
 
+    def _static_spans(self, limit: int, longest: int) -> list[Span]:
+        """The same, with a place for ``longest`` positions in each bucket: a group is a block's
+        buckets without padding, some of whose places are empty."""
+        num_buckets, device = len(self.items), self.bucket_of.device
+        ascending, by_bucket = torch.sort(self.bucket_of, stable=True)
+        every = torch.arange(num_buckets, device=device)
+        first, stop = (torch.searchsorted(ascending, every, right=r) for r in (False, True))
+        place = first.unsqueeze(1) + torch.arange(longest, device=device)
+        positions = by_bucket[place.clamp_max(len(by_bucket) - 1)]
+        is_there = place < stop.unsqueeze(1)
+        self.order = torch.where(is_there, positions, len(by_bucket)).flatten()
+
+        spans, several = [], max(1, min(self.most_buckets, limit // longest))
+        for low in range(0, num_buckets, several):
+            buckets = slice(low, min(low + several, num_buckets))
+            count = buckets.stop - low
+            edges = _equal_parts(0, longest, limit) if several == 1 else [0, longest]
+            for start, end in pairwise(edges):
+                rows = (end - start) * count
+                group = Group(slice(0, rows), slice(0, count), end - start, None)
+                at = low * longest + start
+                spans.append(Span(at, at + rows, buckets, [group]))
+        return spans
+
     def block(self, span: Span, x: torch.Tensor) -> Block:
         """The block's raw logits, written to ``x``."""
         at = slice(span.start, span.stop)
         if self.order is not None:
             at = self.order[at]
-        h = self.head.extend(self.positions.hidden[at], self.dtype)
-        y, bucket = self.positions.labels[at], self.bucket_of[at]
-        column, own_column = self.label_column[at], self.own_column[at]
+        read, is_empty = at, None
+        if self.longest is not None and torch.is_tensor(at):
+            last = len(self.positions) - 1
+            read, is_empty = at.clamp_max(last), at > last
+        h = self.head.extend(self.positions.hidden[read], self.dtype)
+        y, bucket = self.positions.labels[read], self.bucket_of[read]
+        column, own_column = self.label_column[read], self.own_column[read]
         dense = x[:, : self.num_dense]
         if self.dense_offset is None:
             torch.mm(h, self.dense_rows.T, out=dense)
@@ -265,7 +308,7 @@ class Lists:
         label_rows = self.rows(y.clamp_min(0))  # any row does where the label is elsewhere
         label_raw = torch.linalg.vecdot(h, label_rows)
         return Block(
-            at, h, y, bucket, span.groups, items, item_rows,
+            at, read, is_empty, h, y, bucket, span.groups, items, item_rows,
             label_rows, label_raw, x, label_columns, is_here, outside, label_weight,
         )  # fmt: skip
 

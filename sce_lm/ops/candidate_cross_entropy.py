@@ -142,7 +142,8 @@ class CandidatePass(Pass):
         rest = Rest(lists, candidates.row_sum) if candidates.control_variate else None
         spans = lists.spans()
         gradients = CandidateGradients(lists, rest, needs, sparse=candidates.sparse_grad)
-        log_partition = lists.dense_rows.new_empty(len(positions))
+        count = len(positions)
+        log_partition = lists.dense_rows.new_empty(count + 1)  # one for empty places
         label_logit = torch.empty_like(log_partition)
         num_clamped = torch.zeros((), dtype=torch.int64, device=log_partition.device)
         longest = max(span.stop - span.start for span in spans)
@@ -177,7 +178,8 @@ class CandidatePass(Pass):
                 if post.soft_cap is not None:
                     seen = lists.sum_seen(e) + e_label
                     clamped = z + known < seen
-                    num_clamped += clamped.sum()
+                    counted = clamped if b.is_empty is None else clamped & ~b.is_empty
+                    num_clamped += counted.sum()
                     z, known = torch.where(clamped, seen, z), known.masked_fill(clamped, 0.0)
                     control.e0 = control.e0.masked_fill(clamped, 0.0)
                     e[:, lists.tail] *= torch.where(clamped.unsqueeze(1), lists.unweighted(), 1.0)
@@ -188,10 +190,9 @@ class CandidatePass(Pass):
                 continue
 
             assert positions.weight is not None
-            share = positions.weight
-            share = share if share.dim() == 0 else share[b.at]
+            share = b.share_of(positions.weight)
             if whole is not None:
-                log_z = whole[b.at]
+                log_z = whole[b.read]
                 z = (log_z - shift).exp()
             per_row = terms.of_partition(share, log_z) / z
             list_factor = per_row
@@ -209,7 +210,7 @@ class CandidatePass(Pass):
             gradients.add(b, e, list_factor, label_grad, of_mean)
 
         gradients.finish()
-        return Sums(log_partition, label_logit, num_clamped), gradients
+        return Sums(log_partition[:count], label_logit[:count], num_clamped), gradients
 
 
 def candidate_variance(

@@ -22,7 +22,8 @@ class CandidateGradients:
         width = lists.dense_rows.shape[1]
         labels = lists.positions.labels
         if self.with_hidden:
-            self.hidden = lists.dense_rows.new_empty(len(labels), width)
+            self.hidden = lists.dense_rows.new_empty(len(labels) + 1, width)
+            """``[N + 1, D]``: the last row is for empty places."""
             # Products with the candidates' rows meet their weights here.
             self.weighted_rows = lists.dense_rows * lists.dense_weight.unsqueeze(1)
         if self.with_head:
@@ -132,7 +133,9 @@ class CandidateGradients:
         low_rank and bias, times ``factor`` (None: 1), which is worked into the sums."""
         grad_hidden, of_head = None, [None] * 3
         if self.with_hidden:
-            grad_hidden = self.hidden if factor is None else self.hidden.mul_(factor)
+            grad_hidden = self.hidden[:-1]
+            if factor is not None:
+                grad_hidden.mul_(factor)
         if self.with_head:
             rows, everywhere = self.rows, self.everywhere
             if factor is not None:

@@ -1,4 +1,4 @@
-"""A device that is not here: tensors without memory, on the device "meta" or as fakes of another."""
+"""A device that is not here: tensors without memory, on "meta" or as fakes of another."""
 
 from __future__ import annotations
 

@@ -23,7 +23,15 @@ from sce_lm.objectives import call, labels
 VIEWS = {
     *("view", "_unsafe_view", "as_strided", "expand", "t", "transpose", "permute", "slice"),
     *("select", "unsqueeze", "squeeze", "split", "split_with_sizes", "detach", "alias", "unbind"),
-    *("empty", "empty_like", "new_empty", "empty_strided", "lift_fresh", "_reshape_alias", "diagonal"),
+    *(
+        "empty",
+        "empty_like",
+        "new_empty",
+        "empty_strided",
+        "lift_fresh",
+        "_reshape_alias",
+        "diagonal",
+    ),
     *("new_empty_strided", "unfold", "is_same_size"),
 }
 """Operations that ask nothing of the card."""
@@ -74,13 +82,12 @@ def a_card(*head_sizes: int) -> Iterator[Counts]:
     """Inside, tensors can be made on it, and what is asked of it is counted. Labels for heads
     of these sizes have been looked at before."""
     counts = Counts()
-    seeds = itertools.count()
     seen = {(torch.device(CARD), size) for size in head_sizes}
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(labels, "looked_at", seen))
-        stack.enter_context(mock.patch.object(call, "draw_seed", lambda _: next(seeds)))
-        stack.enter_context(mock.patch.object(call, "stream", lambda *key: Noise()))
-        stack.enter_context(mock.patch.object(torch, "autocast", lambda *_, **__: nullcontext()))
+        stack.enter_context(mock.patch.object(call, "draw_seed", side_effect=itertools.count()))
+        stack.enter_context(mock.patch.object(call, "stream", return_value=Noise()))
+        stack.enter_context(mock.patch.object(torch, "autocast", return_value=nullcontext()))
         stack.enter_context(_launches(counts))
         stack.enter_context(absent(CARD))
         stack.enter_context(counts)
