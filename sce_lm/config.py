@@ -168,10 +168,6 @@ class SCEConfig(LikelihoodConfig):
     by the softmax at the bucket's centre, mixed with ``prior``. Such a sample is the bucket's own
     tail, so there is no other and no control variate."""
 
-    assignment: Literal["nearest", "balanced"] = "nearest"
-    """"nearest": a position belongs to its nearest centre's bucket. "balanced": the same, cut into
-    equal buckets, whose sizes do not depend on data. On a device they are balanced always."""
-
     shared_labels: bool = True
     """Keep the labels of the batch as candidates of every position, with certainty."""
 
@@ -225,7 +221,6 @@ class SCEConfig(LikelihoodConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_choice(self, "assignment", "nearest", "balanced")
         check_choice(self, "bucket_sampling", "top", "priority")
         check_choice(self, "control_variate", True, False, "auto")
         for name in ("row_control_variate", "shared_labels", "sparse_grad"):

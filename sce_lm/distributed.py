@@ -41,12 +41,13 @@ from sce_lm.objectives.compile_operator import outside_graphs
 from sce_lm.objectives.exact import Exact
 from sce_lm.objectives.published_sce import PublishedSCE
 from sce_lm.objectives.sce import SCE
-from sce_lm.ops.candidate_cross_entropy import CandidatePass, Sums
+from sce_lm.ops.candidate_cross_entropy import CandidatePass
 from sce_lm.ops.candidates import Candidates
 from sce_lm.ops.dtypes import compute_dtype
-from sce_lm.ops.exact_cross_entropy import ExactScan, ExactScores, Scan, Taken, Top
+from sce_lm.ops.exact_cross_entropy import ExactScores, Taken, exact_gradients
 from sce_lm.ops.head import Head, Needs
 from sce_lm.ops.head_loss import Found, Gradients, OfInputs, Pass, head_loss
+from sce_lm.ops.logit_stream import LogitStream, Top
 from sce_lm.ops.logits import LogitTransform
 from sce_lm.ops.positions import Positions
 
@@ -145,8 +146,9 @@ def vocab_parallel_scores(
     """
     own, shard = _own_part(Head(weight, low_rank, bias, post), vocab_size, group)
     own_labels = shard.own_labels(labels)
-    found = ExactScan(own, Positions(hidden, own_labels)).scan(top_k=top_k)
-    log_partition, label_logit = shard.add_up(found, own_labels >= 0)
+    found = LogitStream(own, hidden).scan(ids=own_labels[:, None], top_k=top_k)
+    own_sums = found.log_partition, found.logits_at.squeeze(1)
+    log_partition, label_logit = shard.add_up(*own_sums, own_labels >= 0)
     values, classes = found.top.values, found.top.indices + shard.rows.start
     missing = (0, top_k - values.shape[1])  # a rank may have fewer rows than top_k
     values = torch.cat(shard.gather(pad(values, missing, value=-torch.inf)), dim=1)
@@ -154,7 +156,7 @@ def vocab_parallel_scores(
     best = torch.topk(values, min(top_k, shard.vocab_size), dim=1).indices
     return ExactScores(
         label_logit - log_partition,
-        shard.winner(found.best, found.best_class)[1] == labels,
+        shard.winner(found.top)[1] == labels,
         classes.gather(1, best),
     )
 
@@ -189,19 +191,21 @@ class VocabShard:
         is_own = (labels >= self.rows.start) & (labels < self.rows.stop)
         return torch.where(is_own, labels - self.rows.start, -1)
 
-    def add_up(self, found: Sums | Scan, is_own: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def add_up(
+        self, log_partition: torch.Tensor, label_logit: torch.Tensor, is_own: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """``[N]`` log Z and label logits over all ranks.
 
         Args:
-            found: this rank's.
+            log_partition, label_logit: ``[N]`` this rank's; 0 for a label that is not.
             is_own: ``[N]`` whether it holds the label's row.
 
         Raises:
             ValueError: a label belongs to several ranks or to none.
         """
-        own = found.log_partition
-        largest = self.reduce(own.clone(), dist.ReduceOp.MAX)
-        parts = torch.stack([(own - largest).exp(), found.label_logit, is_own.to(own.dtype)])
+        largest = self.reduce(log_partition.clone(), dist.ReduceOp.MAX)
+        share = (log_partition - largest).exp()
+        parts = torch.stack([share, label_logit, is_own.to(share.dtype)])
         total, label_logit, owners = self.reduce(parts)
         if (owners != 1).any():
             raise ValueError(
@@ -210,16 +214,14 @@ class VocabShard:
             )
         return largest + total.log(), label_logit
 
-    def winner(
-        self, best: torch.Tensor, best_class: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def winner(self, top: Top) -> tuple[torch.Tensor, torch.Tensor]:
         """``[N]`` the largest logits of all, and their classes in ``[0, V)`` (the first one, if
         several tie).
 
         Args:
-            best: ``[N]`` this rank's largest logits.
-            best_class: ``[N]`` and their rows, counted from its first.
+            top: the best of this rank's rows, counted from its first.
         """
+        best, best_class = (x[:, 0] for x in top)
         largest = self.reduce(best.clone(), dist.ReduceOp.MAX)
         first = torch.where(best == largest, best_class + self.rows.start, self.vocab_size)
         return largest, self.reduce(first, dist.ReduceOp.MIN)
@@ -279,12 +281,11 @@ class VocabParallel(Objective):
         """Empty tensors go through the collectives of any other call."""
         none = positions.hidden.new_empty(0, dtype=compute_dtype(positions.hidden, head.weight))
         run = _ExactOverRanks(self.shard)
-        run.found = Scan(none, none, none, positions.labels, Top(none, positions.labels), None)
         loss, _ = head_loss(run, head, positions)
         if call.want_statistics and isinstance(self.objective, SCE):
             self.shard.reduce(none)
         elif call.want_statistics:
-            self.shard.winner(none, positions.labels)
+            self.shard.winner(Top(none[:, None], positions.labels[:, None]))
         return loss.sum() + super().nothing(head, positions, call)
 
     def _sce(
@@ -311,8 +312,8 @@ class VocabParallel(Objective):
         loss, (log_partition,) = head_loss(run, head, own)
         statistics = Statistics(len(labels), products_per_position=float(head.vocab_size))
         if call.want_statistics:
-            assert run.found is not None
-            best, winner = self.shard.winner(run.found.best, run.found.best_class)
+            assert run.top is not None
+            best, winner = self.shard.winner(run.top)
             confidence = (best - log_partition).exp()
             statistics = replace(statistics, correct=winner == labels, confidence=confidence)
         return loss, statistics
@@ -337,8 +338,8 @@ class _OverRanks(Pass):
         self.shard = shard
 
     @abstractmethod
-    def sums(self, head: Head, positions: Positions) -> Sums | Scan:
-        """This rank's."""
+    def sums(self, head: Head, positions: Positions) -> tuple[torch.Tensor, torch.Tensor]:
+        """``[N]`` log Z and label logits of this rank's rows."""
 
     @abstractmethod
     def gradients(
@@ -348,7 +349,7 @@ class _OverRanks(Pass):
 
     def forward(self, head: Head, positions: Positions, needs: Needs) -> Found:
         is_own = positions.labels >= 0
-        log_partition, label_logit = self.shard.add_up(self.sums(head, positions), is_own)
+        log_partition, label_logit = self.shard.add_up(*self.sums(head, positions), is_own)
         return Found(log_partition - label_logit, (log_partition,), kept=log_partition)
 
     def backward(
@@ -374,8 +375,9 @@ class _CandidatesOverRanks(_OverRanks):
         super().__init__(shard)
         self.own = CandidatePass(candidates)
 
-    def sums(self, head: Head, positions: Positions) -> Sums:
-        return self.own.run(head, positions)[0]
+    def sums(self, head: Head, positions: Positions) -> tuple[torch.Tensor, torch.Tensor]:
+        found = self.own.run(head, positions)[0]
+        return found.log_partition, found.label_logit
 
     def gradients(
         self, head: Head, positions: Positions, needs: Needs, log_partition: torch.Tensor
@@ -384,19 +386,18 @@ class _CandidatesOverRanks(_OverRanks):
 
 
 class _ExactOverRanks(_OverRanks):
-    found: Scan | None = None
-    """What this rank's scan found."""
+    top: Top | None = None
+    """The best class of this rank's rows."""
 
-    def sums(self, head: Head, positions: Positions) -> Scan:
-        if len(positions) or self.found is None:
-            self.found = ExactScan(head, positions).scan()
-        return self.found
+    def sums(self, head: Head, positions: Positions) -> tuple[torch.Tensor, torch.Tensor]:
+        found = LogitStream(head, positions.hidden).scan(ids=positions.labels[:, None], top_k=1)
+        self.top = found.top
+        return found.log_partition, found.logits_at.squeeze(1)
 
     def gradients(
         self, head: Head, positions: Positions, needs: Needs, log_partition: torch.Tensor
     ) -> OfInputs:
-        assert positions.weight is not None
-        return ExactScan(head, positions).gradients(log_partition, positions.weight, needs)
+        return exact_gradients(head, positions, log_partition, needs)
 
 
 def _own_part(

@@ -9,7 +9,7 @@ from sce_lm import SCEConfig
 from sce_lm.config import PublishedSCEConfig, PublishedSCESizes, SCESizes
 
 REFUSED = {
-    "an unknown assignment": {"assignment": "topk"},
+    "an unknown sampling": {"bucket_sampling": "topk"},
     "a negative size": {"tail_candidates": -1},
     "a fractional size": {"num_buckets": 2.5},
     "a bool as a size": {"tail_candidates": True},

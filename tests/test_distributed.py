@@ -12,7 +12,7 @@ pytestmark = pytest.mark.distributed
 CHECKS = (
     "limits",
     "labels_first",
-    "num_items",
+    "num_items_and_token_weights",
     "collectives",
     "masks",
     "scores",

@@ -13,8 +13,6 @@ def kmeans_buckets(
     hidden: torch.Tensor,
     num_buckets: int,
     generator: torch.Generator,
-    *,
-    balanced: bool,
     is_valid: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """One bucket for each position: a few Lloyd steps on this batch's hidden states.
@@ -23,10 +21,8 @@ def kmeans_buckets(
         hidden: ``[N, d]`` fp32 or fp64, N >= num_buckets.
         num_buckets: n_b.
         generator: picks the positions that the centres start from.
-        balanced: sort positions by nearest centre and cut into equal chunks, so that sizes do not
-            depend on data; a chunk's centre is its mean.
-        is_valid: ``[N]`` bool: positions that there is anything to group of, the others have hidden
-            states of 0; None: all. Balanced buckets have equal shares of both.
+        is_valid: ``[N]`` bool: which positions the centres are fitted on, the others have hidden
+            states of 0; None: all.
 
     Returns:
         Centres ``[n_b, d]`` and each position's bucket, ``[N]`` int64.
@@ -40,26 +36,7 @@ def kmeans_buckets(
     for _ in range(KMEANS_STEPS):
         centers = _bucket_means(sample, _nearest(sample, centers), centers, is_there)
     bucket = _nearest(hidden, centers)
-    if balanced:
-        if is_valid is not None:
-            bucket = bucket.masked_fill(~is_valid, num_buckets)
-        by_bucket = torch.argsort(bucket, stable=True)
-        place = torch.arange(len(hidden), device=hidden.device)
-        chunk = place * num_buckets // len(hidden)
-        if is_valid is not None:
-            count = is_valid.sum()
-            chunk = torch.where(
-                place < count,
-                place * num_buckets // count.clamp_min(1),
-                (place - count) * num_buckets // (len(hidden) - count).clamp_min(1),
-            )
-        bucket = torch.empty_like(bucket).index_copy_(0, by_bucket, chunk)
     return _bucket_means(hidden, bucket, centers, is_valid), bucket
-
-
-def largest_balanced(num_positions: int, num_buckets: int) -> int:
-    """Positions that a balanced bucket has at most, however many of them are valid."""
-    return num_positions // num_buckets + 2
 
 
 def _nearest(hidden: torch.Tensor, centers: torch.Tensor) -> torch.Tensor:

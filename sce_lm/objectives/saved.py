@@ -1,7 +1,8 @@
 """What earlier versions saved of an objective, in the terms of this one.
 
 SCE as published was ``SCEConfig(assignment="topk")``, and SCE without a sampled tail
-``correction="none"``; the tail's proposal had more components.
+``correction="none"``; the tail's proposal had more components, and buckets could be of equal
+size (``assignment="balanced"``).
 """
 
 from __future__ import annotations

@@ -36,7 +36,6 @@ from sce_lm.candidates.buckets import (
     KMEANS_POSITIONS_PER_BUCKET,
     KMEANS_STEPS,
     kmeans_buckets,
-    largest_balanced,
 )
 from sce_lm.candidates.center_softmax import CenterSoftmax, center_softmax
 from sce_lm.candidates.distinct import distinct
@@ -195,20 +194,16 @@ class SCE(SampledObjective):
         config, sizes = self.config, proposal.sizes
         head, call, hidden = proposal.head, proposal.call, proposal.positions.hidden
         centers = items = bucket_of = bucket_weights = None
-        balanced = False
         rest = head.num_classes - len(shared)  # at least: places may be empty
         own = min(sizes.bucket_candidates, rest)
         rest = head.num_classes if needs_static_shapes(shared.device) else rest
         self.covered = head.num_classes if max(own, sizes.tail_candidates) >= rest else 0
         if own > 0:
-            is_static = needs_static_shapes(hidden.device)
-            balanced = config.assignment == "balanced" or is_static
             centers, bucket_of = kmeans_buckets(
                 hidden.to(compute_dtype(hidden)),
                 sizes.num_buckets,
                 call.stream("buckets"),
-                balanced=balanced,
-                is_valid=proposal.positions.is_valid,
+                proposal.positions.is_valid,
             )
             if config.bucket_sampling == "priority":
                 prior = proposal.log_density().index_fill_(0, _ids(shared), -torch.inf)
@@ -224,7 +219,6 @@ class SCE(SampledObjective):
             log_weights,
             items,
             bucket_of,
-            largest_balanced(len(hidden), max(sizes.num_buckets, 1)) if balanced else None,
             bucket_log_weights=bucket_weights,
             row_sum=self.state.row_sum.of(head) if has_control else None,
             control_variate=sizes.control_variate,

@@ -58,7 +58,6 @@ class TailProposal:
                 hidden.to(compute_dtype(hidden)),
                 min(CENTERS, len(hidden)),
                 self.call.stream("prior"),
-                balanced=False,
             )
             self._at_centers = center_softmax(
                 centers, center_of, self.head, control_variate=self.sizes.control_variate

@@ -56,6 +56,7 @@ class Span(NamedTuple):
     start: int
     stop: int
     buckets: list[int] | slice
+    """Which buckets, or which parts of them where shapes are static."""
     groups: list[Group]
 
 
@@ -72,6 +73,8 @@ class Block(NamedTuple):
     h: torch.Tensor
     y: torch.Tensor
     bucket: torch.Tensor
+    buckets: torch.Tensor | list[int] | slice
+    """``[b]`` those of ``items``; some repeat where shapes are static."""
     groups: list[Group]
     items: torch.Tensor
     """``[b, K_b]`` lists of the block's buckets."""
@@ -154,7 +157,8 @@ class Lists:
         self.label_column = torch.where(found, order[slot] if self.num_dense else slot, -1)
 
         self.order = self.own_tail = self.item_weight = None
-        self.longest = candidates.bucket_positions if self.is_static else None
+        self.bucket_of_part: torch.Tensor | None = None
+        """``[P]`` int64: with static shapes, the bucket of each part."""
         if candidates.bucket_items is None or candidates.bucket_of is None:
             self.items = self.dense.new_empty(1, 0)
             self.bucket_of = torch.zeros_like(labels)
@@ -219,8 +223,8 @@ class Lists:
         if self.bucket_size == 0:
             edges = _equal_parts(0, len(self.positions), limit)
             return [Span(a, b, [], []) for a, b in pairwise(edges)]
-        if self.longest is not None:
-            return self._static_spans(limit, self.longest)
+        if self.is_static:
+            return self._static_spans(limit)
         sizes = torch.bincount(self.bucket_of, minlength=len(self.items))
         bounds = [0, *sizes.cumsum(0).tolist()]
         parts = [
@@ -247,28 +251,32 @@ class Lists:
             taken.append((high - low, bucket))
         return spans
 
-    def _static_spans(self, limit: int, longest: int) -> list[Span]:
-        """The same, with a place for ``longest`` positions in each bucket: a group is a block's
-        buckets without padding, some of whose places are empty."""
-        num_buckets, device = len(self.items), self.bucket_of.device
+    def _static_spans(self, limit: int) -> list[Span]:
+        """The same, with as many parts of one size, and no group's padding, as hold any buckets:
+        places that are not needed stay empty."""
+        num_positions, num_buckets = len(self.positions), len(self.items)
+        size = max(1, min(-(-num_positions // num_buckets), limit))
+        count = -(-num_positions // size) + num_buckets - 1
         ascending, by_bucket = torch.sort(self.bucket_of, stable=True)
-        every = torch.arange(num_buckets, device=device)
-        first, stop = (torch.searchsorted(ascending, every, right=r) for r in (False, True))
-        place = first.unsqueeze(1) + torch.arange(longest, device=device)
-        positions = by_bucket[place.clamp_max(len(by_bucket) - 1)]
+        edges = torch.arange(num_buckets + 1, device=ascending.device)
+        bounds = torch.searchsorted(ascending, edges)
+        parts = (bounds.diff() + size - 1) // size
+        ends = parts.cumsum(0)
+        part = torch.arange(count, device=edges.device)
+        self.bucket_of_part = torch.searchsorted(ends, part, right=True).clamp_max(num_buckets - 1)
+        first_part, stop = (ends - parts)[self.bucket_of_part], bounds[1:][self.bucket_of_part]
+        first = bounds[self.bucket_of_part] + (part - first_part) * size
+        place = first.unsqueeze(1) + torch.arange(size, device=first.device)
+        positions = by_bucket[place.clamp_max(num_positions - 1)]
         is_there = place < stop.unsqueeze(1)
-        self.order = torch.where(is_there, positions, len(by_bucket)).flatten()
+        self.order = torch.where(is_there, positions, num_positions).flatten()
 
-        spans, several = [], max(1, min(self.most_buckets, limit // longest))
-        for low in range(0, num_buckets, several):
-            buckets = slice(low, min(low + several, num_buckets))
-            count = buckets.stop - low
-            edges = _equal_parts(0, longest, limit) if several == 1 else [0, longest]
-            for start, end in pairwise(edges):
-                rows = (end - start) * count
-                group = Group(slice(0, rows), slice(0, count), end - start, None)
-                at = low * longest + start
-                spans.append(Span(at, at + rows, buckets, [group]))
+        spans, several = [], max(1, min(self.most_buckets, limit // size))
+        for low in range(0, count, several):
+            num_parts = min(several, count - low)
+            group = Group(slice(0, num_parts * size), slice(0, num_parts), size, None)
+            parts_of_span = slice(low, low + num_parts)
+            spans.append(Span(low * size, (low + num_parts) * size, parts_of_span, [group]))
         return spans
 
     def block(self, span: Span, x: torch.Tensor) -> Block:
@@ -277,7 +285,7 @@ class Lists:
         if self.order is not None:
             at = self.order[at]
         read, is_empty = at, None
-        if self.longest is not None and torch.is_tensor(at):
+        if self.bucket_of_part is not None:
             last = len(self.positions) - 1
             read, is_empty = at.clamp_max(last), at > last
         h = self.head.extend(self.positions.hidden[read], self.dtype)
@@ -288,7 +296,10 @@ class Lists:
             torch.mm(h, self.dense_rows.T, out=dense)
         else:
             torch.addmm(self.dense_offset, h, self.dense_rows.T, out=dense)
-        items = self.items[span.buckets]
+        buckets = span.buckets
+        if self.bucket_of_part is not None:
+            buckets = self.bucket_of_part[buckets]
+        items = self.items[buckets]
         item_rows = self.bucket_rows(items)
         for group in span.groups:
             own = torch.bmm(group.pad(h[group.rows]), item_rows[group.buckets].mT)
@@ -308,7 +319,7 @@ class Lists:
         label_rows = self.rows(y.clamp_min(0))  # any row does where the label is elsewhere
         label_raw = torch.linalg.vecdot(h, label_rows)
         return Block(
-            at, read, is_empty, h, y, bucket, span.groups, items, item_rows,
+            at, read, is_empty, h, y, bucket, buckets, span.groups, items, item_rows,
             label_rows, label_raw, x, label_columns, is_here, outside, label_weight,
         )  # fmt: skip
 

@@ -153,8 +153,8 @@ class CandidatePass(Pass):
             b = lists.block(span, buffer[: span.stop - span.start])
             control = None
             if rest is not None:
-                if span.buckets:
-                    rest.set_means(span.buckets, b.item_rows)
+                if b.groups:
+                    rest.set_means(b.buckets, b.item_rows)
                 control = Control(rest, b, post)
             label_s = post(b.label_raw)
             label_logit[b.at] = label_s.masked_fill(~b.is_here, 0.0)

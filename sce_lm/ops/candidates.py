@@ -27,8 +27,6 @@ class Candidates:
     """``[n_b, K_b]`` int64, ascending in each row."""
     bucket_of: torch.Tensor | None = None
     """``[N]`` int64: the bucket of each position."""
-    bucket_positions: int | None = None
-    """Positions of the largest bucket, or a bound of them; None: they are counted."""
     bucket_log_weights: torch.Tensor | None = None
     """``[n_b, K_b]`` log-weights of ``bucket_items``; None: all 0. -inf marks an empty slot, whose
     id repeats that of the slot before it. Not with ``control_variate``."""

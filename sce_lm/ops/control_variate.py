@@ -40,7 +40,7 @@ class Rest:
         if lists.bucket_size == 0:
             self.set_means(slice(0, 1), lists.dense_rows.new_zeros(1, 0, len(self._total)))
 
-    def set_means(self, buckets: list[int] | slice, item_rows: torch.Tensor) -> None:
+    def set_means(self, buckets: torch.Tensor | list[int] | slice, item_rows: torch.Tensor) -> None:
         """Fill in the mean rows of some buckets from the rows ``[b, K_b, d]`` of their lists."""
         rest = self._total - item_rows.sum(dim=1)
         size = self.size[buckets].clamp_min(1.0).unsqueeze(1)

@@ -32,6 +32,8 @@ TILE_CLASSES = 2048
 """Classes of a tile."""
 TILE_POSITIONS = 1024
 """Positions multiplied with a tile at a time (8 MiB of logits in fp32)."""
+GATHERED_ELEMENTS = 2**22
+"""Elements of gathered rows held at a time (16 MiB in fp32)."""
 LOWEST = -1e4
 """Exponents below it are taken as it: exp is 0 there, and ``0 · -inf`` is not."""
 
@@ -47,11 +49,11 @@ class Top(NamedTuple):
 
 
 class Scan(NamedTuple):
-    """What the first pass finds; None where it was not asked for."""
+    """What the first pass finds; None, or no columns, where it was not asked for."""
 
     log_partition: Tensor
     """``[N]`` log Z."""
-    logits_at: Tensor | None
+    logits_at: Tensor
     """``[N, K]`` s at the ids, 0 where an id is no class."""
     entropy: Tensor | None
     """``[N]`` H."""
@@ -59,7 +61,7 @@ class Scan(NamedTuple):
     """``[N]`` E_p[s]."""
     logit_sum: Tensor | None
     """``[N]`` sum_j s_j."""
-    top: Top | None
+    top: Top
     grad_hidden: Tensor | None
     """``[N, D]`` sum_j p_j g'_j W_j: the gradient of log Z."""
 
@@ -137,16 +139,16 @@ class LogitStream:
         total = torch.zeros_like(peak)
         moment, spare = (torch.zeros_like(peak), self.new_buffer()) if expectation else (None, None)
         sums = torch.zeros_like(peak) if logit_sum else None
-        at_ids = None if ids is None else hidden.new_zeros(ids.shape)
+        at_ids = hidden.new_zeros(len(hidden), 0 if ids is None else ids.shape[1])
         grad = torch.zeros_like(hidden) if grad_hidden else None
-        best = [_Best(top_k) for _ in self.blocks] if top_k else None
-        for classes, w in self.tiles():
+        best = [_Best(top_k) for _ in self.blocks] if top_k else []
+        for classes, w in self.tiles() if self.blocks else ():
             for block, rows in enumerate(self.blocks):
                 s = self.logits(rows, w, buffer)
                 largest = s.amax(dim=1)
-                if best is not None:
+                if best:
                     best[block].meet(s, largest, classes.start)
-                if at_ids is not None and ids is not None:
+                if ids is not None:
                     column, is_here = _columns(ids[rows], classes)
                     at_ids[rows] = torch.where(is_here, s.gather(1, column), at_ids[rows])
                 if sums is not None:
@@ -181,7 +183,7 @@ class LogitStream:
             None if mean is None else log_total - mean,
             None if mean is None else peak + mean,
             sums,
-            None if best is None else _joined(best, hidden, min(top_k, self.vocab_size)),
+            _joined(best, hidden, min(top_k, self.vocab_size)),
             grad,
         )
 
@@ -224,6 +226,21 @@ class LogitStream:
                 if grad is not None and mine is not None:
                     grad[classes] = mine
         return grad_hidden, *of_head
+
+    def add_rows(self, out: Tensor, ids: Tensor, s: Tensor, factors: Tensor) -> None:
+        """Add ``sum_k factors_tk g'_tk W_{ids_tk}`` to ``out [N, D]``: the gradient at some ids.
+
+        Args:
+            ids: ``[N, K]`` int64 in ``[0, V)``.
+            s: ``[N, K]`` their logits.
+            factors: ``[N, K]`` gradient of the loss with respect to these.
+        """
+        (_, count), width = ids.shape, out.shape[1]
+        factors = factors * self.post.slope(s)
+        step = max(1, GATHERED_ELEMENTS // max(count * width, 1))
+        for mine, some, by in zip(out.split(step), ids.split(step), factors.split(step)):
+            rows = self.head.rows(some.reshape(-1), self.dtype).view(len(some), count, width)
+            mine += torch.bmm(by.unsqueeze(1), rows).squeeze(1)
 
     @staticmethod
     def _logit_gradient(
@@ -297,9 +314,10 @@ def _sorted(s: Tensor, k: int) -> Top:
     return Top(values[:, :k], columns[:, :k])
 
 
-def _joined(best: list[_Best], like: Tensor, width: int) -> Top:
-    """Of all blocks; ``[0, k]`` if there is none."""
+def _joined(best: list[_Best], hidden: Tensor, k: int) -> Top:
+    """Of all blocks; empty if there is none."""
     found = [b.found for b in best if b.found is not None]
     if not found:
-        return Top(like.new_empty(0, width), like.new_empty(0, width, dtype=torch.int64))
+        values = hidden.new_empty(len(hidden), k)
+        return Top(values, torch.empty_like(values, dtype=torch.int64))
     return Top(torch.cat([f.values for f in found]), torch.cat([f.indices for f in found]))

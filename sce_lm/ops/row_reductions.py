@@ -28,8 +28,6 @@ from sce_lm.ops.dispatch import Backend, kernels
 from sce_lm.ops.head import Head, Needs
 from sce_lm.ops.logit_stream import LogitGradient, LogitStream, Top
 
-GATHERED_ELEMENTS = 2**22
-"""Elements of gathered rows held at a time (16 MiB in fp32)."""
 GATHER_COST = 40
 """A gathered row costs as much as this many in a product."""
 
@@ -119,7 +117,7 @@ class _RowReductions(torch.autograd.Function):
             and not (expectation or asked.logit_sum)
             and num_single * GATHER_COST <= head.vocab_size,
         )
-        values, indices = scan.top or (None, None)
+        values, indices = scan.top if asked.top_k else (None, None)
         if indices is not None:
             ctx.mark_non_differentiable(indices)
         ctx.set_materialize_grads(False)
@@ -128,7 +126,7 @@ class _RowReductions(torch.autograd.Function):
             ctx.save_for_backward(*inputs, indices, values, *scan[:3], scan.grad_hidden)
         return (
             scan.log_partition,
-            scan.logits_at,
+            None if ids is None else scan.logits_at,
             scan.entropy if asked.entropy else None,
             scan.expected_logit if asked.expected_logit else None,
             scan.logit_sum,
@@ -140,7 +138,7 @@ class _RowReductions(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, of_log_z, of_at, of_entropy, of_expected, of_sum, of_values, _):
         hidden, *tensors, ids, indices, values, log_z, at_ids, entropy, mean = ctx.saved_tensors
-        head = Head(*tensors, *ctx.rest_of_head)
+        stream = LogitStream(Head(*tensors, *ctx.rest_of_head), hidden)
         a, b = of_log_z, None
         if of_entropy is not None:
             a, b = _sum(a, -of_entropy * entropy), -of_entropy
@@ -153,11 +151,11 @@ class _RowReductions(torch.autograd.Function):
             e, wanted, s = (torch.cat(parts, dim=1) for parts in zip(*single))
         if mean is None:
             loss = LogitGradient(a, b, of_sum, wanted, e)
-            grad_hidden, *of_head = LogitStream(head, hidden).gradients(loss, log_z, ctx.needs)
+            grad_hidden, *of_head = stream.gradients(loss, log_z, ctx.needs)
         else:
             grad_hidden = torch.zeros_like(mean) if a is None else mean * a.unsqueeze(1)
             if e is not None and wanted is not None and s is not None:
-                _add_rows(grad_hidden, head, wanted, e * head.post.slope(s))
+                stream.add_rows(grad_hidden, wanted, s, e)
             of_head = [None] * 3
         if grad_hidden is not None:
             grad_hidden = grad_hidden[:, : hidden.shape[1]].to(hidden.dtype)
@@ -166,15 +164,6 @@ class _RowReductions(torch.autograd.Function):
 
 def _sum(x: Tensor | None, y: Tensor) -> Tensor:
     return y if x is None else x + y
-
-
-def _add_rows(out: Tensor, head: Head, ids: Tensor, factors: Tensor) -> None:
-    """Add ``sum_k factors_tk · row of ids_tk`` to ``out [N, D]``."""
-    count, width = ids.shape[1], out.shape[1]
-    step = max(1, GATHERED_ELEMENTS // (count * width))
-    for mine, some, by in zip(out.split(step), ids.split(step), factors.split(step)):
-        rows = head.rows(some.reshape(-1), out.dtype).view(len(some), count, width)
-        mine += torch.bmm(by.unsqueeze(1), rows).squeeze(1)
 
 
 def _check(head: Head, hidden: Tensor, ids: Tensor | None, top_k: int) -> None:

@@ -1,6 +1,5 @@
 """Buckets of positions, the catalogue scan, and the strata they make."""
 
-import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -19,23 +18,12 @@ def test_kmeans_finds_well_separated_groups():
     generator = torch.Generator().manual_seed(0)
     group = torch.randint(0, 4, (200,), generator=generator)
     hidden = 20 * torch.eye(4)[group] + torch.randn(200, 4, generator=generator)
-    centers, bucket = kmeans_buckets(hidden, 8, generator, balanced=False)
+    centers, bucket = kmeans_buckets(hidden, 8, generator)
     for k in range(8):
         members = group[bucket == k]
         assert len(members.unique()) <= 1
         if len(members):
             torch.testing.assert_close(centers[k], hidden[bucket == k].mean(0))
-
-
-@pytest.mark.parametrize("n", [8, 61, 100])
-def test_balanced_buckets_have_equal_sizes(n):
-    hidden = torch.randn(n, 5, generator=torch.Generator().manual_seed(0))
-    generator = torch.Generator().manual_seed(1)
-    centers, bucket = kmeans_buckets(hidden, 8, generator, balanced=True)
-    sizes = torch.bincount(bucket, minlength=8)
-    assert sizes.max() - sizes.min() <= 1
-    for k in range(8):
-        torch.testing.assert_close(centers[k], hidden[bucket == k].mean(0))
 
 
 @settings(max_examples=60, deadline=None)
@@ -57,13 +45,11 @@ def test_scan_is_a_dense_topk(num_queries, v, k, tile_elements, with_bias):
     assert torch.equal(found, wanted)
 
 
-@pytest.mark.parametrize("assignment", ["nearest", "balanced"])
-def test_strata_are_disjoint(assignment):
+def test_strata_are_disjoint():
     problem = make_problem(90, 400, 6)
     config = SCEConfig(
         num_buckets=7,
         bucket_candidates=30,
-        assignment=assignment,
         shared_frequent=25,
         tail_candidates=80,
     )

@@ -32,7 +32,7 @@ OBJECTIVES = {
     "sce, no labels": lambda: objectives.get("sce", **TAIL, shared_labels=False, z_loss=0.1),
     "sce, all classes": lambda: objectives.get("sce", num_buckets=0, tail_candidates=500),
 }
-BUCKETS = {**TAIL, "num_buckets": 3, "bucket_candidates": 8, "assignment": "balanced"}
+BUCKETS = {**TAIL, "num_buckets": 3, "bucket_candidates": 8}
 IN_BUCKETS = {
     "control": lambda: objectives.get("sce", **BUCKETS, control_variate=True),
     "no control": lambda: objectives.get("sce", **BUCKETS, control_variate=False, z_loss=0.1),
@@ -103,7 +103,7 @@ def test_same_loss_gradients_and_counts(name, case):
 
 @pytest.mark.parametrize("post", [LogitTransform(0.7), LogitTransform(2.0, 3.0)], ids=str)
 @pytest.mark.parametrize("name", IN_BUCKETS)
-def test_same_in_balanced_buckets(name, post):
+def test_same_in_buckets(name, post):
     problem = make_problem(40, 130, 6, with_bias=post.soft_cap is not None)
     for reduction in ("mean", "none"):
         options = {"reduction": reduction, "post": post}

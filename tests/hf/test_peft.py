@@ -30,7 +30,7 @@ from transformers import Trainer, TrainingArguments
 
 from sce_lm import SCEConfig, objectives
 from sce_lm.hf import LazyLogits, SCECallback, apply_sce, objective_of, remove_sce
-from sce_lm.ops import exact_cross_entropy
+from sce_lm.ops import exact_cross_entropy, logit_stream
 from sce_lm.recsys.scoring import model_scorer
 
 
@@ -417,7 +417,7 @@ def test_bf16_lora_head_is_within_stocks_own_error(name):
 )
 def test_no_merged_head_is_allocated(config, monkeypatch):
     """Counted on a head that outweighs everything else in the model."""
-    monkeypatch.setattr(exact_cross_entropy, "TILE_CLASSES", 256)
+    monkeypatch.setattr(logit_stream, "TILE_CLASSES", 256)
     monkeypatch.setattr(exact_cross_entropy, "BLOCK_ELEMENTS", 0)
     sizes = []
     for patch in (lambda m: m, lambda m: apply_sce(m, config)):

@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from sce_lm import LogitTransform, SCEConfig, SCEState, objectives, sce_loss
 from sce_lm.objectives import kernel
-from sce_lm.ops import exact_cross_entropy
+from sce_lm.ops import logit_stream
 
 OBJECTIVES = {
     "exact": lambda: objectives.get("exact"),
@@ -145,7 +145,7 @@ def test_low_rank_head_is_never_formed(name, reduction, monkeypatch):
 
     The kernel without a projection is a method on all rows at once.
     """
-    monkeypatch.setattr(exact_cross_entropy, "TILE_CLASSES", 256)
+    monkeypatch.setattr(logit_stream, "TILE_CLASSES", 256)
     monkeypatch.setattr(kernel, "TILE_ELEMENTS", 100 * 100)
     monkeypatch.setattr(kernel, "PROJECTION_ROWS", 4)
     problem = make_problem(16, 1500, 96, with_bias=False, dtype=torch.float32)

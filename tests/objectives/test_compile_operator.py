@@ -65,7 +65,19 @@ def test_equals_eager_for_all_lengths(name):
         assert torch.equal(inside.state.counts, outside.state.counts)
 
 
-@pytest.mark.parametrize("options", [{"reduction": "none"}, {"reduction": "sum"}, {}])
+WEIGHTS = torch.linspace(0, 2, 15)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"reduction": "none"},
+        {"reduction": "sum"},
+        {},
+        {"token_weights": WEIGHTS},
+        {"token_weights": WEIGHTS, "reduction": "none"},
+    ],
+)
 @pytest.mark.parametrize(
     "specification",
     [
@@ -172,7 +184,7 @@ def test_backward_pass_does_not_need_the_memory_of_the_forward_pass(name, reduct
         used_labels = labels.clone()
         torch.manual_seed(7)
         loss, ticket = torch.ops.sce_lm.head_loss(
-            *used, used_labels, None, needs, number, 1.0, None, reduction, -100
+            *used, used_labels, None, None, needs, number, 1.0, None, reduction, -100
         )
         if is_overwritten:
             used_labels.fill_(0)

@@ -18,13 +18,6 @@ COVERING = {
     "exact": None,
     "shared": SCEConfig(num_buckets=0, shared_frequent=V, tail_candidates=0),
     "bucket": SCEConfig(num_buckets=5, bucket_candidates=V, tail_candidates=0, **NO_SHARED),
-    "balanced bucket": SCEConfig(
-        num_buckets=5,
-        bucket_candidates=V,
-        tail_candidates=0,
-        assignment="balanced",
-        **NO_SHARED,
-    ),
     "shared, control": SCEConfig(
         num_buckets=0, shared_frequent=V, tail_candidates=V, control_variate=True
     ),

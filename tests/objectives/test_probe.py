@@ -36,6 +36,25 @@ def test_figures_are_those_of_loss_and_gradient():
     assert found["probe_cos_hidden"] == pytest.approx(1, abs=1e-9)
 
 
+def test_exact_loss_has_the_objectives_terms():
+    problem = make_problem(40, 500, 16)
+    terms = {"z_loss": 0.1, "label_smoothing": 0.2}
+    found = look(objectives.get("sce", **TAIL_ONLY, tail_candidates=500, **terms), problem)
+    assert found["probe_bias"] == pytest.approx(0, abs=1e-9)
+    assert found["probe_cos_hidden"] == pytest.approx(1, abs=1e-9)
+
+
+def test_positions_count_alike_whatever_they_weigh():
+    problem, probe = make_problem(40, 500, 16), Probe(1)
+    objective = objectives.get("sce", **TAIL_ONLY, tail_candidates=50)
+    figures = []
+    for weights in (None, torch.rand(40)):
+        probe.calls = 0
+        probe(objective, *problem[:3], token_weights=weights)
+        figures.append(probe.figures)
+    assert figures[0] == figures[1]
+
+
 def test_shares_are_those_of_octaves_by_frequency():
     counts = torch.tensor([0, 9, 4, 4, 1])  # ranked 1, 2, 3, 4, 0
     candidates, labels = torch.tensor([1, 3, 0]), torch.tensor([4])

@@ -45,7 +45,16 @@ PUBLISHED = {
     "bucket_candidates": 256,
 }
 NO_TAIL = {"tail_candidates": 0, "control_variate": False}
-TOLD = ["correction", "centers", "tail_strata", "bucket_positions", "alpha", "beta", "reduce"]
+TOLD = [
+    "correction",
+    "assignment",
+    "centers",
+    "tail_strata",
+    "bucket_positions",
+    "alpha",
+    "beta",
+    "reduce",
+]
 
 
 @pytest.mark.parametrize(
@@ -84,6 +93,11 @@ TOLD = ["correction", "centers", "tail_strata", "bucket_positions", "alpha", "be
             ["centers 'random'"],
         ),
         ({"name": "sce", "prior": "cache"}, SCEConfig(), ["prior 'cache'", "prior 'labels'"]),
+        (
+            {"name": "sce", "assignment": "balanced"},
+            SCEConfig(),
+            ["assignment 'balanced'", "goes on without"],
+        ),
         (
             {"name": "sce", "prior": {"labels": 1.0, "gradient": 2.0, "in_batch": 1.0}},
             SCEConfig(prior={"labels": 1.0, "gradient": 2.0}),

@@ -41,9 +41,7 @@ def test_labels_beside_a_uniform_part():
 @pytest.mark.parametrize("post", [LogitTransform(), CAP], ids=["", "cap"])
 def test_gradient_is_the_norm_of_the_rows_gradients_at_the_centres(post, control):
     problem = make_problem(N, V, D)
-    centers, bucket_of = kmeans_buckets(
-        problem.hidden.detach(), CENTERS, stream(3, "prior", CPU), balanced=False
-    )
+    centers, bucket_of = kmeans_buckets(problem.hidden.detach(), CENTERS, stream(3, "prior", CPU))
     x = centers @ problem.weight.detach().T + problem.bias.detach()
     p = torch.softmax(post(x), dim=1) * post.slope(post(x))
     if control:

@@ -17,7 +17,7 @@ from sce_lm.candidates.resampling import multinomial_counts
 from sce_lm.candidates.state import SCEState
 from sce_lm.objectives.in_batch import streaming_frequency
 from sce_lm.ops.catalogue_scan import catalogue_topk
-from sce_lm.ops.exact_cross_entropy import ExactScan
+from sce_lm.ops.exact_cross_entropy import exact_gradients, exact_scores
 from sce_lm.ops.head import Head, Needs, sparse_gradient
 from sce_lm.ops.positions import Positions
 from sce_lm.ops.row_reductions import row_reductions
@@ -41,11 +41,11 @@ def head():
 
 
 def exact():
-    passes = ExactScan(head(), Positions(floats(N, D), ids(N)))
-    found = passes.scan(with_grad_hidden=True, top_k=3)
+    positions = Positions(floats(N, D), ids(N), floats(N))
+    scores = exact_scores(head(), positions, top_k=3)
     needs = Needs(True, (True, False, True))
-    gradients = [g for g in passes.gradients(floats(N), floats(N), needs) if g is not None]
-    return [found.log_partition, found.best_class, *found.top, found.grad_hidden, *gradients]
+    gradients = exact_gradients(head(), positions, floats(N), needs)
+    return [*scores, *(g for g in gradients if g is not None)]
 
 
 def reductions():
@@ -74,8 +74,7 @@ def a_state():
 HOST_CODE = {
     "exact, by tiles": exact,
     "row reductions": reductions,
-    "k-means": lambda: kmeans_buckets(floats(N, D), 4, None, balanced=False),
-    "k-means, balanced": lambda: kmeans_buckets(floats(N, D), 4, None, balanced=True),
+    "k-means": lambda: kmeans_buckets(floats(N, D), 4, None),
     "mixed centres": lambda: random_centers(floats(N, D), 4, None, mix=True),
     "softmax at centres": at_centers,
     "prior by labels": lambda: log_label_prior(ids(V), 0.75, 0.1),

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from support.problems import gradients, make_problem, relative_error
 
 import sce_lm.ops.exact_cross_entropy as core
+import sce_lm.ops.logit_stream as stream
 from sce_lm import LogitTransform
 from sce_lm.objectives.reference import exact_reference, raw_logits
 from sce_lm.ops.head import Head
@@ -35,8 +36,10 @@ def test_equals_the_reference(n, v, d, with_bias, post, blocks, tiles, is_frozen
     wanted = torch.autograd.grad((expected * weights).sum(), inputs)
     s = post(raw_logits(head, problem.hidden))
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in {**blocks, **tiles}.items():
+        for name, value in blocks.items():
             patch.setattr(core, name, value)
+        for name, value in tiles.items():
+            patch.setattr(stream, name, value)
         for position_weight in (None, weights):
             result = core.exact_cross_entropy(head, problem.positions(position_weight))
             loss = (result.loss * weights).sum() if position_weight is None else result.loss
@@ -67,8 +70,8 @@ def test_of_several_best_classes_the_first_counts():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_low_precision_is_as_good_as_stock(dtype, monkeypatch):
     """Error against fp64 at most that of stock cross-entropy, with many tiles and blocks."""
-    monkeypatch.setattr(core, "TILE_CLASSES", 101)
-    monkeypatch.setattr(core, "TILE_POSITIONS", 90)
+    monkeypatch.setattr(stream, "TILE_CLASSES", 101)
+    monkeypatch.setattr(stream, "TILE_POSITIONS", 90)
     monkeypatch.setattr(core, "BLOCK_ELEMENTS", 700 * 70)
     drawn = make_problem(300, 700, 130, with_bias=False, spread=2.0)
     low = [t.detach().to(dtype) for t in drawn[:2]]
@@ -92,10 +95,10 @@ def test_low_precision_is_as_good_as_stock(dtype, monkeypatch):
 @pytest.mark.parametrize("mask", [-1e9, torch.finfo(torch.float32).min, -torch.inf])
 def test_a_whole_tile_of_masked_classes(mask, with_grad_hidden):
     """The first tile has no class that counts."""
-    problem = make_problem(9, 2 * core.TILE_CLASSES + 5, 4, dtype=torch.float32)
+    problem = make_problem(9, 2 * stream.TILE_CLASSES + 5, 4, dtype=torch.float32)
     bias = problem.bias.detach().clone()
-    bias[: core.TILE_CLASSES + 7] = mask
-    labels = problem.labels % core.TILE_CLASSES + core.TILE_CLASSES + 5
+    bias[: stream.TILE_CLASSES + 7] = mask
+    labels = problem.labels % stream.TILE_CLASSES + stream.TILE_CLASSES + 5
     hidden, weight = problem.hidden, problem.weight.detach().requires_grad_(not with_grad_hidden)
     share = torch.tensor(0.5) if with_grad_hidden else None
     head, positions = Head(weight, bias=bias), Positions(hidden, labels, share)

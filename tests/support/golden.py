@@ -46,7 +46,6 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
     "exact": {"name": "exact"},
     "sce default": {"name": "sce"},
     "sce buckets": {"name": "sce", **BUCKETS},
-    "sce balanced": {"name": "sce", **BUCKETS, "assignment": "balanced"},
     "sce tail": {"name": "sce", **TAIL},
     "sce plain tail": {"name": "sce", **TAIL, "control_variate": False},
     "sce control variate": {"name": "sce", **BUCKETS, "control_variate": True},
@@ -91,7 +90,7 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
 }
 """What stays, by a name of its own: the arguments of `objectives.get`."""
 
-ON_RANKS = ("exact", "sce buckets", "sce tail", "sce plain tail", "sce balanced", "sce uniform")
+ON_RANKS = ("exact", "sce buckets", "sce tail", "sce plain tail", "sce uniform")
 """Those that are also run on a head cut over two ranks."""
 
 

@@ -31,7 +31,6 @@ TAILS: dict[str, dict[str, Any]] = {
     "plain": {**_ALL, "control_variate": False},
     "auto": _ALL,
     "no buckets": {**_TAIL, "control_variate": True},
-    "balanced": {**_ALL, "assignment": "balanced", "control_variate": True},
     "row control": {**_ALL, "control_variate": True, "row_control_variate": True},
     "row control, no buckets": {**_TAIL, "control_variate": False, "row_control_variate": True},
     "sparse": {**_ALL, "control_variate": True, "sparse_grad": True},

@@ -25,13 +25,6 @@ STRATA = {
         "shared_labels": False,
         "shared_frequent": 0,
     },
-    "balanced": {
-        "num_buckets": 2,
-        "bucket_candidates": 12,
-        "assignment": "balanced",
-        "shared_labels": False,
-        "shared_frequent": 0,
-    },
     "all": {"num_buckets": 2, "bucket_candidates": 12, "shared_frequent": 12},
 }
 

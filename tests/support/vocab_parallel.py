@@ -48,7 +48,6 @@ COVERING = {
         bucket_candidates=40,
         shared_frequent=20,
         tail_candidates=V,
-        assignment="balanced",
     ),
 }
 """Every class is a candidate, so that the loss is exact cross-entropy."""
@@ -126,14 +125,21 @@ def labels_first() -> None:
             assert relative_error(actual, want) < 1e-10 if want.any() else not actual.any()
 
 
-def num_items() -> None:
-    problem = make_problem(N, V, D)
-    total = exact_reference(problem.head(), problem.positions()).sum()
+def num_items_and_token_weights() -> None:
+    problem, weights = make_problem(N, V, D), torch.linspace(0, 2, N, dtype=torch.float64)
+    total = exact_reference(problem.head(), problem.positions()) @ weights
     own = shard(problem)
     loss = vocab_parallel_loss(
-        *own[:3], vocab_size=V, bias=own.bias, config=EXACT, num_items_in_batch=torch.tensor(500)
+        *own[:3],
+        vocab_size=V,
+        bias=own.bias,
+        config=EXACT,
+        num_items_in_batch=torch.tensor(500),
+        token_weights=weights,
     )
     assert relative_error(loss, total / 500) < 1e-10
+    wanted = torch.autograd.grad(total / 500, problem.parameters)
+    assert relative_error(gradients(loss, own)[0], wanted[0]) < 1e-10
 
 
 @contextmanager
@@ -305,6 +311,8 @@ def refusals() -> None:
         SCEConfig(prior={"labels": 1.0, "gradient": 0.5}),
         SCEConfig(bucket_sampling="priority", num_buckets=2),
         SCEConfig(row_control_variate=True),
+        SCEConfig(z_loss=0.1),
+        objectives.get("exact", label_smoothing=0.1),
         objectives.get("rece"),
     ):
         with pytest.raises(ValueError, match="no vocabulary-parallel form"):
