@@ -93,7 +93,7 @@ class SampledSoftmax(SampledObjective):
     config: SampledSoftmaxConfig
 
     def has_static_shapes(self, head: Head) -> bool:
-        return self.config.shared and not self.config.sparse_grad and not may_mask(head)
+        return not self.config.sparse_grad and not may_mask(head)
 
     def compute(
         self, head: Head, positions: Positions, call: Call

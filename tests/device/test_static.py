@@ -31,8 +31,13 @@ STATIC: dict[str, tuple[str, dict[str, Any]]] = {
     "sampled softmax": ("sampled_softmax", {}),
     "sampled softmax, distinct": ("sampled_softmax", {"sampling": "distinct"}),
     "sampled softmax, priority": ("sampled_softmax", {"sampling": "priority"}),
+    "sampled softmax, own": ("sampled_softmax", {"shared": False, "num_negatives": 20}),
+    "bce": ("bce", {"num_negatives": 4}),
+    "gbce": ("gbce", {"num_negatives": 200, "shared": True}),
     "sce, tail only": ("sce", TAIL),
     "sce": ("sce", {"num_buckets": 8, "shared_frequent": 20}),
+    "sce, published": ("sce", {"published": True}),
+    "sce, published, mean": ("sce", {"published": True, "reduce": "mean"}),
 }
 """Objectives whose call is a static graph."""
 
@@ -46,14 +51,10 @@ WAITING: dict[str, tuple[str, dict[str, Any], str]] = {
     "sce, row control variate": ("sce", TAIL | {"row_control_variate": True}, "empty places"),
     "sce, sparse": ("sce", TAIL | {"sparse_grad": True}, "as many rows as were touched"),
     "sce, target": ("sce", TAIL | {"target_relative_error": 0.1}, "the tail's size is read"),
-    "sce, published": ("sce", {"published": True}, "covered positions are picked out"),
-    "sampled softmax, own": ("sampled_softmax", {"shared": False}, "distinct rows are found"),
     "rece": ("rece", {}, "chunks are cut by their sizes"),
     "bir": ("bir", {}, "distinct rows are found"),
     "xir": ("xir", {}, "distinct rows are found"),
     "kernel": ("kernel", {}, "blocks are cut by their draws"),
-    "bce": ("bce", {}, "distinct rows are found"),
-    "gbce": ("gbce", {}, "distinct rows are found"),
 }
 """Objectives that wait for the device still, and for what."""
 
@@ -140,6 +141,12 @@ def test_not_yet(name):
     steps(objective, options, backend="torch")
 
 
+@pytest.mark.parametrize("name", ["sampled softmax", "sce", "sce, published", "bce"])
+@pytest.mark.xfail(strict=True, raises=READS, reason="masked classes are counted and listed")
+def test_not_yet_with_a_bias_that_may_mask(name):
+    steps(*STATIC[name], Surroundings(bias=True), backend="torch")
+
+
 WITH_KERNELS = {
     "exact": (254, 98),  # 32 pieces of the catalogue, three launches each
     "in batch": (138, 6),
@@ -147,8 +154,13 @@ WITH_KERNELS = {
     "sampled softmax": (146, 6),
     "sampled softmax, distinct": (150, 6),
     "sampled softmax, priority": (160, 7),
+    "sampled softmax, own": (1035, 0),
+    "bce": (359, 0),
+    "gbce": (155, 0),
     "sce, tail only": (323, 18),
     "sce": (515, 25),
+    "sce, published": (276, 10),
+    "sce, published, mean": (209, 8),
 }
 """Operations of torch and launches of a call with its backward pass by the kernels, of 8,192
 positions and 262,144 classes, as counted when this was written: upper bounds."""
@@ -160,8 +172,13 @@ BY_TORCH = {
     "sampled softmax": 226,
     "sampled softmax, distinct": 230,
     "sampled softmax, priority": 220,
+    "sampled softmax, own": 122,
+    "bce": 113,
+    "gbce": 113,
     "sce, tail only": 354,
     "sce": 737,
+    "sce, published": 470,
+    "sce, published, mean": 298,
 }
 """The same without kernels, of 512 positions and 3,000 classes."""
 

@@ -27,17 +27,26 @@ OBJECTIVES = {
     "sampled softmax": lambda: objectives.get("sampled_softmax", num_negatives=30),
     "distinct": lambda: objectives.get("sampled_softmax", num_negatives=30, sampling="distinct"),
     "priority": lambda: objectives.get("sampled_softmax", num_negatives=30, sampling="priority"),
+    "gbce": lambda: objectives.get("gbce", num_negatives=20, shared=True),
     "sce": lambda: objectives.get("sce", **TAIL),
     "sce, no control": lambda: objectives.get("sce", **TAIL, control_variate=False),
     "sce, no labels": lambda: objectives.get("sce", **TAIL, shared_labels=False, z_loss=0.1),
     "sce, all classes": lambda: objectives.get("sce", num_buckets=0, tail_candidates=500),
 }
 BUCKETS = {**TAIL, "num_buckets": 3, "bucket_candidates": 8}
-IN_BUCKETS = {
+BY_POSITION = {
+    "own": lambda: objectives.get("sampled_softmax", num_negatives=2, shared=False),
+    "own, many": lambda: objectives.get("sampled_softmax", num_negatives=7, shared=False),
+    "bce": lambda: objectives.get("bce", num_negatives=2),
     "control": lambda: objectives.get("sce", **BUCKETS, control_variate=True),
+    "published": lambda: objectives.get("sce", published=True, bucket_candidates=9),
+    "published, mean": lambda: objectives.get(
+        "sce", published=True, bucket_candidates=9, reduce="mean", num_buckets=5
+    ),
     "no control": lambda: objectives.get("sce", **BUCKETS, control_variate=False, z_loss=0.1),
 }
-"""Without ignored positions alone: among others, the first centres are other positions."""
+"""Objectives that draw for positions or among them, which gives the same only where all have a
+label."""
 each_objective = pytest.mark.parametrize("name", OBJECTIVES)
 
 
@@ -102,12 +111,12 @@ def test_same_loss_gradients_and_counts(name, case):
 
 
 @pytest.mark.parametrize("post", [LogitTransform(0.7), LogitTransform(2.0, 3.0)], ids=str)
-@pytest.mark.parametrize("name", IN_BUCKETS)
-def test_same_in_buckets(name, post):
+@pytest.mark.parametrize("name", BY_POSITION)
+def test_same_where_all_have_labels(name, post):
     problem = make_problem(40, 130, 6, with_bias=post.soft_cap is not None)
     for reduction in ("mean", "none"):
         options = {"reduction": reduction, "post": post}
-        mine, state = assert_same(IN_BUCKETS[name], problem, options)
+        mine, state = assert_same(BY_POSITION[name], problem, options)
     # What was measured of the tail waits to be read.
     assert all(torch.is_tensor(mine.averages[k]) for k in mine.averages if "variance" in k)
     measured = {k: v for k, v in state.summary().items() if "error" in k}
@@ -127,6 +136,22 @@ def test_covering_buckets_are_exact_beside_ignored_positions(ignored, budget, mo
         found, _ = train(objectives.get("sce", **covering, shared_frequent=0), problem, {})
     for a, b in zip(found, expected):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("name", BY_POSITION)
+def test_ignored_positions_have_no_part(name, reduction):
+    problem = make_problem(40, 120, 6, with_bias=False)
+    problem.labels[::3] = -100
+    hidden = problem.hidden.detach().clone()
+    with static_shapes():
+        clean, _ = train(BY_POSITION[name](), problem, {"reduction": reduction})
+        hidden[::3] = torch.nan
+        problem = problem._replace(hidden=hidden.requires_grad_())
+        found, _ = train(BY_POSITION[name](), problem, {"reduction": reduction})
+    assert all(torch.equal(a, b) for a, b in zip(found, clean))
+    assert all((found[k][::3] == 0).all() for k in (1, 4))
+    assert reduction == "mean" or (found[0][::3] == 0).all()
 
 
 def test_frequent_classes_are_listed_once():
