@@ -15,12 +15,8 @@ def on_page_markdown(markdown: str, **_: object) -> str:
 def training_fields() -> str:
     """A Markdown table: field, default, what it is."""
     lines = ["| field | default | what it is |", "|---|---|---|"]
+    defaults = TrainConfig.defaults()
     for field in dataclasses.fields(TrainConfig):
-        default = (
-            field.default_factory()
-            if field.default_factory is not dataclasses.MISSING
-            else field.default
-        )
         text = field.metadata["help"].replace("|", "\\|")
-        lines.append(f"| `{field.name}` | `{default!r}` | {text} |")
+        lines.append(f"| `{field.name}` | `{defaults[field.name]!r}` | {text} |")
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""Train a causal language model with corrected SCE through Lightning.
+"""Train a causal language model with SCE through Lightning.
 
     pip install lightning
     python examples/lightning_module.py [--steps 20]

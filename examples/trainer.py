@@ -1,4 +1,4 @@
-"""Train a causal language model with corrected SCE through the Trainer of transformers.
+"""Train a causal language model with SCE through the Trainer of transformers.
 
     python examples/trainer.py
     python examples/trainer.py --model HuggingFaceTB/SmolLM2-135M --steps 200

@@ -5,11 +5,11 @@
     python scripts/benchmark.py step --model DIR --tokens 2048
     python scripts/benchmark.py train examples/configs/lm_embedded.yaml --steps 150 --seeds 0 1
     python scripts/benchmark.py scale --plot scale.png
-    python scripts/benchmark.py ranks --ranks 1 2 4 8 --bandwidth 100
     python scripts/benchmark.py kernels --json kernels.json
 
-`--help` after a subcommand lists its options. The table goes to standard output, progress to
-standard error, and with `--json FILE` every figure to a file.
+`--help` after a subcommand lists its options and the methods that it can measure. Tables go to
+standard output, progress to standard error, and with `--json FILE` everything to a file, with
+command, commit, date, machine, versions and the options of each method.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from sce_lm.benchmarks import SUBCOMMANDS
+from sce_lm.benchmarks import SUBCOMMANDS, report, results
 
 
 def check(arguments: argparse.Namespace) -> None:
@@ -34,6 +34,18 @@ def check(arguments: argparse.Namespace) -> None:
             raise ValueError(f"{name} is {str(path)!r}; give a file in a folder that exists.")
     if arguments.plot is not None and not importlib.util.find_spec("matplotlib"):
         raise ValueError("--plot needs matplotlib, which is not installed; install it.")
+
+
+def show(found: results.Results, tables: tuple[report.Table, ...]) -> None:
+    """The tables of every comparison, and what is to be said of its rows."""
+    report.print_line(found.heading)
+    for comparison in found.comparisons:
+        report.print_line(f"\n{comparison.title}")
+        for table in tables:
+            table.print(comparison.rows)
+        for row in comparison.rows:
+            for note in row.get("notes", ()):
+                report.print_line(f"{row['label']}: {note}")
 
 
 def main() -> None:
@@ -51,10 +63,15 @@ def main() -> None:
         description=module.__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    command.add_argument("--json", type=Path, metavar="FILE", help="write all figures there")
+    command.add_argument("--json", type=Path, metavar="FILE", help="write all results there")
     command.add_argument("--plot", type=Path, metavar="FILE", help="write a plot (PNG) there")
     command.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
     command.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of the CPU")
+    command.add_argument(
+        "--shared",
+        action="store_true",
+        help="others use the machine: give ratios and quality, and no seconds",
+    )
     module.add_arguments(command)
     arguments = command.parse_args(chosen.options)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # temporary files go then too
@@ -62,7 +79,16 @@ def main() -> None:
         check(arguments)
         torch.set_num_threads(arguments.threads)  # every measurement's process has as many
         arguments.device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        module.run(arguments)
+        origin = results.provenance(arguments.device, shared=arguments.shared)
+        found = results.Results(chosen.subcommand, list(module.measure(arguments)), **origin)
+        if arguments.shared:
+            found.drop_seconds()
+        if arguments.json is not None:
+            found.save(arguments.json)
+        show(found, module.TABLES)
+        if arguments.plot is not None:
+            comparisons = [(comparison.title, comparison.rows) for comparison in found.comparisons]
+            report.draw(arguments.plot, module.PLOTS, comparisons)
     except (ValueError, OSError, ImportError) as error:
         sys.exit(f"benchmark.py: {error}")
 

@@ -5,15 +5,13 @@ Called by scripts/demo.sh, which makes the environment.
 
 from pathlib import Path
 
-from sce_lm.training.comparison import Comparison, Method, compare
-from sce_lm.training.train_config import as_arguments, parse_config
+from sce_lm.benchmarks import report, results
+from sce_lm.benchmarks.comparison import TABLES, compare
+from sce_lm.benchmarks.methods import methods
+from sce_lm.training.command_line import as_arguments, parse_config
 
 FOLDER = Path("runs/demo")
-METHODS = {
-    "exact": Method("exact"),
-    "published SCE": Method("sce", {"published": True}),
-    "corrected SCE": Method("sce"),
-}
+METHODS = ("exact", "sce-published", "sce")
 LANGUAGE_MODEL = {
     "per_device_batch_size": 4,
     "max_steps": 100,
@@ -34,31 +32,27 @@ RECOMMENDER = {
 }
 
 
-def run(config: str, changes: dict, name: str) -> Comparison:
+def run(config: str, changes: dict, what: str, folder: Path) -> results.Comparison:
     arguments = [f"examples/configs/{config}.yaml", *as_arguments(changes)]
-    return compare(parse_config(arguments), METHODS, FOLDER / name)
-
-
-def heading(what: str, result: Comparison) -> str:
-    sizes = result.measured
-    steps = next(iter(result.summaries.values()))[0]["steps"]
-    return (
-        f"{what}: {steps} steps; the loss on {sizes['positions']} positions, "
-        f"vocabulary {sizes['vocab_size']}, width {sizes['width']}, {sizes['dtype']}"
-    )
+    chosen = [methods()[name] for name in METHODS]
+    comparison = compare(parse_config(arguments), chosen, folder)
+    comparison.title = f"{what}: {comparison.title}"
+    return comparison
 
 
 def main() -> None:
-    language_model = run("lm_embedded", LANGUAGE_MODEL, "lm")
-    recommender = run("items_embedded", RECOMMENDER, "items")
-    print()
-    language_model.print(
-        heading("Language model", language_model),
-        {"nll": "exact test NLL", "accuracy": "accuracy"},
-    )
-    recommender.print(heading("Recommender", recommender), {"ndcg@10": "NDCG@10", "hr@10": "HR@10"})
-    print(f"Curves: {language_model.curves}, {recommender.curves}")
-    print(f"Figures as JSON: {FOLDER}/lm/comparison.json, {FOLDER}/items/comparison.json")
+    comparisons = [
+        run("lm_embedded", LANGUAGE_MODEL, "Language model", FOLDER / "lm"),
+        run("items_embedded", RECOMMENDER, "Recommender", FOLDER / "items"),
+    ]
+    for comparison in comparisons:
+        report.print_line(f"\n{comparison.title}")
+        for table in TABLES:
+            table.print(comparison.rows)
+    found = results.Results("train", comparisons, **results.provenance("cpu"))
+    found.save(FOLDER / "results.json")
+    print("\nCurves:", ", ".join(comparison.sizes["curves"] for comparison in comparisons))
+    print(f"Results: {FOLDER}/results.json")
 
 
 if __name__ == "__main__":

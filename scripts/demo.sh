@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Train a language model and a recommender with exact cross-entropy, published SCE and corrected
-# SCE, on data made from the installed Python packages, and compare them in one table.
+# Train a language model and a recommender with exact cross-entropy, published SCE and SCE as it
+# comes, on data made from the installed Python packages, and compare them in two tables.
 #
 #     bash scripts/demo.sh
 #

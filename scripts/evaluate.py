@@ -51,14 +51,14 @@ def main() -> None:
         from sce_lm.training.run_evaluation import (
             evaluate_on,
             evaluate_run,
-            evaluation_file,
-            is_saved_model,
             print_evaluation,
         )
+        from sce_lm.training.run_folder import RunFolder
 
-        if arguments.data is None and is_saved_model(arguments.folder):
+        folder = RunFolder(arguments.folder)
+        if arguments.data is None and folder.is_saved_model():
             raise ValueError(
-                f"{arguments.folder} is a saved model, beside which there are no data; give a log "
+                f"{folder} is a saved model, beside which there are no data; give a log "
                 "or a text by --data, or the folder of its run."
             )
         if (arguments.data is None and columns) or (arguments.data and arguments.split):
@@ -70,17 +70,14 @@ def main() -> None:
         accelerator = Accelerator()
         check_processes(accelerator)
         if arguments.data is None:
-            rows = evaluate_run(arguments.folder, accelerator, asked, arguments.k)
+            rows = evaluate_run(folder, accelerator, asked, arguments.k)
         else:
-            rows = evaluate_on(
-                arguments.folder, arguments.data, accelerator, arguments.k, **columns
-            )
+            rows = evaluate_on(folder, arguments.data, accelerator, arguments.k, **columns)
     except (ValueError, OSError, ImportError) as error:
         sys.exit(f"evaluate.py: {error}")
     if accelerator.is_main_process:
         print_evaluation(rows, arguments.data or asked)
-        file = evaluation_file(arguments.folder, asked, arguments.data)
-        print(f"Figures as JSON: {file}")
+        print(f"Figures as JSON: {folder.evaluation(asked, arguments.data)}")
     accelerator.end_training()
 
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # All that is to be known of this machine's GPU, in under nine minutes and from the checkout:
 #
-#     bash scripts/gpu.sh [--json DIR]      figures of every part, and a table at the end
+#     bash scripts/gpu.sh [--json DIR]      results of every part, and a table at the end
 #     bash scripts/gpu.sh --rehearse        every part on the CPU, at toy sizes
 #
 # The Python is .venv's, if that is there, and else the one of the machine, with what it has: torch,

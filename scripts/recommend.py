@@ -104,13 +104,13 @@ def spelled_out(arguments: Sequence[str]) -> list[str]:
 def run(arguments: argparse.Namespace) -> int:
     from sce_lm import recsys
     from sce_lm.training.models import load_model, load_tokenizer
+    from sce_lm.training.run_folder import RunFolder
 
-    config_file = arguments.run / "config.json"
-    folder = arguments.run
-    trained_with: dict = {}
-    if (folder / "model").is_dir():
-        folder, trained_with = folder / "model", read_json(config_file)
-    if not (folder / "config.json").exists():
+    trained = RunFolder(arguments.run)
+    folder, trained_with = arguments.run, {}
+    if trained.model.is_dir():
+        folder, trained_with = trained.model, read_json(trained.config)
+    if not RunFolder(folder).config.exists():
         raise ValueError(
             f"{arguments.run} holds no model; give the folder of a finished run, or one written by "
             "save_pretrained."

@@ -17,12 +17,12 @@ INTERRUPTED = 130
 
 def main() -> None:
     try:
-        from sce_lm.training.loop import Run
+        from sce_lm.training.command_line import parse_config
         from sce_lm.training.processes import start_missing_processes
-        from sce_lm.training.train_config import parse_config
+        from sce_lm.training.run_building import build_run
 
         start_missing_processes()
-        run = Run(parse_config(sys.argv[1:]))
+        run = build_run(parse_config(sys.argv[1:]))
     except (ValueError, OSError, ImportError) as error:
         sys.exit(f"train.py: {error}")
     except KeyboardInterrupt:

@@ -1,10 +1,10 @@
 """The vocabulary-parallel loss on 2 and 4 processes is the loss of one; each function of
-support/vocab_parallel.py says what it checks."""
+programs/vocab_parallel.py says what it checks."""
 
 import json
 
 import pytest
-from support import vocab_parallel
+from programs import vocab_parallel
 from support.launch import run
 
 pytestmark = pytest.mark.distributed
@@ -30,6 +30,7 @@ def test_it_is_the_loss_of_one_process(tmp_path, world_size):
     run(vocab_parallel.__file__, world_size, tmp_path, CHECKS)
 
 
+@pytest.mark.slow
 def test_its_estimator_is_unbiased(tmp_path):
     run(vocab_parallel.__file__, 2, tmp_path, SAMPLED)
 

@@ -12,19 +12,21 @@ MAY_IMPORT = {
     "config": {"ops"},
     "files": set(),
     "requirements": set(),
-    "figures": {"files", "requirements"},
+    "png": {"files", "requirements"},
     "candidates": {"config", "files", "ops"},
     "objectives": {"candidates", "config", "ops"},
     "distributed": {"objectives", "candidates", "config", "ops"},
-    "hf": {"distributed", "objectives", "candidates", "config", "files", "ops"},
+    "distillation": {"objectives", "candidates", "config", "ops"},
+    "teacher_files": {"distillation", "files", "ops"},
+    "hf": {"distillation", "distributed", "objectives", "candidates", "config", "files", "ops"},
     "recsys": {"hf", "objectives", "candidates", "config", "files", "ops", "requirements"},
     "training": {
-        *("recsys", "hf", "objectives", "candidates", "config", "files", "figures", "ops"),
+        *("recsys", "hf", "objectives", "candidates", "config", "files", "png", "ops"),
         "requirements",
     },
     "benchmarks": {
         *("training", "hf", "distributed", "objectives", "candidates"),
-        *("config", "files", "figures", "ops"),
+        *("config", "files", "png", "ops"),
     },
 }
 """What each part of the package may import from the others."""
@@ -34,9 +36,9 @@ ONLY_IN = {
     "peft": {"hf", "training"},
     "trl": {"hf", "benchmarks"},
     "datasets": {"recsys", "training"},
-    "polars": {"recsys", "training"},
+    "polars": {"recsys", "teacher_files", "training"},
     "accelerate": {"training"},
-    "matplotlib": {"figures"},
+    "matplotlib": {"png"},
 }
 """Parts that may know a library."""
 

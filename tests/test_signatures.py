@@ -26,7 +26,7 @@ FLAT = {
     "benchmarks/peers.py _liger.loss",
     "benchmarks/peers.py _quack.loss",
     "benchmarks/peers.py _trl.loss",
-    "training/loss_cost.py stock.loss",
+    "benchmarks/loss_cost.py stock.loss",
     # Launch a kernel, whose parameters are pointers.
     "ops/triton/backward_pass.py backward_pass",
     "ops/triton/candidate_forward.py list_sums",

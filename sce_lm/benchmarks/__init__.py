@@ -1,7 +1,8 @@
 """What `scripts/benchmark.py` measures: one module a subcommand.
 
-Such a module has ``add_arguments(parser)`` and ``run(arguments)``; its docstring is the
+Such a module has ``add_arguments(parser)``, ``measure(arguments)``, which returns comparisons of
+:mod:`sce_lm.benchmarks.results`, and ``TABLES`` and ``PLOTS`` that show them; its docstring is the
 subcommand's help. Naming it in ``SUBCOMMANDS`` is all that it takes.
 """
 
-SUBCOMMANDS = ("loss", "estimators", "step", "train", "scale", "ranks", "kernels")
+SUBCOMMANDS = ("loss", "estimators", "step", "train", "scale", "kernels")

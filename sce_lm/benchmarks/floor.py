@@ -129,12 +129,12 @@ def measure_rates(
     def seconds_of(run: Callable[[], Any]) -> float:
         return statistics.median(time_calls(run, device, TRIALS))
 
-    def products(groups: int, rows: int, classes: int) -> float:
-        """Forward, dh and, if trainable, dW of groups of rows that meet classes of their own."""
+    def products(groups: int, positions: int, classes: int) -> float:
+        """Forward, dh and, if trainable, dW of groups of positions, each with its classes."""
         if not classes:
             return math.inf
-        classes = min(classes, max(1, BLOCK_ELEMENTS // (groups * rows)))
-        h, w = normal(groups, rows, d), normal(groups, classes, d)
+        classes = min(classes, max(1, BLOCK_ELEMENTS // (groups * positions)))
+        h, w = normal(groups, positions, d), normal(groups, classes, d)
         p, dh, dw = torch.bmm(h, w.mT), torch.empty_like(h), torch.empty_like(w)
         if groups == 1:
             h, w, p, dh, dw = (tensor[0] for tensor in (h, w, p, dh, dw))
@@ -142,7 +142,7 @@ def measure_rates(
         seconds += seconds_of(lambda: torch.matmul(p, w, out=dh))
         if trainable:
             seconds += seconds_of(lambda: torch.matmul(p.mT, h, out=dw))
-        return (6 if trainable else 4) * groups * rows * classes * d / seconds
+        return (6 if trainable else 4) * groups * positions * classes * d / seconds
 
     def scan(buckets: int) -> float:
         if not buckets:

@@ -5,13 +5,13 @@
 `scripts/gpu.sh` calls it from a checkout. The environment is checked, then the tests marked gpu,
 errors against float64, the loss by every method on the shapes that people quote, whole training
 steps, and profiles. A part that crashes, hangs or is not installed is named and loses its own
-figures alone; what matters least comes last, in case the time is over. Beside a measurement stands
-what the roofline model says of the card.
+results alone; what matters least comes last, in case the time is over.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import signal
 import sys
@@ -23,15 +23,53 @@ from pathlib import Path
 
 import torch
 
-from sce_lm.benchmarks import gpu_parts, loss, report
+from sce_lm.benchmarks import gpu_parts, report, results
 from sce_lm.benchmarks.parts import Part, Result, run_part, start_server
+from sce_lm.benchmarks.peers import PEERS, STOCK
+from sce_lm.benchmarks.report import METHOD, Column, Table
 
 BUDGET = 520.0
 """Seconds after which no part is begun, and each is ended."""
-OURS = ("exact", "tail", "strata", "published")
-PEERS = ("stock", "torch_fused", "liger", "cce", "quack", "trl", "compile")
-STEPS = ("stock", "exact", "strata")
-TAIL = 2048
+OURS = ("exact", "sce-tail", "sce", "sce-published")
+STEPS = ("stock", "exact", "sce")
+TABLES = (
+    Table(
+        "Largest error against float64",
+        (
+            Column("loss and dtype", "label"),
+            Column("loss", "errors.loss", ".1e"),
+            Column("dh", "errors.hidden", ".1e"),
+            Column("dW", "errors.weight", ".1e", "over the largest value of each"),
+        ),
+    ),
+    Table(
+        "Forward and backward, trainable head",
+        (
+            METHOD,
+            Column("forward ms", "forward_seconds", ".2f", factor=1e3),
+            Column("ms", "seconds", ".2f", factor=1e3),
+            Column("host ms", "host_seconds", ".2f", "until the passes are queued", 1e3),
+            Column("x stock", "speedup", ".2f", "times as fast as plain cross-entropy"),
+            Column(
+                *("x floor", "over_floor", ".2f"),
+                "over the least time of its products and passes over memory on this card",
+            ),
+            Column("peak MiB", "peak_mib", ",.0f"),
+        ),
+    ),
+    Table(
+        "A whole training step, random weights",
+        (
+            METHOD,
+            Column("ms", "step.seconds", ".1f", factor=1e3),
+            Column("x stock", "step.speedup", ".2f", "times as fast as the stock model's step"),
+            Column("in the loss, host ms", "step.loss_seconds", ".1f", factor=1e3),
+            Column("held MiB", "step.held_mib", ",.0f", "parameters and AdamW's moments"),
+            Column("peak MiB", "step.peak_mib", ",.0f", "what a step needs over that"),
+        ),
+    ),
+)
+PLOTS = ()
 
 
 @dataclass(frozen=True)
@@ -79,16 +117,15 @@ REHEARSAL = Sizes(
 
 def parts(sizes: Sizes, device: str) -> list[Part]:
     """What is to be done, the most important first."""
-    methods = {method.name: method for method in loss.methods(TAIL)}
     on = {"device": device}
 
     def losses(names: Iterable[str]) -> list[Part]:
         return [
             Part(
                 f"loss-{n}x{v}x{d}-{name}",
-                gpu_parts.loss_row,
+                gpu_parts.loss_cost,
                 {
-                    **{"specification": methods[name].specification, "sizes": (n, v, d)},
+                    **{"method": name, "sizes": (n, v, d)},
                     **{"dtype": dtype, "repeats": sizes.repeats, **on},
                 },
                 limit=100.0 if name == "compile" else 45.0,
@@ -107,14 +144,14 @@ def parts(sizes: Sizes, device: str) -> list[Part]:
                  {"sizes": sizes.correctness, "dtype": kind, **on})
             for kind in ("bfloat16", "float32")
         ),
-        *losses((*OURS, "stock")),
+        *losses((*OURS, STOCK)),
         *(
             Part(
                 f"step-{model}-{name}",
-                gpu_parts.step_row,
+                gpu_parts.training_step,
                 {
                     **{"model": model, "smaller": sizes.model, "batch": sizes.batch, **on},
-                    **{"specification": methods[name].specification, "dtype": sizes.step_dtype},
+                    **{"method": name, "dtype": sizes.step_dtype},
                     "repeats": sizes.repeats,
                 },
             )
@@ -125,11 +162,11 @@ def parts(sizes: Sizes, device: str) -> list[Part]:
             Part(
                 f"profile-{name}",
                 gpu_parts.profiled,
-                {"specification": methods[name].specification, **first, **on},
+                {"method": name, **first, **on},
             )
-            for name in ("exact", "strata")
+            for name in ("exact", "sce")
         ),
-        *losses(name for name in PEERS if name != "stock"),
+        *losses(name for name in PEERS if name != STOCK),
     ]  # fmt: skip
 
 
@@ -141,7 +178,7 @@ def run(todo: Sequence[Part], folder: Path, budget: float = BUDGET) -> list[Resu
         left = ends - time.monotonic()
         if left < 1.0:
             result = {"part": part.name, "skipped": "the time was over"}
-            report.write_json(folder / f"{part.name}.json", result)
+            results.write_json(folder / f"{part.name}.json", result)
         else:
             report.progress(f"{number}/{len(todo)} {part.name}")
             result = run_part(part, folder, min(part.limit, left))
@@ -149,32 +186,49 @@ def run(todo: Sequence[Part], folder: Path, budget: float = BUDGET) -> list[Resu
             if kind in result:
                 report.progress(f"    {kind}: {result[kind]}")
         found.append(result)
-        report.write_json(folder / "summary.json", {"parts": found})
+        results.write_json(folder / "summary.json", {"parts": found})
     return found
+
+
+def comparisons(found: Sequence[Result]) -> list[results.Comparison]:
+    """What was measured, one for each shape and model, as the page of results shows it."""
+    errors = [
+        {"label": f"{result['dtype']}, {name}", "errors": values}
+        for result in found
+        for name, values in result.get("errors", {}).items()
+    ]
+    grouped: dict[str, list[Result]] = {}
+    for result in found:
+        if "forward_seconds" in result:
+            n, v, d = result["sizes"]
+            title = f"N={n:,}, V={v:,}, d={d:,}, {result['dtype']}"
+            grouped.setdefault(title, []).append(result)
+        elif "step" in result:
+            grouped.setdefault(result["model"], []).append(result)
+    made = (
+        [results.Comparison("Correctness (stock: in the same dtype)", {}, errors)] if errors else []
+    )
+    for title, rows in grouped.items():
+        costs = [row.get("step", row) for row in rows]
+        stock = next((c["seconds"] for c, r in zip(costs, rows) if r["name"] == STOCK), math.nan)
+        for cost in costs:
+            cost["speedup"] = stock / cost["seconds"]
+        made.append(results.Comparison(title, {}, rows))
+    return made
 
 
 def print_summary(found: Sequence[Result]) -> None:
     """Tables of what was measured, and what is missing, by name."""
     by_name = {result["part"]: result for result in found}
     where = by_name.get("environment", {})
-    if "machine" in where:
-        report.print_heading(
-            where["machine"], f"missing: {', '.join(where['missing']) or 'nothing'}"
-        )
+    if "missing" in where:
+        report.print_line(f"Missing packages: {', '.join(where['missing']) or 'none'}")
     if "summary" in by_name.get("tests", {}):
         report.print_line(f"\nTests marked gpu: {by_name['tests']['summary']}")
-    errors = [
-        [f"{result['dtype']}, {name}", *(f"{value:.1e}" for value in values.values())]
-        for result in found
-        for name, values in result.get("errors", {}).items()
-    ]
-    if errors:
-        columns = ("largest error against float64", "loss", "dh", "dW")
-        report.print_table(
-            "Correctness (stock: plain cross-entropy in the same dtype)", columns, errors
-        )
-    _print_losses(found)
-    _print_steps(found)
+    for comparison in comparisons(found):
+        report.print_line(f"\n{comparison.title}")
+        for table in TABLES:
+            table.print(comparison.rows)
     for result in found:
         if "kernels" in result:
             title = (
@@ -182,66 +236,16 @@ def print_summary(found: Sequence[Result]) -> None:
                 f"{result['device_ms']:.2f}; queued by the host in {result['host_ms']:.2f}; "
                 f"{result['launches']} launches"
             )
-            rows = [
-                [r["kernel"][:70], str(r["calls"]), f"{r['ms']:.3f}"] for r in result["kernels"]
+            cells = [
+                [k["kernel"][:70], str(k["calls"]), f"{k['ms']:.3f}"] for k in result["kernels"]
             ]
-            report.print_table(title, ("kernel", "calls", "ms"), rows[:8])
+            report.print_table(title, ("kernel", "calls", "ms"), cells[:8])
     lost = [r for r in found if "failed" in r or "skipped" in r]
     if lost:
         report.print_line("\nNot measured, or wrong:")
     for result in lost:
         kind = "failed" if "failed" in result else "skipped"
         report.print_line(f"    {result['part']}: {kind}; {result[kind]}")
-
-
-def _print_losses(found: Sequence[Result]) -> None:
-    rows = [result for result in found if "forward_seconds" in result]
-    stock = {tuple(r["sizes"]): r["seconds"] for r in rows if r["part"].endswith("-stock")}
-    cells = []
-    for row in sorted(rows, key=lambda row: tuple(row["sizes"])):
-        reference = stock.get(tuple(row["sizes"]))
-        times = (row["forward_seconds"], row["seconds"], row["host_seconds"])
-        cells.append(
-            [
-                row["part"].removeprefix("loss-"),
-                *(f"{1e3 * t:.2f}" for t in times),
-                f"{reference / row['seconds']:.2f}" if reference else "",
-                f"{row['predicted_ms']:.2f}" if "predicted_ms" in row else "",
-                f"{row['peak_mib']:,.0f}",
-            ]
-        )
-    if cells:
-        sheets = {row["predicted_for"] for row in rows if "predicted_for" in row}
-        columns = (
-            "N x V x d, method",
-            "forward ms",
-            "ms",
-            "host ms",
-            "x stock",
-            "predicted",
-            "MiB",
-        )
-        report.print_table(
-            "The loss, forward and backward, trainable head (predicted: the roofline model at half "
-            f"of the rates of {', '.join(sheets) or 'no known card'}; peers: their products alone)",
-            (*columns, "predicted", "MiB"),
-            cells,
-        )
-
-
-def _print_steps(found: Sequence[Result]) -> None:
-    cells = [
-        [
-            result["part"].removeprefix("step-"),
-            *(f"{1e3 * result[name]:.1f}" for name in ("seconds", "loss_seconds")),
-            *(f"{result[name]:,.0f}" for name in ("held_mib", "peak_mib")),
-        ]
-        for result in found
-        if "loss_seconds" in result
-    ]
-    if cells:
-        columns = ("model, method", "ms", "in the loss, host ms", "held MiB", "peak MiB")
-        report.print_table("A whole training step, random weights", columns, cells)
 
 
 def main() -> None:
@@ -266,6 +270,10 @@ def main() -> None:
             found = run(todo, arguments.json)
         except OSError as error:
             sys.exit(f"gpu.sh: {error}")
+    origin = results.provenance("cpu" if arguments.rehearse else "cuda")
+    shown = results.Results("gpu", comparisons(found), **origin)
+    shown.save(arguments.json / "results.json")
+    report.print_line(shown.heading)
     print_summary(found)
     report.print_line(f"\nResults: {arguments.json}")
     if any("failed" in result for result in found):

@@ -21,10 +21,10 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from sce_lm import objectives
-from sce_lm.benchmarks import prediction, report
+from sce_lm.benchmarks import methods, results
+from sce_lm.benchmarks.floor import measure_floor
+from sce_lm.benchmarks.loss_cost import Inputs, Loss, cost_of, warm_up
 from sce_lm.benchmarks.parts import Result
-from sce_lm.benchmarks.peers import PEERS
 from sce_lm.benchmarks.problem import random_inputs
 from sce_lm.benchmarks.step import time_steps
 from sce_lm.candidates.state import SCEState
@@ -35,7 +35,6 @@ from sce_lm.ops.exact_cross_entropy import exact_cross_entropy
 from sce_lm.ops.head import Head
 from sce_lm.ops.logits import LogitTransform
 from sce_lm.ops.positions import Positions
-from sce_lm.training.loss_cost import Inputs, Loss, cost_of, loss_of, warm_up
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = (
@@ -67,7 +66,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 
 def environment(device: str) -> Result:
     """What is installed and what the machine is; on a GPU one kernel is compiled and checked."""
-    found: Result = {"machine": report.machine(device), "versions": {}, "missing": []}
+    found: Result = {"machine": results.machine(device), "versions": {}, "missing": []}
     for package in PACKAGES:
         try:
             found["versions"][package] = version(package)
@@ -127,8 +126,8 @@ def tests(selection: list[str]) -> Result:
 
 
 def correctness(sizes: tuple[int, int, int], dtype: str, device: str) -> Result:
-    """Losses and gradients against the same numbers in float64: exact cross-entropy, and corrected
-    SCE on the candidates that it chooses. Beside them the error of plain cross-entropy, computed in
+    """Losses and gradients against the same numbers in float64: exact cross-entropy, and SCE
+    on the candidates that it chooses. Beside them the error of plain cross-entropy, computed in
     ``dtype``. An error is the largest difference over the largest value."""
     inputs, past = _inputs(sizes, dtype, device)
     low = {k: t.requires_grad_() if t.is_floating_point() else t for k, t in inputs.items()}
@@ -152,7 +151,9 @@ def correctness(sizes: tuple[int, int, int], dtype: str, device: str) -> Result:
     errors = {}
     bound = 4 * torch.finfo(getattr(torch, dtype)).eps + 1e-5
     for name, loss, reference in (
-        *(("exact", exact, exact), ("corrected", chosen, chosen), ("stock", stock, exact)),
+        ("exact (ours)", exact, exact),
+        ("SCE (default)", chosen, chosen),
+        ("stock", stock, exact),
     ):
         wanted = _with_gradients(reference, "torch", double)
         found = _with_gradients(loss, "auto", low)
@@ -161,7 +162,7 @@ def correctness(sizes: tuple[int, int, int], dtype: str, device: str) -> Result:
             for key in wanted
         }
     result: Result = {"sizes": sizes, "dtype": dtype, "errors": errors, "bound": bound}
-    worst = max(max(errors[name].values()) for name in ("exact", "corrected"))
+    worst = max(max(errors[name].values()) for name in ("exact (ours)", "SCE (default)"))
     if not worst < bound:
         result["failed"] = f"an error of {worst:.2e} is more than {bound:.2e}"
     return result
@@ -184,36 +185,34 @@ def _with_gradients(loss: Callable, backend: str, x: Inputs) -> dict[str, torch.
     return {"loss": losses.detach(), "hidden": found[0], "weight": found[1]}
 
 
-def loss_row(
-    specification: dict[str, Any],
+def loss_cost(
+    method: str,
     sizes: tuple[int, int, int],
     dtype: str,
     device: str,
     repeats: int,
 ) -> Result:
-    """One method on one shape, trainable head: seconds, peak memory, seconds of the host alone."""
-    n, v, d = sizes
-    peer = PEERS.get(specification["name"])
+    """One method on one shape, trainable head: seconds, peak memory, the host alone, the floor."""
+    n, v, _ = sizes
+    found = methods.methods(vocab_size=v)[method]
+    peer, specification = found.peer, found.specification
     reason = peer.unavailable(n * v, device) if peer else None
     if reason is not None:
         return {"skipped": reason}
     inputs, past = _inputs(sizes, dtype, device)
-    if specification["name"] != "compile":  # it would be compiled for the small shapes too
-        warm_up(lambda: _build(specification, device), inputs)
-    loss = _build(specification, device, past, sizes[1])
+    if method != "compile":  # it would be compiled for the small shapes too
+        warm_up(lambda: methods.build(specification, POST, device)[0], inputs)
+    loss = _loss(found, device, past, v)
     cost = cost_of(loss, inputs, repeats=repeats, budget=10.0)
     host = _host_seconds(loss, inputs, device, repeats)
     result: Result = asdict(cost) | {"sizes": sizes, "dtype": dtype, "host_seconds": host}
+    result |= asdict(found) | {"positions": n, "vocab_size": v, "resolved": found.resolved(n, v)}
     result |= {"version": peer.version} if peer else {}
-    name = torch.cuda.get_device_name() if device == "cuda" else prediction.DEVICES[0].name
-    sheet = prediction.card(name)
-    if sheet is not None:
-        labels = len(inputs["labels"].unique())
-        result["predicted_ms"] = prediction.milliseconds(
-            specification, n, v, d, getattr(torch, dtype), sheet, labels
-        )
-        result["predicted_for"] = sheet.name
-    return result
+    counts = torch.bincount(past, minlength=v)
+    floor = measure_floor(specification, inputs["labels"], inputs["weight"], counts, trainable=True)
+    return result | (
+        {"floor": floor, "over_floor": cost.seconds / floor["seconds"]} if floor else {}
+    )
 
 
 def _inputs(sizes: tuple[int, int, int], dtype: str, device: str) -> tuple[Inputs, torch.Tensor]:
@@ -221,17 +220,12 @@ def _inputs(sizes: tuple[int, int, int], dtype: str, device: str) -> tuple[Input
     return random_inputs(*sizes, getattr(torch, dtype), generator)
 
 
-def _build(
-    specification: dict[str, Any], device: str, past: torch.Tensor | None = None, classes: int = 0
-) -> Loss:
-    """A new loss; an objective's state has counted the labels of the past, if there is one."""
-    peer = PEERS.get(specification["name"])
-    if peer is not None:
-        return peer.build(POST, device)
-    objective = objectives.get(**specification)
-    if past is not None and isinstance(objective.state, SCEState):
+def _loss(method: methods.Method, device: str, past: torch.Tensor, classes: int) -> Loss:
+    """A new loss; an objective's state has counted the labels of the past."""
+    loss, objective = methods.build(method.specification, POST, device)
+    if objective is not None and isinstance(objective.state, SCEState):
         objective.state.begin_call(past, classes, seed=0)
-    return loss_of(objective, POST)
+    return loss
 
 
 def _host_seconds(loss: Loss, inputs: Inputs, device: str, repeats: int) -> float:
@@ -249,10 +243,10 @@ def _host_seconds(loss: Loss, inputs: Inputs, device: str, repeats: int) -> floa
     return statistics.median(seconds)
 
 
-def step_row(
+def training_step(
     model: str,
     smaller: dict[str, int],
-    specification: dict[str, Any],
+    method: str,
     batch: tuple[int, int],
     dtype: str,
     device: str,
@@ -274,16 +268,19 @@ def step_row(
     config = AutoConfig.for_model(kind, **(sizes | smaller))
     trained = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
     ids = torch.randint(config.vocab_size, (4 * batch[0], batch[1]))
-    found = time_steps(trained, ids.split(batch[0]), specification, repeats, 10.0, device)
-    return {"model": model, "parameters": trained.num_parameters(), "batch": batch, **found}
+    asked, positions = methods.methods()[method], batch[0] * (batch[1] - 1)
+    found = time_steps(trained, ids.split(batch[0]), asked.specification, repeats, 10.0, device)
+    size = {"model": model, "parameters": trained.num_parameters(), "positions": positions}
+    return {
+        **{**asdict(asked), **size, "vocab_size": config.vocab_size, "step": found},
+        "resolved": asked.resolved(positions, config.vocab_size),
+    }
 
 
-def profiled(
-    specification: dict[str, Any], sizes: tuple[int, int, int], dtype: str, device: str
-) -> Result:
+def profiled(method: str, sizes: tuple[int, int, int], dtype: str, device: str) -> Result:
     """The kernels of one forward and backward pass by their time, and the host beside them."""
     inputs, past = _inputs(sizes, dtype, device)
-    loss = _build(specification, device, past, sizes[1])
+    loss = _loss(methods.methods()[method], device, past, sizes[1])
     leaves = [inputs[name].requires_grad_() for name in ("hidden_states", "weight")]
     for _ in range(3):
         loss(**inputs).backward()
@@ -302,7 +299,7 @@ def profiled(
         done = time.perf_counter() - started
     on_gpu = device == "cuda"
     kernels = [e for e in found.key_averages() if (e.device_type.name == "CUDA") == on_gpu]
-    rows = [
+    launched = [
         {
             "kernel": e.key,
             "calls": e.count,
@@ -310,13 +307,13 @@ def profiled(
         }
         for e in kernels
     ]
-    rows.sort(key=lambda row: -row["ms"])
+    launched.sort(key=lambda kernel: -kernel["ms"])
     return {
         "sizes": sizes,
         "dtype": dtype,
         "wall_ms": 1e3 * done,
         "host_ms": 1e3 * queued,
-        "device_ms": sum(row["ms"] for row in rows),
-        "launches": sum(row["calls"] for row in rows),
-        "kernels": rows[:40],
+        "device_ms": sum(kernel["ms"] for kernel in launched),
+        "launches": sum(kernel["calls"] for kernel in launched),
+        "kernels": launched[:40],
     }

@@ -1,4 +1,4 @@
-"""Triton kernels compiled for GPUs that are not here, and a prediction of their time.
+"""Triton kernels compiled for GPUs that are not here, or timed on the one that is.
 
 Compiles the launches of every configuration in the table, for each architecture and dtype, and
 reads registers, spilled registers, shared memory and matrix instructions from the machine code; of
@@ -14,25 +14,26 @@ import multiprocessing
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from triton import knobs
 
-from sce_lm.benchmarks import report, roofline, tune
-from sce_lm.config import SCEConfig
+from sce_lm.benchmarks import report, results, tune
+from sce_lm.benchmarks.report import Column, Table
 from sce_lm.ops.candidates import Candidates
 from sce_lm.ops.head import Head
 from sce_lm.ops.logits import LogitTransform
 from sce_lm.ops.positions import Positions
+from sce_lm.ops.row_reductions import Asked
 from sce_lm.ops.triton.candidate_cross_entropy import candidate_cross_entropy
 from sce_lm.ops.triton.catalogue_scan import catalogue_topk
 from sce_lm.ops.triton.compile_offline import Compiled, Launch, compile_launch, recording
-from sce_lm.ops.triton.configurations import ARCHITECTURES, DTYPES, Architecture, choose
+from sce_lm.ops.triton.configurations import ARCHITECTURES, DTYPES, Architecture
 from sce_lm.ops.triton.exact_cross_entropy import exact_cross_entropy
 from sce_lm.ops.triton.priority_sample import priority_sample
+from sce_lm.ops.triton.row_reductions import row_reductions
 
 CACHE = Path(knobs.cache.dir) / "sce_lm"
 """Where results are kept, by a hash of source, types and options."""
@@ -41,16 +42,35 @@ ALIGNED, RAGGED, UNALIGNED = 2048, 1040, 300
 """Widths: whole tiles; not whole tiles; rows that do not start at multiples of 16."""
 
 
+TABLES = (
+    Table(
+        "Kernels",
+        (
+            Column("kernel", "label"),
+            Column("arch", "arch"),
+            Column("dtype", "dtype"),
+            Column("configuration", "config"),
+            Column("registers", "registers"),
+            Column("spills", "spills", meaning="instructions that move spilled registers"),
+            Column("shared bytes", "shared_bytes"),
+            Column("matrix instructions", "matrix_instructions"),
+            Column("tile bytes", "tile_bytes"),
+            Column("tile operations", "tile_operations"),
+            Column("ms", "milliseconds", ".3f", "of the whole operation that launches it"),
+        ),
+    ),
+)
+PLOTS = ()
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the subcommand."""
     parser.add_argument("--archs", nargs="*", choices=ARCHITECTURES, default=list(ARCHITECTURES))
     parser.add_argument("--dtypes", nargs="*", choices=DTYPE_NAMES, default=list(DTYPE_NAMES))
     parser.add_argument("--processes", type=int, default=multiprocessing.cpu_count())
-    parser.add_argument("--positions", type=int, default=16_384, help="N of the prediction")
-    parser.add_argument("--vocab", type=int, default=248_320, help="V")
-    parser.add_argument("--dim", type=int, default=2048, help="d")
-    parser.add_argument("--labels", type=int, default=4096, help="different labels of a batch")
-    parser.add_argument("--share", type=float, default=0.5, help="of the peak rates")
+    parser.add_argument("--positions", type=int, default=16_384, help="N of --tune")
+    parser.add_argument("--vocab", type=int, default=248_320, help="V of --tune")
+    parser.add_argument("--dim", type=int, default=2048, help="d of --tune")
     parser.add_argument(
         "--tune",
         action="store_true",
@@ -58,26 +78,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run(arguments: argparse.Namespace) -> None:
-    """Compile, predict, print, and write what was asked for."""
+def measure(arguments: argparse.Namespace) -> Sequence[results.Comparison]:
+    """Compile everything; or, with --tune, time it."""
     if arguments.tune:
-        tune.run(arguments)
-        return
+        return [tune.measure(arguments)]
     rows = compile_table(arguments.archs, arguments.dtypes, arguments.processes)
-    columns = ("kernel", "arch", "dtype", "config", "registers", "spills", "shared_bytes")
-    columns += ("matrix_instructions", "tile_bytes", "tile_operations")
-    cells = [[str(row[name]) for name in columns] for row in rows]
-    report.print_table("Compiled offline", columns, cells)
-    wrong = [row for row in rows if row["fault"]]
-    for row in wrong:
-        report.print_line(f"{row['kernel']} on {row['arch']} in {row['dtype']}: {row['fault']}")
-    predictions = predict(arguments)
-    report.write_json(arguments.json, {"kernels": rows, "predictions": predictions})
-    if wrong:
-        raise ValueError(f"{len(wrong)} kernels are not as they must be")
-
-
-# -- compilation -----------------------------------------------------------------------------
+    return [results.Comparison("Compiled offline", {}, rows)]
 
 
 @dataclass(frozen=True)
@@ -131,12 +137,21 @@ def launches(architecture: Architecture, dtype: torch.dtype, variant: Variant) -
         for loss in (
             candidate_cross_entropy(head, positions, candidates).loss,
             exact_cross_entropy(head, positions).loss,
+            *_everything(head, hidden),
         ):
             loss.sum().backward()
         excluded = torch.arange(16) if variant.bias else None
         catalogue_topk(hidden.detach(), head, 16, excluded=excluded)
         priority_sample(torch.zeros(v), 32, torch.Generator())
     return list({launch.key: launch for launch in found}.values())
+
+
+def _everything(head: Head, hidden: torch.Tensor) -> list[torch.Tensor]:
+    """All that row reductions find, in one sum."""
+    ids, asked = torch.zeros(len(hidden), 4, dtype=torch.int64), Asked(True, True, True, 1)
+    found = row_reductions(head, hidden, ids, asked)
+    parts = [*found[:5], None if found.top is None else found.top.values]
+    return [torch.cat([part.flatten() for part in parts if part is not None])]
 
 
 def configurations_of(architecture: Architecture, dtype: torch.dtype) -> list[Launch]:
@@ -181,91 +196,17 @@ def _compile(architecture_name: str, dtype_name: str) -> list[dict[str, Any]]:
     rows = []
     for launch in configurations_of(architecture, dtype):
         compiled = compile_launch(launch, CACHE)
+        wrong = fault(launch, compiled, dtype)
         rows.append(
             {
-                "kernel": launch.name,
+                "label": launch.name,
                 "arch": architecture_name,
                 "dtype": dtype_name,
                 "config": launch.configuration,
                 **asdict(compiled),
                 "tile_bytes": launch.tile_bytes(dtype.itemsize),
                 "tile_operations": launch.tile_operations,
-                "fault": fault(launch, compiled, dtype),
+                "notes": [f"{architecture_name}, {dtype_name}: {wrong}"] if wrong else [],
             }
         )
     return rows
-
-
-# -- prediction ------------------------------------------------------------------------------
-
-
-def shapes(arguments: argparse.Namespace) -> dict[str, roofline.Shape]:
-    """The problems that are predicted."""
-    n, v, d = arguments.positions, arguments.vocab, arguments.dim
-    sizes = SCEConfig().resolve(n, v)
-    return {
-        "tail only, 2048": roofline.Shape(n, v, d, tail=2048),
-        "tail only, 2048, control variate": roofline.Shape(n, v, d, tail=2048, control=True),
-        "default strata": roofline.Shape(
-            n,
-            v,
-            d,
-            shared=sizes.shared_frequent + arguments.labels,
-            tail=sizes.tail_candidates,
-            buckets=sizes.num_buckets,
-            bucket_size=sizes.bucket_candidates,
-            control=sizes.control_variate,
-        ),
-    }
-
-
-def predict(arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """Print each device's and problem's terms; returns them."""
-    share, found = arguments.share, []
-    for device in roofline.DEVICES:
-        choice = partial(
-            choose, architecture=ARCHITECTURES[device.architecture], dtype=torch.bfloat16
-        )
-        for name, shape in shapes(arguments).items():
-            steps = roofline.steps(shape, choice)
-            seconds = [step.seconds(device, share) for step in steps]
-            rows = [
-                [
-                    f"{step.phase}: {step.kernel} {step.list}",
-                    f"{step.operations / 1e9:,.1f}",
-                    f"{step.memory_bytes / 2**20:,.0f}",
-                    f"{step.tile_bytes / 2**20:,.0f}",
-                    f"{1e3 * time:.3f}",
-                ]
-                for step, time in zip(steps, seconds)
-            ]
-            totals = [
-                sum(step.operations for step in steps) / 1e9,
-                sum(step.memory_bytes for step in steps) / 2**20,
-                sum(step.tile_bytes for step in steps) / 2**20,
-            ]
-            rows.append(["together", *(f"{t:,.0f}" for t in totals), f"{1e3 * sum(seconds):.3f}"])
-            title = (
-                f"Prediction, not measured: {device.name} at {share:.0%} of "
-                f"{device.matrix_rate / 1e12:.0f} TFLOP/s and {device.memory_rate / 1e12:.2f} TB/s"
-                f"\n{name}: N={shape.positions}, V={shape.vocab}, d={shape.width}, bf16"
-            )
-            columns = ("launch", "GFLOP", "memory MiB", "tiles MiB", "ms")
-            report.print_table(title, columns, rows)
-            found.append(
-                {
-                    "device": asdict(device),
-                    "problem": name,
-                    "share": share,
-                    "shape": asdict(shape),
-                    "steps": [
-                        {**asdict(step), "seconds": time} for step, time in zip(steps, seconds)
-                    ],
-                    "milliseconds": 1e3 * sum(seconds),
-                }
-            )
-    report.print_line(
-        f"For comparison: Cut Cross-Entropy, {roofline.PUBLISHED_CCE_MS} ms, measured by its "
-        "authors at N=16384, V=248320, d=2048 in bf16 on an H100."
-    )
-    return found

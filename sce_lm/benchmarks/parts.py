@@ -1,6 +1,6 @@
 """Parts of a session on a borrowed machine, each in a process of its own with its own time limit.
 
-A part that crashes or hangs loses its own figures and no others. Its result is NAME.json in a
+A part that crashes or hangs loses its own result and no others. Its result is NAME.json in a
 folder as soon as it is there, and what it prints is NAME.log. Processes are forked from a server
 that has imported torch and touched no device, so that one costs a tenth of a second.
 """
@@ -18,7 +18,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sce_lm.benchmarks import report
+from sce_lm.benchmarks.results import write_json
+from sce_lm.files import read_json
 
 Result = dict[str, Any]
 """What a part found; "failed" or "skipped", and why, where it found nothing."""
@@ -64,12 +65,12 @@ def run_part(part: Part, folder: Path, limit: float) -> Result:
     finally:
         _end(process)
     if file.exists():
-        result = report.read_json(file)
+        result = read_json(file)
     else:
         lines = log.read_text(errors="replace").splitlines() if log.exists() else []
         result = {"part": part.name, "failed": failed, "last_lines": lines[-10:]}
     result["took"] = round(time.monotonic() - started, 2)
-    report.write_json(file, result)
+    write_json(file, result)
     return result
 
 
@@ -95,4 +96,4 @@ def _run(part: Part, folder: Path) -> None:
         first = str(error).strip().splitlines() or [""]
         result = {"failed": f"{type(error).__name__}: {first[0]}"}
     sys.stdout.flush()
-    report.write_json(folder / f"{part.name}.json", {"part": part.name, **result})
+    write_json(folder / f"{part.name}.json", {"part": part.name, **result})

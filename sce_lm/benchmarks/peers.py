@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
+from sce_lm.benchmarks.loss_cost import Loss, stock
 from sce_lm.ops.logits import LogitTransform
-from sce_lm.training.loss_cost import STOCK, Loss, stock
 from sce_lm.training.measure import available_bytes
 
 
@@ -21,6 +21,8 @@ from sce_lm.training.measure import available_bytes
 class Peer:
     """A loss that is not ours."""
 
+    label: str
+    """In tables and plots."""
     build: Callable[[LogitTransform, str], Loss]
     """From logit transform and device ("cpu", "cuda") to the loss."""
     logit_buffers: dict[str, int] = dataclasses.field(default_factory=dict)
@@ -145,14 +147,23 @@ def _scaled(tensor: Any, post: LogitTransform) -> Any:
     return tensor if tensor is None or post.scale == 1.0 else tensor * post.scale
 
 
+STOCK = "stock"
+"""Plain cross-entropy over logits that are kept, as transformers computes it."""
+
 PEERS = {
-    STOCK: Peer(lambda post, device: stock(post), {"cpu": 3, "cuda": 3}),
-    "compile": Peer(_compiled_stock, {"cpu": 2, "cuda": 2}),
-    "torch_fused": Peer(_torch_fused, function="linear_cross_entropy"),
-    "cce": Peer(_cut_cross_entropy, {"cpu": 2}, "cut-cross-entropy", "cut_cross_entropy"),
-    "liger": Peer(_liger, {}, "liger-kernel", "liger_kernel", devices=("cuda",)),
-    "quack": Peer(_quack, {}, "quack-kernels", "quack", devices=("cuda",)),
-    "trl": Peer(_trl, {}, "trl", "trl"),
+    STOCK: Peer("stock", lambda post, device: stock(post), {"cpu": 3, "cuda": 3}),
+    "compile": Peer("torch.compile of stock", _compiled_stock, {"cpu": 2, "cuda": 2}),
+    "torch_fused": Peer("F.linear_cross_entropy", _torch_fused, function="linear_cross_entropy"),
+    "cce": Peer(
+        "Cut Cross-Entropy",
+        _cut_cross_entropy,
+        {"cpu": 2},
+        "cut-cross-entropy",
+        "cut_cross_entropy",
+    ),
+    "liger": Peer("Liger", _liger, {}, "liger-kernel", "liger_kernel", devices=("cuda",)),
+    "quack": Peer("quack, chunked", _quack, {}, "quack-kernels", "quack", devices=("cuda",)),
+    "trl": Peer("TRL, chunked", _trl, {}, "trl", "trl"),
 }
 """By the name in a method's specification."""
 

@@ -16,9 +16,9 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
+from sce_lm.benchmarks.loss_cost import Inputs, load_inputs, save_inputs
 from sce_lm.candidates.state import SCEState
 from sce_lm.ops.logits import LogitTransform
-from sce_lm.training.loss_cost import Inputs, load_inputs, save_inputs
 
 LOGIT_SPREAD = 1.5
 """Standard deviation of drawn logits."""

@@ -23,17 +23,17 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import cross_entropy, linear
 
+from sce_lm.benchmarks.loss_cost import Inputs, Loss, load_inputs, one_pass
 from sce_lm.objectives import Exact, Objective
 from sce_lm.ops.logits import LogitTransform
-from sce_lm.training.loss_cost import Inputs, Loss, load_inputs, one_pass
 
 BLOCK_ELEMENTS = 2**26
 """Logits of a block of the reference (256 MiB; three such buffers are live)."""
-ROWS = 2**14
-"""Rows of a gradient that are widened to fp64 at a time."""
+CHUNK = 2**14
+"""Classes of a gradient that are widened to fp64 at a time."""
 
 
-Figures = dict[str, float | None]
+Quality = dict[str, float | None]
 """Loss, bias, bias_partition, sd, relative_error, reported_error (what the loss says of itself),
 coverage, products (of width d, a position, in the forward pass), cos_hidden, cos_weight,
 norm_hidden, norm_weight, without those that a method does not tell; and of the problem top (mean
@@ -48,9 +48,9 @@ def write_reference(folder: str, device: str) -> None:
     leaves = {name: tensor.float().requires_grad_() for name, tensor in inputs.items()}
     hidden, weight, bias = leaves["hidden_states"], leaves["weight"], leaves.get("bias")
     losses, largest, entropy = [], [], []
-    for rows in torch.arange(len(labels)).split(max(1, BLOCK_ELEMENTS // len(weight))):
-        logits = post(linear(hidden[rows], weight, bias))
-        loss = cross_entropy(logits, labels[rows], reduction="none")
+    for block in torch.arange(len(labels)).split(max(1, BLOCK_ELEMENTS // len(weight))):
+        logits = post(linear(hidden[block], weight, bias))
+        loss = cross_entropy(logits, labels[block], reduction="none")
         (loss.sum() / len(labels)).backward()
         losses.append(loss.detach())
         with torch.no_grad():
@@ -72,7 +72,7 @@ def quality_of(
     post: LogitTransform,
     reference: Path,
     draws: int,
-) -> Figures:
+) -> Quality:
     """Compare with the reference.
 
     Args:
@@ -82,26 +82,26 @@ def quality_of(
         draws: independent choices of candidates; exact losses are called once.
     """
     exact = load_file(reference)
-    found: list[Figures] = []
+    found: list[Quality] = []
     is_exact = objective is None or isinstance(objective, Exact)
     for _ in range(1 if is_exact else draws):
         value, gradients = one_pass(loss, inputs)
-        figures: Figures = {"loss": value}
-        figures["bias"] = value - exact["losses"].mean().item()
+        drawn: Quality = {"loss": value}
+        drawn["bias"] = value - exact["losses"].mean().item()
         for short, name in (("hidden", "hidden_states"), ("weight", "weight")):
-            figures |= _compare(gradients.pop(name), exact[f"grad_{name}"], short)
+            drawn |= _compare(gradients.pop(name), exact[f"grad_{name}"], short)
         if objective is not None:
-            figures |= _positions(objective, inputs, post, exact["losses"])
-        figures["top"] = exact["largest"].mean().item()
-        figures["classes"] = exact["entropy"].mean().exp().item()
-        found.append(figures)
-    return {name: _mean([figures[name] for figures in found]) for name in found[0]}
+            drawn |= _errors(objective, inputs, post, exact["losses"])
+        drawn["top"] = exact["largest"].mean().item()
+        drawn["classes"] = exact["entropy"].mean().exp().item()
+        found.append(drawn)
+    return {name: _mean([drawn[name] for drawn in found]) for name in found[0]}
 
 
 @torch.no_grad()
-def _positions(
+def _errors(
     objective: Objective, inputs: Inputs, post: LogitTransform, exact: torch.Tensor
-) -> Figures:
+) -> Quality:
     hidden, weight, labels = (inputs[name] for name in ("hidden_states", "weight", "labels"))
     losses, stats = objective(
         hidden,
@@ -126,11 +126,11 @@ def _positions(
     }
 
 
-def _compare(gradient: torch.Tensor, exact: torch.Tensor, name: str) -> Figures:
+def _compare(gradient: torch.Tensor, exact: torch.Tensor, name: str) -> Quality:
     """Cosine and ratio of norms, summed in fp64."""
     got = gradient.to_dense().cpu()
     inner = got_square = exact_square = 0.0
-    for a, b in zip(got.split(ROWS), exact.split(ROWS)):
+    for a, b in zip(got.split(CHUNK), exact.split(CHUNK)):
         a, b = a.double(), b.double()
         inner += (a * b).sum().item()
         got_square += a.square().sum().item()

@@ -9,15 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from sce_lm import objectives
+from sce_lm.benchmarks.loss_cost import save_inputs
 from sce_lm.benchmarks.problem import Problem
-from sce_lm.hf.adapter import apply_sce
+from sce_lm.hf.adapter import apply_sce, lazy_logits
 from sce_lm.training import models
-from sce_lm.training.comparison import save_loss_inputs
 from sce_lm.training.embedded.text import embedded_text
-from sce_lm.training.resuming import stored_fields
+from sce_lm.training.run_folder import RunFolder
+from sce_lm.training.task import on_device
 from sce_lm.training.task_sources import resume_task
 from sce_lm.training.train_config import TrainConfig
 
@@ -54,9 +55,10 @@ def real_problem(
         ValueError: there is no model or tokenizer, its tokens are no text, a run's data have
             changed, or there are fewer labels than ``positions``.
     """
-    is_run = (source / "model").is_dir()
-    path = source / "model" if is_run else source
-    config = stored_fields(source) if is_run else {}
+    run = RunFolder(source)
+    is_run = run.model.is_dir()
+    path = run.model if is_run else source
+    config = run.fields() if is_run else {}
     if text is not None and config.get("task") == "items":
         raise ValueError(
             f"{source} is a recommender, whose tokens are items, and --text gives it a text; leave "
@@ -67,18 +69,52 @@ def real_problem(
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(model.config, dtype=getattr(torch, dtype))
     if is_run and text is None:
-        task = resume_task(TrainConfig(**config), source)[0]
-        batch_of, num_rows = task.batch, task.num_rows
+        task = resume_task(TrainConfig(**config), run)[0]
+        batch_of, count = task.batch, task.num_rows
     else:
-        rows = text_rows(model, load_tokenizer(path, gguf), text)
-        batch_of, num_rows = (lambda i: {"input_ids": rows[i], "labels": rows[i]}), len(rows)
-    batch, past = _take(batch_of, num_rows, positions)
+        ids = text_sequences(model, load_tokenizer(path, gguf), text)
+        batch_of, count = (lambda i: {"input_ids": ids[i], "labels": ids[i]}), len(ids)
+    batch, past = _take(batch_of, count, positions)
     apply_sce(model.to(device), objectives.get("exact"))
-    save_loss_inputs(model, batch, folder / "inputs.safetensors")
+    title = source.name + " at initialisation" * initial
+    problem = problem_of_batch(model, batch, folder, title, past)
     del model
     gc.collect()  # nothing of it stays beside what is measured
     torch.cuda.empty_cache()
-    return Problem.of(folder, source.name + " at initialisation" * initial, past)
+    return problem
+
+
+def problem_of_batch(
+    model: PreTrainedModel,
+    batch: Batch,
+    folder: Path,
+    title: str,
+    past: torch.Tensor | None = None,
+) -> Problem:
+    """Write what enters the head for one batch of causal language modelling.
+
+    Args:
+        model: patched by ``apply_sce``; its transform of the logits must be a LogitTransform.
+        folder: where the problem goes.
+        past: labels that the state has counted; None: it has counted none.
+    """
+    inputs = on_device(batch, model.device)
+    labels = inputs.pop("labels")[:, 1:]
+    model.eval()
+    with torch.no_grad(), lazy_logits(model):
+        hidden_states, head = model(**inputs, use_cache=False).logits.parts()
+    columns = [part for part in (head.weight, head.low_rank) if part is not None]
+    weight = torch.cat(columns, dim=1) if len(columns) > 1 else head.weight
+    valid = labels != -100
+    tensors = {
+        "hidden_states": hidden_states[:, :-1][valid],
+        "weight": weight.detach(),
+        "labels": labels[valid],
+    }
+    if head.bias is not None:
+        tensors["bias"] = head.bias.detach()
+    save_inputs(folder / "inputs.safetensors", tensors, head.post)
+    return Problem.of(folder, title, labels.new_empty(0) if past is None else past)
 
 
 def load_model(path: Path, dtype: str, gguf: str | None) -> Any:
@@ -101,14 +137,14 @@ def _file(gguf: str | None) -> dict[str, Any]:
 
 
 def _take(
-    batch_of: Callable[[Sequence[int]], Batch], num_rows: int, positions: int
+    batch_of: Callable[[Sequence[int]], Batch], count: int, positions: int
 ) -> tuple[Batch, torch.Tensor]:
-    """A batch of random rows with exactly ``positions`` labels, and the labels of other rows."""
-    order = torch.randperm(num_rows, generator=torch.Generator().manual_seed(0)).tolist()
+    """A batch of random sequences with exactly ``positions`` labels, and the labels of others."""
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(0)).tolist()
     batch = batch_of(order[:positions])
     is_label = batch["labels"][:, 1:] != -100
     reached = is_label.sum(dim=1).cumsum(0)
-    if not num_rows or reached[-1] < positions:
+    if not count or reached[-1] < positions:
         raise ValueError(
             f"the data have {int(is_label.sum()):,} labels and {positions:,} positions were asked "
             "for; give more text by --text, or fewer --tokens."
@@ -134,8 +170,8 @@ def _read_text(path: Path | None) -> str:
         return "\n\n".join(json.loads(line)["text"] for line in lines)
 
 
-def text_rows(model: Any, tokenizer: Any, path: Path | None) -> torch.Tensor:
-    """Blocks of a text, int64 ``[rows, length]``, each behind the token that starts a text.
+def text_sequences(model: Any, tokenizer: Any, path: Path | None) -> torch.Tensor:
+    """Blocks of a text, int64 ``[sequences, length]``, each behind the token that starts a text.
 
     Args:
         path: of the text; None: the embedded text's held-out part.

@@ -1,21 +1,23 @@
-"""How results are shown and kept: machine, tables, plots, JSON."""
+"""How results are shown: text on the terminal, tables there and in Markdown, plots.
+
+A result is a list of rows, mappings of JSON values; a column or a plot's axis names a value of them
+by a dotted path. What no row has is not shown, and a cell without a value is blank.
+"""
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import platform
+import statistics
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
+from sce_lm.png import png
 
-from sce_lm import files
-from sce_lm.figures import png
+Row = Mapping[str, Any]
+"""One method, or one method at one size; "notes" are sentences that stand under the table."""
 
 
 def progress(message: str) -> None:
@@ -23,101 +25,172 @@ def progress(message: str) -> None:
     print(message, file=sys.stderr, flush=True)
 
 
-def machine(device: str) -> dict[str, Any]:
-    """What the figures were measured on."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return {
-        "cpu": models[0] if models else platform.machine(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "gpu": torch.cuda.get_device_name() if device == "cuda" else None,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-    }
-
-
-def print_heading(described: Mapping[str, Any], what: object) -> None:
-    """The machine in one line, and what was measured in another."""
-    gpu = f"{described['gpu']}, " if described["gpu"] else ""
-    print_line(
-        f"{gpu}{described['cpu']}, {described['cores']} cores, {described['threads']} threads; "
-        f"torch {described['torch']}, Python {described['python']}\n{what}"
-    )
-
-
 def print_line(text: str) -> None:
     """Text on standard output."""
     print(text, flush=True)
 
 
-def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """A table whose first column is text and whose others are figures."""
-    lines = [columns, *rows]
-    first, *others = (max(map(len, cells)) for cells in zip(*lines))
+@dataclass(frozen=True)
+class Column:
+    """A value of the rows."""
 
-    def shown(line: Sequence[str]) -> str:
-        cells = (cell.rjust(width) for cell, width in zip(line[1:], others))
-        return "  ".join([line[0].ljust(first), *cells])
+    heading: str
+    key: str
+    """Dotted path; of one that ends in "seconds" nothing is shown where a machine was shared."""
+    form: str = ""
+    """As ``format`` takes it. Of a list, one value a seed, and of a mapping with "mean" and "sd",
+    where the values are not known, both are shown; of a list with None how many are there."""
+    meaning: str = ""
+    """For the legend."""
+    factor: float = 1.0
+    """The value is shown times this."""
 
-    rule = "-" * len(shown(columns))
-    print_line("\n".join(["", title, shown(columns), rule, *map(shown, rows)]))
+    def value(self, row: Row) -> Any:
+        """Of the row; None: it has none."""
+        found: Any = row
+        for name in self.key.split("."):
+            found = found.get(name) if isinstance(found, Mapping) else None
+        if isinstance(found, float):
+            return None if math.isnan(found) else found * self.factor
+        return found
+
+    def number(self, row: Row) -> float | None:
+        """The value, or the mean of the list."""
+        value = self.value(row)
+        if isinstance(value, Mapping):
+            return value["mean"]
+        if not isinstance(value, Sequence):
+            return value
+        known = [item for item in value if item is not None]
+        return statistics.mean(known) if known else None
+
+    def cell(self, row: Row) -> str:
+        """The value as text."""
+        value, mean = self.value(row), self.number(row) if self.form else None
+        if isinstance(value, Mapping):
+            return f"{mean:{self.form}} ± {value['sd']:{self.form}}"
+        if not isinstance(value, list):
+            return "" if value is None else format(value, self.form)
+        if mean is None:
+            return "never" if value else ""
+        known = [item for item in value if item is not None]
+        if len(known) < len(value):
+            return f"{mean:{self.form}} ({len(known)} of {len(value)})"
+        spread = f" ± {statistics.stdev(value):{self.form}}" if len(value) > 1 else ""
+        return f"{mean:{self.form}}{spread}"
 
 
-def figures(values: Mapping[str, float | None], forms: Mapping[str, str]) -> list[str]:
-    """Cells of the values that ``forms`` names; empty where there is none."""
-    found = [(values.get(name), form) for name, form in forms.items()]
-    return ["" if value is None or math.isnan(value) else format(value, f) for value, f in found]
-
-
-def write_json(path: Path | None, value: Any) -> None:
-    """Write a JSON file; infinities become null. None: write nothing."""
-    if path is not None:
-        files.write_json(path, _finite(value), allow_nan=False)
-
-
-def read_json(path: Path) -> Any:
-    """What :func:`write_json` wrote."""
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
-    return [_finite(item) for item in value] if isinstance(value, (list, tuple)) else value
+METHOD = Column("method", "label")
 
 
 @dataclass(frozen=True)
-class Panel:
-    """A log-log plot."""
+class Table:
+    """Columns under a title; the first one names the row."""
 
     title: str
-    x: str
-    y: str
-    series: Mapping[str, Sequence[tuple[float, float, str]]]
-    """By label, points and the text beside them; points without text are joined by a line."""
+    columns: tuple[Column, ...]
+
+    def filled(self, rows: Sequence[Row]) -> tuple[list[Column], list[list[str]]]:
+        """Columns and cells, without columns and rows that are blank; no cells: nothing at all."""
+        lines = [[column.cell(row) for column in self.columns] for row in rows]
+        kept = [line for line in lines if any(line[1:])]
+        used = [i for i in range(len(self.columns)) if any(line[i] for line in kept)]
+        return [self.columns[i] for i in used], [[line[i] for i in used] for line in kept]
+
+    def print(self, rows: Sequence[Row]) -> None:
+        """On standard output, with the legend under it."""
+        columns, cells = self.filled(rows)
+        if cells:
+            print_table(self.title, [column.heading for column in columns], cells)
+            print_line(legend(columns))
+
+    def markdown(self, rows: Sequence[Row]) -> str:
+        """For a page, with the legend under it; empty: nothing was measured."""
+        columns, cells = self.filled(rows)
+        if not cells:
+            return ""
+        rule = ["---"] + ["---:"] * (len(columns) - 1)
+        lines = [[column.heading for column in columns], rule, *cells]
+        table = "\n".join(f"| {' | '.join(c.replace('|', '&#124;') for c in r)} |" for r in lines)
+        return f"{self.title}:\n\n{table}\n" + f"\n{legend(columns, '*')}\n" * bool(legend(columns))
 
 
-def draw(path: Path | None, panels: Sequence[Panel]) -> None:
-    """Write the panels, two a row, as one PNG. None: draw nothing.
+def legend(columns: Sequence[Column], mark: str = "") -> str:
+    """What the headings mean, in one line."""
+    meanings = {c.meaning: c.heading for c in reversed(columns) if c.meaning}
+    shown = [f"{mark}{heading}{mark}: {text}" for text, heading in meanings.items()]
+    return "; ".join(reversed(shown))
+
+
+def print_table(title: str, headings: Sequence[str], cells: Sequence[Sequence[str]]) -> None:
+    """A table whose first column is text and whose others are numbers."""
+    lines = [headings, *cells]
+    first, *others = (max(map(len, column)) for column in zip(*lines))
+
+    def shown(line: Sequence[str]) -> str:
+        padded = (cell.rjust(width) for cell, width in zip(line[1:], others))
+        return "  ".join([line[0].ljust(first), *padded])
+
+    rule = "-" * len(shown(headings))
+    print_line("\n".join(["", title, shown(headings), rule, *map(shown, cells)]))
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A log-log plot of the rows."""
+
+    title: str
+    x: Column
+    y: Column
+    joined: bool = False
+    """Whether the rows of one label are a line; else they are points."""
+    keep: Callable[[Row], bool] = lambda row: True
+    """Which rows are in it."""
+
+    def lines(self, rows: Sequence[Row]) -> dict[str, list[tuple[float, float]]]:
+        """Points by label, without those that a logarithm cannot show."""
+        found: dict[str, list[tuple[float, float]]] = {}
+        for row in filter(self.keep, rows):
+            x, y = self.x.number(row), self.y.number(row)
+            if x is not None and y is not None and min(x, y) > 0:
+                found.setdefault(row["label"], []).append((x, y))
+        return found
+
+    def draw(
+        self, axes: Any, title: str, lines: Mapping[str, Sequence[tuple[float, float]]]
+    ) -> None:
+        """Into matplotlib's axes."""
+        for label, points in lines.items():
+            xs, ys = zip(*sorted(points))
+            axes.plot(xs, ys, linestyle="solid" if self.joined else "none", marker="o", label=label)
+        axes.set(title=f"{self.title}: {title}", xlabel=self.x.heading, ylabel=self.y.heading)
+        axes.set(xscale="log", yscale="log")
+        axes.tick_params(which="minor", labelsize=6)
+        axes.grid(alpha=0.3, which="both")
+        axes.legend(fontsize=7)
+
+
+def draw(
+    path: Path, plots: Sequence[Plot], comparisons: Sequence[tuple[str, Sequence[Row]]]
+) -> None:
+    """Every plot of every comparison that has points in it, two in a line, as one PNG; no file
+    where there is none.
 
     Raises ImportError where matplotlib is not installed.
     """
-    if path is None:
+    panels = [
+        (plot, title, lines)
+        for title, rows in comparisons
+        for plot in plots
+        for lines in (plot.lines(rows),)
+        if sum(map(len, lines.values())) > 1
+    ]
+    if not panels:
         return
-    rows = -(-len(panels) // 2)
-    with png(path, 13, 4.5 * rows) as figure:
-        for panel, axes in zip(panels, figure.subplots(rows, 2, squeeze=False).flat):
-            for label, series in panel.series.items():
-                points = [point for point in series if min(point[:2]) > 0]
-                style = "none" if any(text for *_, text in points) else "solid"
-                xs, ys = [x for x, _, _ in points], [y for _, y, _ in points]
-                axes.plot(xs, ys, linestyle=style, marker="o", label=label)
-                for x, y, text in points:
-                    axes.annotate(text, (x, y), (3, 3), textcoords="offset points", fontsize=6)
-            axes.set(title=panel.title, xlabel=panel.x, ylabel=panel.y, xscale="log", yscale="log")
-            axes.grid(alpha=0.3, which="both")
-            axes.legend()
+    height = -(-len(panels) // 2)
+    with png(path, 13, 4.5 * height) as figure:
+        places = list(figure.subplots(height, 2, squeeze=False).flat)
+        for axes, (plot, title, lines) in zip(places, panels):
+            plot.draw(axes, title, lines)
+        for axes in places[len(panels) :]:
+            axes.remove()

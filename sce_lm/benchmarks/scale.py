@@ -3,11 +3,8 @@
 SCE with row-sparse gradients of the weight against the exact loss, on drawn data; each line is a
 process of its own. A step is a forward and backward pass. Between steps, outside the time, plain
 SGD changes the rows that have a gradient, so that what a loss derives from the weight does not stay
-valid for free; SGD's own time, in which SCE corrects the sum of W's rows, is shown beside a step's.
-Extra is a step's peak memory over what is held between steps. W is held, and so is what the loss
-keeps (counts, sampler): its tensors in bytes an item, and all of it in MiB as the system counts it.
-The exact loss is left out where its gradients do not fit, or where a step would take longer than
---budget, by the step before.
+valid for free. The exact loss is left out where its gradients do not fit, or where a step would
+take longer than --budget, by the step before.
 """
 
 from __future__ import annotations
@@ -15,16 +12,18 @@ from __future__ import annotations
 import argparse
 import statistics
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import torch
 
 from sce_lm import objectives
-from sce_lm.benchmarks import report
-from sce_lm.benchmarks.methods import TAIL_ONLY
+from sce_lm.benchmarks import methods, report, results
+from sce_lm.benchmarks.methods import Method
 from sce_lm.benchmarks.peers import free_memory
 from sce_lm.benchmarks.problem import LOGIT_SPREAD, zipf_labels
-from sce_lm.benchmarks.rows import or_error
+from sce_lm.benchmarks.report import METHOD, Column, Plot, Table
+from sce_lm.benchmarks.side_by_side import measured_apart
 from sce_lm.objectives import SCE
 from sce_lm.training.measure import held_bytes, start_peak, time_calls
 
@@ -34,6 +33,34 @@ EXACT_GRADIENTS = 4
 """Tables of the size of W that the exact loss and its optimiser step hold, W among them."""
 VOCABULARIES = [1000 * v for v in (50, 100, 200, 500, 1000, 2000, 5000, 10_000)]
 POSITIONS = [1024, 2048, 4096, 8192, 16_384]
+SPARSE_TAIL = 'sce-tail:{"sparse_grad": true}'
+N, V = Column("N", "positions", ","), Column("V", "vocab_size", ",")
+TIME = Column("x time", "time_ratio", ".2f", "a step over that of the first line of the method")
+EXTRA = Column("extra MiB", "extra_mib", ",.1f", "peak of a step over what is held between steps")
+TABLES = (
+    Table(
+        "A training step as V and N grow",
+        (
+            METHOD,
+            *(N, V, TIME),
+            Column("s / step", "seconds", ".4f"),
+            Column("SGD s", "update_seconds", ".4f"),
+            EXTRA,
+            Column("W MiB", "table_mib", ",.0f"),
+            Column(
+                *("state B/item", "state_bytes_an_item", ".1f"),
+                "tensors that the loss keeps, in bytes an item",
+            ),
+            Column("kept MiB", "kept_mib", ",.0f", "all that it keeps, as the system counts it"),
+            Column("left out", "left_out"),
+        ),
+    ),
+)
+PLOTS = tuple(
+    Plot(f"{y.heading} as {x.heading} grows", x, y, True, lambda row, x=x: row["grows"] == x.key)
+    for x in (V, N)
+    for y in (TIME, EXTRA)
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -45,69 +72,63 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--token-counts", type=int, nargs="*", default=POSITIONS, help="N, ascending"
     )
-    parser.add_argument("--candidates", type=int, default=2048, help="tail candidates of SCE")
+    methods.add_options(parser, (SPARSE_TAIL, "exact"))
     parser.add_argument("--repeats", type=int, default=7, help="steps whose median is taken")
     parser.add_argument("--budget", type=float, default=60.0, help="most seconds of an exact step")
 
 
-def run(arguments: argparse.Namespace) -> None:
-    """Measure, print, and write what was asked for."""
+def measure(arguments: argparse.Namespace) -> Sequence[results.Comparison]:
+    """One comparison, whose rows have sizes of their own."""
     grids = {
-        "V": [(arguments.tokens, v) for v in arguments.vocabs],
-        "N": [(n, arguments.vocab) for n in arguments.token_counts],
+        V.key: [(arguments.tokens, v) for v in arguments.vocabs],
+        N.key: [(n, arguments.vocab) for n in arguments.token_counts],
     }
-    tail = {**TAIL_ONLY, "tail_candidates": arguments.candidates, "sparse_grad": True}
-    points = [
-        point
-        for grid, sizes in grids.items()
-        for specification in (tail, {"name": "exact"})
-        for point in _line(grid, sizes, specification, arguments)
+    rows = [
+        row
+        for grows, sizes in grids.items()
+        for method in methods.choose(arguments)
+        for row in _line(method, grows, sizes, arguments)
     ]
-    described = report.machine(arguments.device)
-    result = {"command": "scale", "machine": described, "width": arguments.dim, "points": points}
-    report.write_json(arguments.json, result)
-    report.print_heading(
-        described,
-        f"Random data, width {arguments.dim}, float32; SCE with a tail of {arguments.candidates} "
-        "candidates and sparse_grad",
-    )
-    _print_points(points)
-    report.draw(arguments.plot, _panels(points))
+    title = f"Random data, width {arguments.dim}, float32"
+    return [results.Comparison(title, {"width": arguments.dim}, rows)]
 
 
 def _line(
-    grid: str,
-    sizes: Sequence[tuple[int, int]],
-    specification: dict[str, Any],
-    arguments: argparse.Namespace,
+    method: Method, grows: str, sizes: Sequence[tuple[int, int]], arguments: argparse.Namespace
 ) -> Iterator[dict[str, Any]]:
-    """Points of one method; a point that is left out says why."""
-    method, seconds_a_logit = specification["name"], 0.0
+    """Rows of one method; one that is left out says why."""
+    if method.peer is not None:
+        raise ValueError(f"--methods has {method.name!r}; scale measures our own losses only.")
+    is_exact, first, seconds_a_logit = method.name == "exact", 0.0, 0.0
     for n, v in sizes:
-        report.progress(f"{method}: {n:,} positions, {v:,} classes")
-        point = {"grid": grid, "method": method, "positions": n, "vocab_size": v}
-        needed = EXACT_GRADIENTS * 4 * v * arguments.dim if method == "exact" else 0
-        expected = seconds_a_logit * n * v if method == "exact" else 0.0
+        report.progress(f"{method.label}: {n:,} positions, {v:,} classes")
+        row = {**asdict(method), "grows": grows, "positions": n, "vocab_size": v}
+        row["resolved"] = method.resolved(n, v)
+        needed = EXACT_GRADIENTS * 4 * v * arguments.dim * is_exact
+        expected = seconds_a_logit * n * v * is_exact
         if needed > free_memory(arguments.device):
-            point["error"] = f"needs {needed / 2**30:.0f} GiB"
+            row["left_out"] = f"needs {needed / 2**30:.0f} GiB"
         elif expected > arguments.budget:
-            point["error"] = f"about {expected:.0f} s"
+            row["left_out"] = f"about {expected:.0f} s"
         else:
-            point |= or_error(
-                measure_point,
+            row |= measured_apart(
+                row,
+                measure_step,
                 positions=n,
                 vocab_size=v,
                 width=arguments.dim,
-                specification=specification,
+                specification=method.specification,
                 repeats=arguments.repeats,
                 budget=arguments.budget,
                 device=arguments.device,
             )
-            seconds_a_logit = point.get("seconds", 0.0) / (n * v)
-        yield point
+            seconds = row.get("seconds", 0.0)
+            first, seconds_a_logit = first or seconds, seconds / (n * v)
+            row |= {"time_ratio": seconds / first} if first and seconds else {}
+        yield row
 
 
-def measure_point(
+def measure_step(
     positions: int,
     vocab_size: int,
     width: int,
@@ -176,37 +197,3 @@ def tensor_bytes(value: Any) -> int:
             waiting += getattr(item, "__dict__", {}).values()
             waiting += [getattr(item, name, None) for name in getattr(item, "__slots__", ())]
     return sum(storages.values())
-
-
-def _print_points(points: Sequence[dict[str, Any]]) -> None:
-    """One line a point; "x" is over the first point of its line."""
-    forms = {"seconds": ".4f", "x_seconds": ".2f", "extra_mib": ",.1f", "x_extra_mib": ".2f"}
-    forms = {"positions": ",", "vocab_size": ",", **forms, "update_seconds": ".4f"}
-    forms |= {"table_mib": ",.0f", "state_bytes_an_item": ".1f", "kept_mib": ",.0f"}
-    table, first = [], {}
-    for point in points:
-        start = first.setdefault((point["grid"], point["method"]), point)
-        ratios = {
-            f"x_{name}": point[name] / start[name]
-            for name in ("seconds", "extra_mib")
-            if name in point and start.get(name)
-        }
-        cells = report.figures(point | ratios, forms)
-        table.append([f"{point['method']}, {point['grid']} grows", *cells, point.get("error", "")])
-    columns = ["", "N", "V", "s / step", "x", "extra MiB", "x", "SGD s", "W MiB"]
-    report.print_table(
-        "A training step as V and N grow", [*columns, "state B/item", "kept MiB", "left out"], table
-    )
-
-
-def _panels(points: Sequence[dict[str, Any]]) -> list[report.Panel]:
-    panels = []
-    for grid, size in (("V", "vocab_size"), ("N", "positions")):
-        for name, heading in (("seconds", "seconds a step"), ("extra_mib", "extra MiB a step")):
-            series: dict[str, list[tuple[float, float, str]]] = {}
-            for point in points:
-                if point["grid"] == grid and name in point:
-                    line = series.setdefault(point["method"], [])
-                    line.append((point[size], point[name], ""))
-            panels.append(report.Panel(f"{heading} as {grid} grows", grid, heading, series))
-    return panels

@@ -1,10 +1,8 @@
 """Time and memory of a model's whole training step: forward, backward and optimiser.
 
-The stock model against the same model with our losses, on the same rows of text; each line is a
-process of its own. "s / step" is the median over steps, after one that is not counted, and "in the
-loss" what our losses took of it. Held is what lies in memory between steps, the parameters and
-AdamW's moments, and peak what a step needs over that. With --lora the model is frozen and
-has LoRA adapters on all linear layers.
+The stock model against the same model with our losses, on the same text; each method is a process
+of its own. "s / step" is the median over steps, after one that is not counted. With --lora the
+model is frozen and has LoRA adapters on all linear layers. A peer stands for the stock model.
 """
 
 from __future__ import annotations
@@ -12,6 +10,7 @@ from __future__ import annotations
 import argparse
 import statistics
 from collections.abc import Sequence
+from dataclasses import asdict
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -19,22 +18,36 @@ from typing import Any
 import torch
 
 from sce_lm import objectives
-from sce_lm.benchmarks import report
-from sce_lm.benchmarks.methods import DEFAULT_STRATA, Method, choose
-from sce_lm.benchmarks.peers import PEERS
-from sce_lm.benchmarks.rows import or_error
-from sce_lm.training.loss_cost import STOCK
+from sce_lm.benchmarks import methods, report, results
+from sce_lm.benchmarks.peers import PEERS, STOCK
+from sce_lm.benchmarks.report import METHOD, Column, Plot, Table
+from sce_lm.benchmarks.side_by_side import measured_apart
 from sce_lm.training.measure import held_bytes, start_peak, time_calls
 
-METHODS = [
-    Method(STOCK, "stock", {"name": STOCK}),
-    Method("exact", "exact (ours)", {"name": "exact"}),
-    Method("published", "published SCE", {"name": "sce", "published": True}),
-    Method("corrected", "corrected SCE", DEFAULT_STRATA),
-]
 LEARNING_RATE = 1e-6
-"""Small enough that a few steps on few rows leave the model what it is."""
+"""Small enough that a few steps on few sequences leave the model what it is."""
 MIB = 2**20
+SPEEDUP = Column("x stock", "speedup", ".2f", "times as fast as the stock model's step")
+PEAK = Column("peak MiB", "peak_mib", ",.0f", "what a step needs over that")
+TABLES = (
+    Table(
+        "A training step",
+        (
+            METHOD,
+            Column("s / step", "seconds", ".2f"),
+            SPEEDUP,
+            Column("in the loss", "loss_seconds", ".2f", "seconds of it that the loss took"),
+            Column(
+                *("share of the loss", "loss_share", ".3f"), "of our losses' seconds in the step's"
+            ),
+            Column(
+                *("held MiB", "held_mib", ",.0f"), "between steps: parameters and AdamW's moments"
+            ),
+            PEAK,
+        ),
+    ),
+)
+PLOTS = (Plot("A training step", SPEEDUP, PEAK),)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -47,19 +60,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokens", type=int, default=2048, help="tokens of a step, about")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--lora", type=int, default=0, metavar="R", help="rank; 0: train it all")
-    parser.add_argument("--methods", metavar="A,B", help="rows to measure, by name; default: all")
+    methods.add_options(parser, ("stock", "exact", "sce-published", "sce"))
     parser.add_argument("--repeats", type=int, default=5, help="steps whose median is taken")
     parser.add_argument(
         "--budget", type=float, default=120.0, help="seconds after which no step is repeated"
     )
 
 
-def run(arguments: argparse.Namespace) -> None:
-    """Measure, print, and write what was asked for."""
-    rows = []
-    for method in choose(METHODS, arguments.methods):
+def measure(arguments: argparse.Namespace) -> Sequence[results.Comparison]:
+    """One comparison."""
+    rows: list[dict[str, Any]] = []
+    for method in methods.choose(arguments):
         report.progress(method.label)
-        found = or_error(
+        row = asdict(method)
+        row |= measured_apart(
+            row,
             measure_step,
             model=str(arguments.model),
             gguf=arguments.gguf,
@@ -72,25 +87,25 @@ def run(arguments: argparse.Namespace) -> None:
             budget=arguments.budget,
             device=arguments.device,
         )
-        rows.append({"name": method.name, "label": method.label} | found)
-    seconds = {row["name"]: row["seconds"] for row in rows if "seconds" in row}
-    for row in rows:
-        if row["name"] in seconds and STOCK in seconds:
-            row["speedup"] = seconds[STOCK] / row["seconds"]
+        if "positions" in row:
+            row["resolved"] = method.resolved(row["positions"], row["vocab_size"])
+        rows.append(row)
     sizes = next((row for row in rows if "positions" in row), None)
     if sizes is None:
-        raise ValueError(f"nothing could be measured; {rows[0]['label']}: {rows[0]['error']}")
-    described = report.machine(arguments.device)
-    report.write_json(arguments.json, {"command": "step", "machine": described, "rows": rows})
+        raise ValueError(f"nothing could be measured; {rows[0]['label']}: {rows[0]['notes'][0]}")
+    stock = next((row["seconds"] for row in rows if row["name"] == STOCK), None)
+    for row in (row for row in rows if "seconds" in row):
+        row["loss_share"] = row["loss_seconds"] / row["seconds"] or None  # of stock it is not known
+        if stock is not None:
+            row["speedup"] = stock / row["seconds"]
     trained = f"LoRA of rank {arguments.lora}" if arguments.lora else "all parameters trained"
-    report.print_heading(
-        described,
+    title = (
         f"{arguments.model.name}: {sizes['positions']:,} positions a step, vocabulary "
         f"{sizes['vocab_size']:,}, {sizes['parameters'] / 1e6:.0f}M parameters, "
-        f"{arguments.dtype}, {trained}",
+        f"{arguments.dtype}, {trained}"
     )
-    _print(rows)
-    report.draw(arguments.plot, [_panel(rows)])
+    known = {name: sizes[name] for name in ("positions", "vocab_size", "parameters")}
+    return [results.Comparison(title, known, rows)]
 
 
 def measure_step(
@@ -107,12 +122,12 @@ def measure_step(
 ) -> dict[str, float]:
     """Seconds and memory of a training step, in this process."""
     # transformers and its friends take some seconds.
-    from sce_lm.benchmarks.real import load_model, load_tokenizer, text_rows
+    from sce_lm.benchmarks.real import load_model, load_tokenizer, text_sequences
     from sce_lm.training.models import add_lora
 
     torch.manual_seed(0)
     trained, tokenizer = load_model(Path(model), dtype, gguf), load_tokenizer(Path(model), gguf)
-    blocks = text_rows(trained, tokenizer, None if text is None else Path(text))
+    blocks = text_sequences(trained, tokenizer, None if text is None else Path(text))
     count = max(1, tokens // blocks.shape[1])
     if len(blocks) < count:
         raise ValueError(
@@ -141,13 +156,13 @@ def time_steps(
     """Seconds and memory of a training step of a model of transformers, in this process.
 
     Args:
-        batches: token ids, ``[rows, length]`` each, taken in turn.
+        batches: token ids, ``[sequences, length]`` each, taken in turn.
         specification: a :class:`~sce_lm.benchmarks.methods.Method`'s; a peer's leaves the model's
             own loss in place.
     """
     from sce_lm.hf.adapter import apply_sce, loss_seconds
 
-    if specification["name"] not in PEERS:
+    if specification["name"] not in PEERS:  # a peer's is the model's own loss
         apply_sce(model, objectives.get(**specification))
     model.to(device).train()
     optimizer = torch.optim.AdamW(
@@ -156,8 +171,8 @@ def time_steps(
     turns = cycle(batches)
 
     def step() -> None:
-        rows = next(turns).to(device)
-        model(input_ids=rows, labels=rows, use_cache=False).loss.backward()
+        ids = next(turns).to(device)
+        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
 
@@ -172,23 +187,3 @@ def time_steps(
         "held_mib": held / MIB,
         "peak_mib": peak / MIB,
     }
-
-
-def _print(rows: Sequence[dict[str, Any]]) -> None:
-    forms = {"seconds": ".2f", "speedup": ".2f", "loss_seconds": ".2f"}
-    forms |= {"held_mib": ",.0f", "peak_mib": ",.0f"}
-    report.print_table(
-        "A training step (x stock: times faster than stock)",
-        ["method", "s / step", "x stock", "in the loss", "held MiB", "peak MiB", "failed"],
-        [[row["label"], *report.figures(row, forms), row.get("error", "")] for row in rows],
-    )
-
-
-def _panel(rows: Sequence[dict[str, Any]]) -> report.Panel:
-    """Memory against time."""
-    series = {
-        row["label"]: [(row["seconds"], row["peak_mib"], row["label"])]
-        for row in rows
-        if "seconds" in row
-    }
-    return report.Panel("A training step", "seconds", "peak MiB", series)

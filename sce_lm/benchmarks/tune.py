@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from sce_lm.benchmarks import report
+from sce_lm.benchmarks import report, results
 from sce_lm.config import SCEConfig
 from sce_lm.ops.candidates import Candidates
 from sce_lm.ops.head import Head
@@ -73,8 +73,8 @@ def tune(kernel: str, like: torch.Tensor, milliseconds: Callable[[], float]) -> 
     return {"kernel": kernel, "table": str(row), "milliseconds": times, "failed": failed}
 
 
-def run(arguments: argparse.Namespace) -> None:
-    """Time, print, and write what was asked for.
+def measure(arguments: argparse.Namespace) -> results.Comparison:
+    """Times of every kernel's configurations, the fastest first.
 
     Raises:
         ValueError: there is no GPU.
@@ -85,19 +85,17 @@ def run(arguments: argparse.Namespace) -> None:
             "them offline."
         )
     head, operations = problem(arguments.positions, arguments.vocab, arguments.dim)
-    found = []
+    rows = []
     for operation, kernels in operations.items():
         for kernel in kernels:
-            found.append(tune(kernel, head, partial(_milliseconds, operation)))
+            found = tune(kernel, head, partial(_milliseconds, operation))
             report.progress(kernel)
-    cells = [
-        [row["kernel"], name + " (table)" * (name == row["table"]), f"{time:.3f}"]
-        for row in found
-        for name, time in sorted(row["milliseconds"].items(), key=lambda item: item[1])
-    ]
+            for name, time in sorted(found["milliseconds"].items(), key=lambda item: item[1]):
+                shown = name + " (table)" * (name == found["table"])
+                rows.append({"label": kernel, "config": shown, "milliseconds": time})
+            rows[-1]["notes"] = [f"{name}: {why}" for name, why in found["failed"].items()]
     title = f"Milliseconds of the operation on {torch.cuda.get_device_name()}, bf16"
-    report.print_table(title, ("kernel", "configuration", "ms"), cells)
-    report.write_json(arguments.json, {"tuned": found})
+    return results.Comparison(title, {}, rows)
 
 
 def _milliseconds(operation: Callable[[], Any]) -> float:

@@ -3,12 +3,13 @@
 Two things are put on the model instance (:mod:`sce_lm.hf.attachment`), and `remove_sce` takes them
 away again.
 
-1. Hooks around ``forward``. When labels are passed, and only until that forward ends, the attribute
-   of the output head is shadowed in its owner's ``__dict__`` by a stand-in that answers with
-   :class:`LazyLogits`. The head itself stays in ``_modules``; between forwards there is no
-   stand-in, so saving, tying, resizing, copying and PEFT (which looks for the head by identity)
-   meet the stock model, and a head that was replaced since is found at the next forward.
-   ``generate`` passes no labels and gets the head's own result.
+1. Hooks around ``forward``. When labels are passed, or always if that was asked for, and only until
+   that forward ends, the attribute of the output head is shadowed in its owner's ``__dict__`` by a
+   stand-in that answers with :class:`LazyLogits`. The head itself stays in ``_modules``; between
+   forwards there is no stand-in, so saving, tying, resizing, copying and PEFT (which looks for the
+   head by identity) meet the stock model, and a head that was replaced since is found at the next
+   forward.
+   ``generate`` gets the head's own result.
 2. ``model.loss_function``, where that is the causal one. It reads the recorded bias, scale and soft
    cap off the lazy logits, shifts labels as the stock loss does, and runs the objective inside the
    head's own ``__call__``, so that hooks which gather or cast the weight apply. Real logits go to
@@ -39,7 +40,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss, ForMaskedLMLoss
 
 from sce_lm import objectives
 from sce_lm.config import PublishedSCEConfig, SCEConfig
-from sce_lm.hf.attachment import Attachment, find_head
+from sce_lm.hf.attachment import Attachment, LazyWhen, find_head
 from sce_lm.hf.head_call import check_linear
 from sce_lm.objectives import Objective, Statistics
 from sce_lm.objectives.probe import Probe
@@ -50,7 +51,12 @@ _KEY = "_sce_attachment"
 """Where a patched model keeps its :class:`Attachment` (a plain attribute, not a submodule)."""
 
 
-def apply_sce(model: ModelT, config: SCEConfig | PublishedSCEConfig | Objective) -> ModelT:
+def apply_sce(
+    model: ModelT,
+    config: SCEConfig | PublishedSCEConfig | Objective,
+    *,
+    lazy_logits: LazyWhen = "labels",
+) -> ModelT:
     """Train a language model of transformers with ``config``'s loss.
 
     Args:
@@ -60,6 +66,12 @@ def apply_sce(model: ModelT, config: SCEConfig | PublishedSCEConfig | Objective)
             LoRA and trainable tokens (DoRA, IA3, ...) the loss is the stock one, with a warning.
         config: an :class:`~sce_lm.SCEConfig`, or an objective from ``objectives.get(...)``. On a
             patched model it replaces the objective.
+        lazy_logits: "labels": a forward with labels returns lazy logits, the others the head's own
+            result. "always": forwards without labels return them too, in training and evaluation,
+            for losses and metrics that read log-probabilities, entropies or best classes off whole
+            rows (:mod:`sce_lm.hf.lazy_answers`). Forwards that keep a cache, or the logits of one
+            position, as ``generate`` makes them, never do. On a patched model it replaces the
+            choice.
 
     Returns:
         The same model.
@@ -70,9 +82,12 @@ def apply_sce(model: ModelT, config: SCEConfig | PublishedSCEConfig | Objective)
             loss of the user's own.
     """
     objective = objectives.from_config(config)
+    if lazy_logits not in ("labels", "always"):
+        raise ValueError(f'lazy_logits is {lazy_logits!r}; "labels" or "always" is needed.')
     attachment = _attachment_of(model)
     if attachment is not None:
         attachment.observed.use(objective)
+        attachment.lazy_logits = lazy_logits
         return model
     target = next((m for m in model.modules() if isinstance(m, PreTrainedModel)), None)
     if target is None:
@@ -94,7 +109,7 @@ def apply_sce(model: ModelT, config: SCEConfig | PublishedSCEConfig | Objective)
             "ForCausalLMLoss and ForMaskedLMLoss; set model.loss_function back or call sce_loss "
             "yourself."
         )
-    target.__dict__[_KEY] = Attachment(target, objective)
+    target.__dict__[_KEY] = Attachment(target, objective, lazy_logits)
     return model
 
 
@@ -178,7 +193,7 @@ def objective_figures(model: nn.Module) -> dict[str, float]:
 
 @contextmanager
 def lazy_logits(model: nn.Module) -> Iterator[None]:
-    """Inside, ``model(...)`` without labels also returns ``outputs.logits`` as LazyLogits.
+    """Inside, the model is as after ``apply_sce(model, ..., lazy_logits="always")``.
 
     Code that ranks a whole catalogue takes ``outputs.logits.parts()`` and streams the rest.
     """
@@ -187,11 +202,11 @@ def lazy_logits(model: nn.Module) -> Iterator[None]:
         raise ValueError(
             f"this {type(model).__name__} has no lazy logits; call apply_sce(model, ...) first."
         )
-    before, attachment.always_lazy = attachment.always_lazy, True
+    before, attachment.lazy_logits = attachment.lazy_logits, "always"
     try:
         yield
     finally:
-        attachment.always_lazy = before
+        attachment.lazy_logits = before
 
 
 def _patched(model: nn.Module) -> nn.Module | None:

@@ -5,22 +5,31 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 
-from sce_lm.hf.head_call import call_inside, check_linear, other_adapter, vocab_size
+from sce_lm.hf.head_call import (
+    call_inside,
+    check_linear,
+    is_plain,
+    other_adapter,
+    vocab_size,
+)
 from sce_lm.hf.lazy_logits import LazyLogits
 from sce_lm.hf.observed_loss import ObservedLoss, number_of_loss
 from sce_lm.hf.recorded_logits import CrossEntropy, RecordedLogits
-from sce_lm.hf.traced_logits import TracedLogits, is_traceable
+from sce_lm.hf.traced_logits import TracedLogits
 from sce_lm.objectives import Objective
 from sce_lm.objectives.compile_operator import can_trace, head_loss, outside_graphs, refuse_export
 from sce_lm.ops.head import Head
 from sce_lm.ops.logits import LogitTransform
+
+LazyWhen = Literal["labels", "always"]
+"""When a forward returns lazy logits: with labels, or also without."""
 
 
 class PlacedHead(NamedTuple):
@@ -57,9 +66,9 @@ class LazyHead:
 class Attachment:
     """Hooks around ``forward``, the head's stand-in, and the loss function of one model."""
 
-    def __init__(self, model: PreTrainedModel, objective: Objective) -> None:
+    def __init__(self, model: PreTrainedModel, objective: Objective, lazy_logits: LazyWhen) -> None:
         self.observed = ObservedLoss(objective, vocab_size(find_head(model).module))
-        self.always_lazy = False
+        self.lazy_logits: LazyWhen = lazy_logits
         self.training = model.training
         self.was_called = False
         self.in_forward = False
@@ -106,9 +115,9 @@ class Attachment:
         self.was_called = self.in_forward = True
         self.missing_loss = self.given("labels", args, kwargs)
         self.missing_weights = self.given("loss_weights", args, kwargs)
-        self.is_lazy = (
-            self.missing_loss or self.always_lazy or self.given("shift_labels", args, kwargs)
-        )
+        self.is_lazy = self.missing_loss or self.given("shift_labels", args, kwargs)
+        if self.lazy_logits == "always" and not torch.compiler.is_exporting():
+            self.is_lazy |= not self.decodes(args, kwargs)
         if self.missing_loss:
             refuse_export()
         if self.is_lazy:
@@ -126,7 +135,7 @@ class Attachment:
         observed = self.observed
         objective = observed.objective if self.training else observed.evaluation
         head = self.head.module
-        in_graph = self.asks_loss_function and is_traceable(head) and can_trace(objective.config)
+        in_graph = self.asks_loss_function and is_plain(head) and can_trace(objective.config)
         owner.__dict__[self.head.attribute] = LazyHead(head, self.cross_entropy, in_graph)
 
     def unshadow(self, model: PreTrainedModel) -> None:
@@ -134,8 +143,20 @@ class Attachment:
             model.get_submodule(self.head.owner).__dict__.pop(self.head.attribute, None)
 
     def given(self, name: str, args: tuple, kwargs: dict[str, Any]) -> bool:
+        return self.argument(name, args, kwargs) is not None
+
+    def argument(self, name: str, args: tuple, kwargs: dict[str, Any]) -> Any:
         position = self.position.get(name, len(args))
-        return kwargs.get(name) is not None or (position < len(args) and args[position] is not None)
+        return args[position] if position < len(args) else kwargs.get(name)
+
+    def decodes(self, args: tuple, kwargs: dict[str, Any]) -> bool:
+        """Whether a forward continues a text, as ``generate`` makes it do: with a cache, or for the
+        logits of one position. They are few, and all of them are looked at."""
+        names = ("past_key_values", "use_cache")
+        if any(self.argument(name, args, kwargs) not in (None, False) for name in names):
+            return True
+        kept = self.argument("logits_to_keep", args, kwargs)
+        return isinstance(kept, int) and kept == 1
 
     def after_forward(self, model: PreTrainedModel, args: tuple, kwargs: dict, output: Any) -> None:
         self.unshadow(model)

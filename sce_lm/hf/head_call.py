@@ -79,6 +79,26 @@ def merged_adapters(head: Any) -> list[str]:
     return [name for part in _parts(head) for name in getattr(part, "merged_adapters", ())]
 
 
+def is_plain(head: Any) -> bool:
+    """Whether calling ``head``, which is linear, does nothing but use its weight and bias.
+
+    A wrapper (PEFT), hooks (FSDP, accelerate) and shards need the head's own call.
+    """
+    hooks = (
+        head._forward_hooks,
+        head._forward_pre_hooks,
+        head._backward_hooks,
+        head._backward_pre_hooks,
+    )
+    return (
+        not hasattr(type(head), "adapter_layer_names")
+        and not any(len(each) for each in hooks)
+        and "forward" not in head.__dict__
+        and type(head.weight) is nn.Parameter
+        and head.weight.dim() == 2
+    )
+
+
 def result_device(head: Any, hidden_states: torch.Tensor) -> torch.device:
     """Where calling ``head`` leaves its result. A model that accelerate spread over devices sends
     the input of each layer to where that layer is."""
@@ -109,8 +129,14 @@ def call_inside(head: nn.Module, compute: Compute, hidden_states: torch.Tensor) 
         for part in _parts(head):
             stack.enter_context(_forward(part, _inside(part, keep)))
         result = head(hidden_states)
-    if isinstance(result, torch.Tensor) and result.dtype != computed[-1].dtype:
-        return computed[-1].to(result.device)
+    return _as_computed(result, computed[-1])
+
+
+def _as_computed(result: Any, computed: Any) -> Any:
+    if type(computed) is tuple:
+        return tuple(map(_as_computed, result, computed))
+    if isinstance(computed, torch.Tensor) and result.dtype != computed.dtype:
+        return computed.to(result.device)
     return result
 
 

@@ -78,20 +78,33 @@ class Source:
     """The head's parameters and their versions at its call."""
     cross_entropy: CrossEntropy | None
 
-    def logits(self) -> torch.Tensor:
-        """What the head gives."""
+    def check_unchanged(self) -> None:
+        """Raise one sentence if the head's weights are not those of its call any more."""
         now = self.head.parameters()
         if any(p is q and version(p) != v for p, (q, v) in zip(now, self.versions)):
             raise RuntimeError(
                 "the logits of a forward pass were asked for after the output head's weights had "
                 "changed (an optimizer step?); read outputs.logits before that."
             )
+
+    def logits(self, hidden_states: torch.Tensor | None = None) -> torch.Tensor:
+        """What the head gives, of all hidden states or of these rows of them."""
+        self.check_unchanged()
         with self.modes.restored():
-            return self.head(self.hidden_states)
+            return self.head(self.hidden_states if hidden_states is None else hidden_states)
+
+    def now(self) -> Source:
+        """The same, of which a result is derived in the present gradient mode."""
+        if not self.modes.grad or torch.is_grad_enabled():
+            return self
+        return replace(self, modes=replace(self.modes, grad=False))
 
 
 Step = tuple[str, Any]
 """What is done to logits (a key of ``APPLY``) and with what: a number, an index, a shape, ..."""
+
+Place = Callable[[torch.Tensor], torch.Tensor]
+"""Where rows lie among others: ``[..., k]`` of all rows -> ``[..., k]`` of these rows."""
 
 
 class RecordedLogits(torch.Tensor):
@@ -107,6 +120,8 @@ class RecordedLogits(torch.Tensor):
     _view_of: tuple[RecordedLogits, Step] | None
     _has_views: bool
     _real: torch.Tensor | None
+    has_hooks = False
+    """Whether somebody waits for the gradient of the logits themselves."""
 
     @classmethod
     def _make(
@@ -146,7 +161,13 @@ class RecordedLogits(torch.Tensor):
     @property
     def transform(self) -> LogitTransform | None:
         """What was recorded, as a LogitTransform; None if it is none or the logits exist."""
-        return None if self.is_materialised else _as_transform(self._steps)
+        read = self.reading
+        return read.post if read is not None and read.are_logits else None
+
+    @property
+    def reading(self) -> Reading | None:
+        """What was recorded; None if that is nothing known or the logits exist."""
+        return None if self.is_materialised else Reading.of_steps(self._steps)
 
     def with_added_bias(self, bias: torch.Tensor | None) -> torch.Tensor | None:
         """The head's own bias and what the model added to its result, ``[V]`` or None."""
@@ -181,30 +202,26 @@ class RecordedLogits(torch.Tensor):
         self,
         step: Step,
         dtype: torch.dtype,
-        hidden: torch.Tensor | None = None,
+        place: Place | None = None,
         device: torch.device | None = None,
     ) -> Any:
-        source = self._source
-        if source.modes.grad and not torch.is_grad_enabled():
-            source = replace(source, modes=replace(source.modes, grad=False))
-        hidden = self._hidden if hidden is None else hidden
+        source, hidden = self._source.now(), place(self._hidden) if place else self._hidden
         return self._make(hidden, (*self._steps, step), source, dtype, device or self.device)
 
     def _record_in_place(self, step: Step) -> Any:
         # A view and its base share memory: what one of them does the other must see.
-        if self._view_of is not None or self._has_views or not self._tracks_gradients():
+        # Without gradients torch would change its values and not its history.
+        if self._view_of is not None or self._has_views or self._source.now() is not self._source:
             return None
         self._steps = (*self._steps, step)
         return self
 
-    def _tracks_gradients(self) -> bool:
-        """False where torch would let a result share memory with this but not its history."""
-        return torch.is_grad_enabled() or not self._source.modes.grad
-
-    def _view(self, step: Step, hidden: torch.Tensor) -> Any:
+    def _view(self, step: Step, place: Place | None = None, together: bool = False) -> Any:
+        """``together``: the views are likely to be asked the same, one after the other."""
         self._has_views = True
-        steps = (*self._steps, step)
-        return self._make(hidden, steps, self._source, self.dtype, self.device, (self, step))
+        steps, source = (*self._steps, step), self._source.now()
+        hidden = place(self._hidden) if place else self._hidden
+        return self._make(hidden, steps, source, self.dtype, self.device, (self, step))
 
 
 APPLY: dict[str, Callable[[torch.Tensor, Any], torch.Tensor]] = {
@@ -212,17 +229,59 @@ APPLY: dict[str, Callable[[torch.Tensor, Any], torch.Tensor]] = {
     "mul": lambda x, value: x * value,
     "div": lambda x, value: x / value,
     "tanh": lambda x, _: torch.tanh(x),
+    "log_softmax": lambda x, dtype: torch.log_softmax(x, -1, dtype=dtype),
+    "softmax": lambda x, dtype: torch.softmax(x, -1, dtype=dtype),
+    "exp": lambda x, dtype: x.to(dtype).exp(),
+    "times": lambda x, other: x * other.materialise(),
     "to": lambda x, to: x.to(*to),
     "getitem": lambda x, index: x[index],
     "view": lambda x, shape: x.view(shape),
     "reshape": lambda x, shape: x.reshape(shape),
     "clone": lambda x, _: x.clone(),
     "contiguous": lambda x, _: x.contiguous(),
+    "detach": lambda x, _: x.detach(),
 }
+"""Every step that is recorded, and how it is done to real logits."""
 
-
-SHAPING = {"to", "getitem", "view", "reshape", "clone", "contiguous"}
+SHAPING = {"to", "getitem", "view", "reshape", "clone", "contiguous", "detach"}
 """Steps that leave the value of every logit as it is."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """What steps amount to: ``factor · form(post(x + bias)) · times``, with x the head's result."""
+
+    post: LogitTransform
+    form: str | None = None
+    """None, "log_softmax" or "softmax"; without one, factor is in post."""
+    factor: float = 1.0
+    times: RecordedLogits | None = None
+
+    @classmethod
+    def of_steps(cls, steps: tuple[Step, ...]) -> Reading | None:
+        """None where they are not of this kind."""
+        steps = tuple(step for step in steps if step[0] not in SHAPING and step[0] != "add")
+        kinds = [kind for kind, _ in steps]
+        at = next((i for i, kind in enumerate(kinds) if kind in FORMS), len(steps))
+        post = _as_transform(steps[:at])
+        form, rest, times = "".join(kinds[at : at + 1]) or None, steps[at + 1 :], None
+        if form == "log_softmax" and kinds[at + 1 : at + 2] == ["exp"]:
+            form, rest = "softmax", rest[1:]
+        if rest and rest[-1][0] == "times":
+            times, rest = rest[-1][1], rest[:-1]
+        factor = _as_transform(rest)
+        if post is None or factor is None or factor.soft_cap is not None:
+            return None
+        return cls(post, form, factor.scale, times)
+
+    @property
+    def are_logits(self) -> bool:
+        """Whether nothing was done that a LogitTransform does not describe."""
+        return self.form is None and self.times is None
+
+
+FORMS = ("log_softmax", "softmax")
+"""Steps after which the record is of log-probabilities or probabilities."""
 
 
 def _as_transform(steps: tuple[Step, ...]) -> LogitTransform | None:
@@ -238,6 +297,8 @@ def _as_transform(steps: tuple[Step, ...]) -> LogitTransform | None:
         elif kind == "div":
             divisor = float(value)
             after = after / divisor if divisor else math.nan
+        else:
+            return None
     scale = before * after
     if not math.isfinite(scale) or scale == 0.0:
         return None

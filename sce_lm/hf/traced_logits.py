@@ -22,28 +22,8 @@ from torch import nn
 from torch.utils._pytree import tree_map_only
 
 from sce_lm.hf.lazy_logits import LazyLogits
-from sce_lm.hf.logit_operations import answer
+from sce_lm.hf.logit_operations import record
 from sce_lm.hf.recorded_logits import APPLY, CrossEntropy, Modes, RecordedLogits, Source, Step
-
-
-def is_traceable(head: Any) -> bool:
-    """Whether calling ``head``, which is linear, does nothing but use its weight and bias.
-
-    A wrapper (PEFT), hooks (FSDP, accelerate) and shards need the head's own call.
-    """
-    hooks = (
-        head._forward_hooks,
-        head._forward_pre_hooks,
-        head._backward_hooks,
-        head._backward_pre_hooks,
-    )
-    return (
-        not hasattr(type(head), "adapter_layer_names")
-        and not any(len(each) for each in hooks)
-        and "forward" not in head.__dict__
-        and type(head.weight) is nn.Parameter
-        and head.weight.dim() == 2
-    )
 
 
 class TracedLogits(RecordedLogits):
@@ -71,7 +51,7 @@ class TracedLogits(RecordedLogits):
     def from_head(
         cls, head: nn.Linear, hidden_states: torch.Tensor, cross_entropy: CrossEntropy
     ) -> TracedLogits:
-        """As :meth:`LazyLogits.from_head`, for a head that :func:`is_traceable`."""
+        """As :meth:`LazyLogits.from_head`, for a head that is plain."""
         device = hidden_states.device
         modes = Modes.current(device.type)
         versions = tuple((p, p._version) for p in head.parameters())
@@ -123,7 +103,7 @@ class TracedLogits(RecordedLogits):
     def __torch_function__(cls, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if torch.compiler.is_compiling():
-            result = answer(func, args, kwargs)
+            result = record(func, args, kwargs)
             if result is not NotImplemented:
                 return result
             return func(*_real(args), **_real(kwargs))

@@ -23,7 +23,7 @@ from sce_lm.candidates.proposals import Uniform
 from sce_lm.config import ObjectiveConfig, check_choice, check_count, check_share
 from sce_lm.objectives.base import Statistics
 from sce_lm.objectives.call import Call
-from sce_lm.objectives.sampled import SampledObjective
+from sce_lm.objectives.sampled_objective import SampledObjective
 from sce_lm.ops.head import Head
 from sce_lm.ops.position_cross_entropy import PositionCandidates, position_binary_cross_entropy
 from sce_lm.ops.positions import Positions

@@ -30,7 +30,7 @@ from sce_lm.candidates.state import SCEState
 from sce_lm.config import SoftmaxConfig, check_choice, check_share
 from sce_lm.objectives.base import Statistics
 from sce_lm.objectives.call import Call
-from sce_lm.objectives.sampled import SampledObjective
+from sce_lm.objectives.sampled_objective import SampledObjective
 from sce_lm.ops.candidate_cross_entropy import candidate_cross_entropy
 from sce_lm.ops.candidates import Candidates
 from sce_lm.ops.head import Head

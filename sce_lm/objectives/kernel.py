@@ -37,7 +37,7 @@ from sce_lm.candidates.proposals import draw_with_replacement
 from sce_lm.config import LikelihoodConfig, check_choice, check_count
 from sce_lm.objectives.base import Statistics
 from sce_lm.objectives.call import Call
-from sce_lm.objectives.sampled import SampledObjective
+from sce_lm.objectives.sampled_objective import SampledObjective
 from sce_lm.ops.candidate_cross_entropy import candidate_cross_entropy
 from sce_lm.ops.candidates import Candidates
 from sce_lm.ops.dtypes import compute_dtype

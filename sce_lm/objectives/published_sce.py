@@ -18,7 +18,7 @@ from sce_lm.candidates.masks import may_mask
 from sce_lm.config import PublishedSCEConfig
 from sce_lm.objectives.base import Statistics
 from sce_lm.objectives.call import Call
-from sce_lm.objectives.sampled import SampledObjective
+from sce_lm.objectives.sampled_objective import SampledObjective
 from sce_lm.ops.candidate_cross_entropy import candidate_cross_entropy
 from sce_lm.ops.candidates import Candidates
 from sce_lm.ops.catalogue_scan import catalogue_topk

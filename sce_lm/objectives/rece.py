@@ -27,7 +27,7 @@ from sce_lm.candidates.hashing import hash_chunks
 from sce_lm.config import SoftmaxConfig, check_count
 from sce_lm.objectives.base import Statistics
 from sce_lm.objectives.call import Call
-from sce_lm.objectives.sampled import SampledObjective
+from sce_lm.objectives.sampled_objective import SampledObjective
 from sce_lm.ops.chunk_cross_entropy import Chunks, chunk_cross_entropy
 from sce_lm.ops.dtypes import compute_dtype
 from sce_lm.ops.head import Head

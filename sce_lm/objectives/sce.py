@@ -46,7 +46,7 @@ from sce_lm.objectives import monitor
 from sce_lm.objectives.base import Statistics
 from sce_lm.objectives.call import Call
 from sce_lm.objectives.row_control import with_expected_rows
-from sce_lm.objectives.sampled import SampledObjective
+from sce_lm.objectives.sampled_objective import SampledObjective
 from sce_lm.objectives.tail_proposal import TailProposal
 from sce_lm.ops.candidate_cross_entropy import candidate_cross_entropy
 from sce_lm.ops.candidates import Candidates

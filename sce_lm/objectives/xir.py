@@ -52,7 +52,7 @@ from sce_lm.candidates.resampling import multinomial_counts
 from sce_lm.config import SoftmaxConfig, check_choice, check_count, check_share
 from sce_lm.objectives.base import Statistics
 from sce_lm.objectives.call import Call
-from sce_lm.objectives.sampled import SampledObjective
+from sce_lm.objectives.sampled_objective import SampledObjective
 from sce_lm.ops.dtypes import compute_dtype
 from sce_lm.ops.head import Head
 from sce_lm.ops.position_cross_entropy import PositionCandidates, position_cross_entropy

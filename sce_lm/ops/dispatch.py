@@ -23,6 +23,7 @@ MODULES = {
     "chunk_cross_entropy": "chunk_cross_entropy",
     "exact_cross_entropy": "exact_cross_entropy",
     "priority_sample": "priority_sample",
+    "row_reductions": "row_reductions",
 }
 """Operations that have kernels, and the module of :mod:`sce_lm.ops.triton` that holds them."""
 

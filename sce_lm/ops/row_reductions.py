@@ -51,7 +51,9 @@ class RowReductions(NamedTuple):
     the first class comes first, so that the first index is the argmax."""
 
 
-class _Asked(NamedTuple):
+class Asked(NamedTuple):
+    """What is asked for, beside log Z and logits at ids."""
+
     entropy: bool
     expected_logit: bool
     logit_sum: bool
@@ -88,8 +90,8 @@ def row_reductions(
             several processes; backend "triton", and it cannot run.
     """
     _check(head, hidden, ids, top_k)
-    asked = _Asked(entropy, expected_logit, logit_sum, top_k)
-    run = kernels("row_reductions", backend, hidden.device, head, hidden, asked)
+    asked = Asked(entropy, expected_logit, logit_sum, top_k)
+    run = kernels("row_reductions", backend, hidden.device, head, hidden, ids, asked)
     if run is not None:
         return run(head, hidden, ids, asked)
     columns = ids.unsqueeze(1) if ids is not None and ids.dim() == 1 else ids
@@ -139,11 +141,7 @@ class _RowReductions(torch.autograd.Function):
     def backward(ctx, of_log_z, of_at, of_entropy, of_expected, of_sum, of_values, _):
         hidden, *tensors, ids, indices, values, log_z, at_ids, entropy, mean = ctx.saved_tensors
         stream = LogitStream(Head(*tensors, *ctx.rest_of_head), hidden)
-        a, b = of_log_z, None
-        if of_entropy is not None:
-            a, b = _sum(a, -of_entropy * entropy), -of_entropy
-        if of_expected is not None:
-            a, b = _sum(a, of_expected * (1.0 + entropy)), _sum(b, of_expected)
+        a, b = of_softmax(of_log_z, entropy, of_entropy, of_expected)
         single = [(of_at, ids, at_ids), (of_values, indices, values)]
         single = [parts for parts in single if parts[0] is not None]
         e = wanted = s = None
@@ -160,6 +158,22 @@ class _RowReductions(torch.autograd.Function):
         if grad_hidden is not None:
             grad_hidden = grad_hidden[:, : hidden.shape[1]].to(hidden.dtype)
         return grad_hidden, *of_head, *[None] * 4
+
+
+def of_softmax(
+    of_log_z: Tensor | None,
+    entropy: Tensor | None,
+    of_entropy: Tensor | None,
+    of_expected: Tensor | None,
+) -> tuple[Tensor | None, Tensor | None]:
+    """``[N]`` factors of p and of p log p in the gradient of the logits (None: 0), from those of a
+    loss with respect to log Z, entropy and expected logit."""
+    a, b = of_log_z, None
+    if of_entropy is not None and entropy is not None:
+        a, b = _sum(a, -of_entropy * entropy), -of_entropy
+    if of_expected is not None and entropy is not None:
+        a, b = _sum(a, of_expected * (1.0 + entropy)), _sum(b, of_expected)
+    return a, b
 
 
 def _sum(x: Tensor | None, y: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from sce_lm.recsys.evaluation import (
     rank_items,
     ranking_report,
 )
-from sce_lm.recsys.events import filter_interactions
+from sce_lm.recsys.events import Events, filter_interactions
 from sce_lm.recsys.recommendation import Recommendations, recommend
 from sce_lm.recsys.recommendation_files import read_histories, recommend_file
 from sce_lm.recsys.scoring import Scorer
@@ -49,6 +49,7 @@ else:
 
 
 __all__ = [
+    "Events",
     "ItemRanking",
     "Recommendations",
     "SASRecConfig",

@@ -1,29 +1,36 @@
 """Interaction logs (user, item[, time]) from files and data sets, opened lazily and checked.
 
     log = read_interactions("log.parquet", user="user_id", item="item_id", time="timestamp")
-    log = filter_interactions(log, min_user_events=5, min_item_events=5)
-    tokenizer = build_item_tokenizer(catalogue(log))
-    sequences = user_sequences(log, tokenizer)
+    events = filter_interactions(log, min_user_events=5, min_item_events=5)
+    tokenizer = build_item_tokenizer(catalogue(events))
+    sequences = user_sequences(events, tokenizer)
     split = leave_one_out(sequences)
     dataset = training_dataset(split.train, max_length=200)
 
-External ids are strings at the surface and tokens inside. A log stays lazy: polars streams it from
-the file whenever a step needs it, and a step holds integers of it (`sce_lm.recsys.events`).
+External ids are strings at the surface and tokens inside. A file is read twice: in a streaming pass
+that checks it and tells its types, and into events, integers that later steps work on
+(`sce_lm.recsys.events`). Delimited text is seen once more before, as bytes.
 
 Order: the events of a user are sorted by time, and events of the same time keep the order of the
 file (a stable sort). Without a time column the order of the file is the order of events.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import polars as pl
 
+from sce_lm.recsys.ids import FLOAT_TEXT, fractions, id_column
 from sce_lm.recsys.log_files import READING_ERRORS, Part, open_parts, source_name, unreadable
-from sce_lm.recsys.times import check_time_format, plain_time, read_text_times, time_kind
+from sce_lm.recsys.times import (
+    check_time_format,
+    plain_time,
+    text_time_facts,
+    text_times,
+    time_kind,
+)
 
 TIE_RULE = "events of equal time keep the order of the file"
-FLOAT_TEXT = r"^(?:-?\d+\.0|NaN|nan|-?inf)$"
 
 
 def read_interactions(
@@ -36,7 +43,7 @@ def read_interactions(
     split: str = "train",
     keep_missing: bool = False,
 ) -> pl.LazyFrame:
-    """Open an interaction log and check all of it in streaming passes.
+    """Open an interaction log and check all of it in one streaming pass.
 
     Args:
         source: a file, a row an event: ``.csv``, ``.tsv``, RecBole's ``.inter`` (tabs, columns
@@ -71,36 +78,41 @@ def read_interactions(
     name = source_name(source)
     parts = open_parts(source, named, split)
     try:
-        log = pl.concat((_in_our_words(part, named) for part in parts), how="vertical_relaxed")
-        if parts[0].rows is not None:
-            log = _without_float_text(log)
-        if time is not None:
-            place = f"{name} has times in column {time!r}"
-            kinds = {time_kind(part.log.collect_schema()[time], place): part for part in parts}
-            kinds.pop("", None)
-            if len(kinds) > 1:
-                raise ValueError(
-                    f"{place} that are {' and '.join(f'{k} ({p.name})' for k, p in kinds.items())}"
-                    ", which have no common order; write them alike."
-                )
-            if "text" in kinds:
-                log = read_text_times(log, place, time_format)
-            elif kinds and time_format is not None:
-                raise ValueError(
-                    f"{place} that are {next(iter(kinds))}, and time_format is for text; leave it "
-                    "out."
-                )
-        counts = log.select(pl.len().alias("events"), pl.all().null_count())
-        found = counts.collect(engine="streaming").row(0, named=True)
+        rows = pl.concat((_in_our_words(part, named) for part in parts), how="vertical_relaxed")
+        place = f"{name} has times in column {time!r}"
+        kind = "" if time is None else _time_kind(parts, time, place)
+        if time_format is not None and kind not in ("text", ""):
+            raise ValueError(f"{place} that are {kind}, and time_format is for text; leave it out.")
+        facts = {"events": pl.len()}
+        facts |= {f"missing {role}": pl.col(role).null_count() for role in named}
+        for role in ("user", "item"):
+            facts[f"wrong {role}"] = pl.col(f"wrong {role}").min()
+            if parts[0].rows is not None:
+                facts |= _float_text_facts(role)
+        if kind == "text":
+            facts["times"] = text_time_facts(time_format)
+        found = rows.select(**facts).collect(engine="streaming").row(0, named=True)
+        columns = {role: pl.col(role) for role in named}
+        for role in ("user", "item"):
+            if found[f"wrong {role}"]:
+                raise ValueError(found[f"wrong {role}"])
+            if found.get(f"{role} is a float"):
+                is_whole = pl.col(role).str.ends_with(".0")
+                columns[role] = pl.when(is_whole).then(pl.col(role).str.strip_suffix(".0"))
+                found[f"missing {role}"] += found[f"{role} is not finite"]
+        if kind == "text":
+            columns["time"], unread = text_times(found["times"], rows, place, time_format)
+            found["missing time"] += unread
     except READING_ERRORS as error:
         raise unreadable(name, [part.path for part in parts], error) from error
     events = found["events"]
     if events == 0:
         raise ValueError(f"{name} is empty: it has columns but no events, and training needs some.")
     for role, column in named.items():
-        if found[role] and not keep_missing:
+        missing = found[f"missing {role}"]
+        if missing and not keep_missing:
             raise ValueError(
-                f"{name} has no readable {role} (column {column!r}) in {found[role]} of "
+                f"{name} has no readable {role} (column {column!r}) in {missing} of "
                 f"{events} rows; fill these in or leave the rows out."
             )
     counted = sum(part.rows or 0 for part in parts)
@@ -108,11 +120,12 @@ def read_interactions(
         raise ValueError(
             f"{name} holds {counted} rows, but {events} are read; write it again as RFC 4180 says."
         )
-    return log
+    return rows.select(**columns)
 
 
 def _in_our_words(part: Part, named: Mapping[str, str]) -> pl.LazyFrame:
-    """The log of a part with ``user`` and ``item`` as text, and ``time`` if it is named."""
+    """The log of a part: ``user`` and ``item`` as text, ``time`` if it is named, and what is to be
+    said of an id that is none (``wrong user``, ``wrong item``), else null."""
     schema = part.log.collect_schema()
     columns = {}
     for role, column in named.items():
@@ -122,51 +135,31 @@ def _in_our_words(part: Part, named: Mapping[str, str]) -> pl.LazyFrame:
             time_kind(dtype, place)  # refuses what is none
             columns[role] = plain_time(values, dtype)
             continue
-        columns[role] = id_text(values, dtype, place)
-        if dtype.is_float() or dtype.is_decimal():
-            fractions = values.filter(_whole(values).cast(dtype) != values).first()
-            found = part.log.select(fractions).collect(engine="streaming").item()
-            if found is not None:
-                raise ValueError(
-                    f"{place} that are no whole numbers, such as {found}; name the right column, "
-                    "or write its ids as text."
-                )
+        columns[role] = id_column(values, dtype, place)
+        begin = f"{place} that are no whole numbers, such as "
+        end = "; name the right column, or write its ids as text."
+        columns[f"wrong {role}"] = pl.lit(begin) + fractions(values, dtype) + pl.lit(end)
     return part.log.select(**columns)
 
 
-def id_text(ids: pl.Expr, dtype: pl.DataType, place: str) -> pl.Expr:
-    """Ids as strings: whole floats as whole numbers; NaN and empty text are missing.
-
-    Args:
-        place: "SOURCE has items in column ...", for messages.
-
-    Raises:
-        ValueError: ids of a type that has none.
-    """
-    if dtype.is_nested() or dtype.is_temporal() or dtype == pl.Object:
-        raise ValueError(f"{place} of type {dtype}, but ids are text or whole numbers.")
-    if dtype.is_float() or dtype.is_decimal():
-        return _whole(ids).cast(pl.String)
-    text = ids.cast(pl.String)
-    return pl.when(text != "").then(text)
+def _time_kind(parts: Sequence[Part], column: str, place: str) -> str:
+    """The one kind of all parts' times, empty where all are missing."""
+    kinds = {time_kind(part.log.collect_schema()[column], place): part for part in parts}
+    kinds.pop("", None)
+    if len(kinds) > 1:
+        raise ValueError(
+            f"{place} that are {' and '.join(f'{k} ({p.name})' for k, p in kinds.items())}"
+            ", which have no common order; write them alike."
+        )
+    return next(iter(kinds), "")
 
 
-def _whole(numbers: pl.Expr) -> pl.Expr:
-    return numbers.cast(pl.Int128, strict=False)
-
-
-def _without_float_text(log: pl.LazyFrame) -> pl.LazyFrame:
+def _float_text_facts(role: str) -> dict[str, pl.Expr]:
     """Delimited text has no types: where all ids of a column are written as 7.0, as pandas writes
     whole numbers of a column with missing ones, they are whole numbers, and NaN is missing."""
-    ids = {role: pl.col(role) for role in ("user", "item")}
-    found = log.select(
-        **{
-            role: id.str.contains(FLOAT_TEXT).all() & id.str.ends_with(".0").any()
-            for role, id in ids.items()
-        }
-    ).collect(engine="streaming")
-    return log.with_columns(
-        pl.when(id.str.ends_with(".0")).then(id.str.strip_suffix(".0"))
-        for role, id in ids.items()
-        if found[role].item()
-    )
+    id = pl.col(role)
+    is_whole = id.str.ends_with(".0")
+    return {
+        f"{role} is a float": id.str.contains(FLOAT_TEXT).all() & is_whole.any(),
+        f"{role} is not finite": (~is_whole).sum(),
+    }

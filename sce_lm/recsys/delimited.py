@@ -62,25 +62,24 @@ def layout(path: Path, separator: str, *, quotes: Quotes) -> Layout:
     """
     if quotes == "where consistent":
         try:
-            return _layout(path, ord(separator), quoted=True, over_lines=False)
+            return _layout(path, ord(separator), quoted=True, within_lines=True)
         except ValueError:
             quotes = "never"
-    return _layout(path, ord(separator), quoted=quotes == "always", over_lines=True)
+    return _layout(path, ord(separator), quoted=quotes == "always")
 
 
-def _layout(path: Path, separator: int, *, quoted: bool, over_lines: bool) -> Layout:
+def _layout(path: Path, separator: int, *, quoted: bool, within_lines: bool = False) -> Layout:
     fields = rows = empty_rows = 0
     for line, data, inside in _whole_rows(path, separator, quoted):
         newline = data == NEWLINE
-        if not over_lines and (newline & inside).any():
+        if within_lines and (newline & inside).any():
             raise ValueError(f"{path} has quotation marks that go over the end of a line.")
         ends = np.flatnonzero(newline & ~inside)
         starts = np.concatenate(([0], ends[:-1] + 1))
         lengths = ends - starts
-        lengths -= (lengths > 0) & (data[ends - 1] == RETURN)
-        doubled = np.flatnonzero(
-            (lengths > 0) & (data[ends - 1] == RETURN) & (data[ends - 2] == RETURN)
-        )
+        returned = (lengths > 0) & (data[ends - 1] == RETURN)
+        lengths -= returned
+        doubled = np.flatnonzero(returned & (data[ends - 2] == RETURN))
         if len(doubled):
             raise ValueError(
                 f"Line {line + _newlines(data[: ends[doubled[0]]])} of {path} ends in two carriage "

@@ -6,6 +6,7 @@ What grows with the number of users is their ranks, 8 bytes each, and nothing el
 """
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -62,9 +63,10 @@ def evaluate_items(
     batch_size: int = 256,
     tile_size: int = 16_384,
     split: str = "leave-one-out",
+    counts: Tensor | None = None,
     progress: bool = False,
 ) -> dict:
-    """NDCG@k, HR@k, MRR@k and coverage@k over the whole catalogue, and the protocol behind them.
+    """Metrics at each k over the whole catalogue, and the protocol behind them.
 
     Args:
         model: any causal language model over item tokens, or a baseline such as
@@ -82,6 +84,8 @@ def evaluate_items(
         batch_size: users at a time.
         tile_size: tokens at a time; scores take ``batch_size * tile_size`` numbers.
         split: what histories and targets are, e.g. ``Split.protocol``; recorded in the protocol.
+        counts: int [items], events of each item in training, such as :func:`item_counts` of the
+            tokenizer as a tensor: the report then holds the novelty of the longest lists, too.
         progress: show a progress bar.
 
     Returns:
@@ -106,7 +110,10 @@ def evaluate_items(
     )
     if max_length is None and isinstance(model, nn.Module):
         max_length = num_positions(model)
-    return ranking_report(ranking, k=k, split=split, mask_seen=mask_seen, max_length=max_length)
+    report = ranking_report(ranking, k=k, split=split, mask_seen=mask_seen, max_length=max_length)
+    if counts is not None:
+        report[f"novelty@{max(k)}"] = metrics.novelty(ranking.times_listed, counts)
+    return report
 
 
 def ranking_report(
@@ -125,21 +132,23 @@ def ranking_report(
         split, mask_seen, max_length: how the ranking was made; recorded.
 
     Returns:
-        JSON-ready: ``"ndcg@10"``, ``"hr@10"``, ``"mrr@10"``, ``"coverage@10"`` and so on for each
-        k; ``"intervals"``, the 95 % bootstrap interval over users of each of the first three;
+        JSON-ready: ``"ndcg@10"``, ``"hr@10"``, ``"mrr@10"``, ``"precision@10"``, ``"recall@10"``,
+        ``"map@10"``, ``"coverage@10"`` and so on for each k (with one relevant item a user recall
+        is HR and MAP is MRR); ``"intervals"``, the 95 % bootstrap interval over users of all of
+        these but coverage;
         ``"users"``, ``"items"``, ``"unrankable_targets"`` (targets outside the catalogue, for
         instance unknown items; each counts as a miss) and ``"protocol"``.
     """
     report: dict = {}
-    intervals: dict[str, tuple[float, float]] = {}
+    intervals: dict[str, list[float]] = {}
     for length in k:
         for name, metric in metrics.RANK_METRICS.items():
             report[f"{name}@{length}"] = metric(ranking.ranks, length)
         report[f"coverage@{length}"] = metrics.coverage(ranking.best_positions, length)
         for name, interval in metrics.bootstrap_intervals(ranking.ranks, length).items():
-            intervals[f"{name}@{length}"] = interval
+            intervals[f"{name}@{length}"] = list(interval)
     return report | {
-        "intervals": {name: list(interval) for name, interval in intervals.items()},
+        "intervals": intervals,
         "users": len(ranking.ranks),
         "items": len(ranking.best_positions),
         "unrankable_targets": ranking.unrankable_targets,
@@ -191,8 +200,6 @@ def rank_items(
         raise ValueError(
             f"The history of user {int(lengths.argmin())} is empty; give at least one item."
         )
-    scorer = model_scorer(model, max_length) if isinstance(model, nn.Module) else model
-
     all_targets = torch.from_numpy(np.array(targets, dtype=np.int64))
     ranks = torch.full((len(lengths),), depth + 1)
     best_positions = torch.full((len(items),), depth + 1)
@@ -201,20 +208,24 @@ def rank_items(
     # lack of memory shows at once.
     by_length = np.argsort(-lengths, kind="stable")
     batches = np.array_split(by_length, range(batch_size, len(lengths), batch_size))
-    for users in tqdm(batches, desc="ranking items", disable=not progress, leave=False):
-        batch = [as_tokens(histories[int(user)]) for user in users]
-        target = all_targets[users]
-        masked = None
-        if mask_seen:
-            rows, tokens = seen_items(batch)
-            eligible = tokens != target[rows]
-            masked = rows[eligible], tokens[eligible]
-        _, top = top_items(scorer(batch), items, depth, masked=masked, tile_size=tile_size)
-        top = top.cpu()
-        user, position = (top == target[:, None]).nonzero(as_tuple=True)
-        ranks[torch.from_numpy(users)[user]] = position + 1
-        listed = torch.where(top >= 0, top - items.start, -1)
-        metrics.update_best_positions(best_positions, listed)
-        times_listed += torch.bincount(listed[listed >= 0], minlength=len(items))
+    scoring = (
+        model_scorer(model, max_length) if isinstance(model, nn.Module) else nullcontext(model)
+    )
+    with scoring as scorer:
+        for users in tqdm(batches, desc="ranking items", disable=not progress, leave=False):
+            batch = [as_tokens(histories[int(user)]) for user in users]
+            target = all_targets[users]
+            masked = None
+            if mask_seen:
+                rows, tokens = seen_items(batch)
+                eligible = tokens != target[rows]
+                masked = rows[eligible], tokens[eligible]
+            _, top = top_items(scorer(batch), items, depth, masked=masked, tile_size=tile_size)
+            top = top.cpu()
+            user, position = (top == target[:, None]).nonzero(as_tuple=True)
+            ranks[torch.from_numpy(users)[user]] = position + 1
+            listed = torch.where(top >= 0, top - items.start, -1)
+            metrics.update_best_positions(best_positions, listed)
+            times_listed += torch.bincount(listed[listed >= 0], minlength=len(items))
     unrankable = (all_targets < items.start) | (all_targets >= items.stop)
     return ItemRanking(ranks, best_positions, times_listed, int(unrankable.sum()))

@@ -10,6 +10,7 @@ scores all items alike gets the metrics of a constant list instead of a perfect 
 """
 
 import numpy as np
+import torch
 from torch import Tensor
 
 TIE_RULE = "equal scores are ordered by token id, lowest first"
@@ -20,6 +21,9 @@ INTERVAL_RULE = f"95 % percentile bootstrap over users, {RESAMPLES} resamples"
 def hit_rate(ranks: Tensor, k: int) -> float:
     """HR@k = mean_u 1[rank_u <= k].
 
+    With one relevant item a user this is also recall@k, the share of a user's relevant items that
+    is in the list.
+
     Args:
         ranks: int [users], 1-based ranks of the relevant items; at least one.
         k: list length.
@@ -27,27 +31,35 @@ def hit_rate(ranks: Tensor, k: int) -> float:
     return (ranks <= k).double().mean().item()
 
 
-def ndcg(ranks: Tensor, k: int) -> float:
-    """NDCG@k = mean_u 1[rank_u <= k] / log2(rank_u + 1); the ideal gain is 1.
+def precision(ranks: Tensor, k: int) -> float:
+    """precision@k = mean_u 1[rank_u <= k] / k, the share of a list's k places that is relevant: at
+    most 1 / k with one relevant item a user. Arguments as of :func:`hit_rate`."""
+    return hit_rate(ranks, k) / k
 
-    Args:
-        ranks: int [users], 1-based ranks of the relevant items; at least one.
-        k: list length.
-    """
+
+def ndcg(ranks: Tensor, k: int) -> float:
+    """NDCG@k = mean_u 1[rank_u <= k] / log2(rank_u + 1); the ideal gain is 1. Arguments as of
+    :func:`hit_rate`."""
     return ((ranks <= k) / (ranks.double() + 1).log2()).mean().item()
 
 
 def mrr(ranks: Tensor, k: int) -> float:
     """MRR@k = mean_u 1[rank_u <= k] / rank_u.
 
-    Args:
-        ranks: int [users], 1-based ranks of the relevant items; at least one.
-        k: list length.
+    With one relevant item a user this is also MAP@k: the average precision of a list is the
+    precision at the only place that is relevant, 1 / rank. Arguments as of :func:`hit_rate`.
     """
     return ((ranks <= k) / ranks.double()).mean().item()
 
 
-RANK_METRICS = {"ndcg": ndcg, "hr": hit_rate, "mrr": mrr}
+RANK_METRICS = {
+    "ndcg": ndcg,
+    "hr": hit_rate,
+    "mrr": mrr,
+    "precision": precision,
+    "recall": hit_rate,
+    "map": mrr,
+}
 """Metrics that are means over users, by the names that reports use."""
 
 
@@ -65,12 +77,27 @@ def bootstrap_intervals(ranks: Tensor, k: int) -> dict[str, tuple[float, float]]
     users = len(ranks)
     counts = np.bincount(ranks.clamp(max=k + 1).numpy(), minlength=k + 2)[1:]  # the last: a miss
     resampled = np.random.default_rng(0).multinomial(users, counts / users, size=RESAMPLES)
-    rank = np.arange(1, k + 1)
-    gains = {"ndcg": 1 / np.log2(rank + 1), "hr": np.ones(k), "mrr": 1 / rank}
-    return {
-        name: tuple(np.quantile(resampled[:, :k] @ gain / users, (0.025, 0.975)).tolist())
-        for name, gain in gains.items()
-    }
+    intervals = {}
+    for name, metric in RANK_METRICS.items():
+        gains = [metric(rank, k) for rank in torch.arange(1, k + 1)[:, None]]  # of one user each
+        means = resampled[:, :k] @ gains / users
+        intervals[name] = tuple(np.quantile(means, (0.025, 0.975)).tolist())
+    return intervals
+
+
+def novelty(times_listed: Tensor, counts: Tensor) -> float:
+    """The mean self-information -log2 p(i) of the items listed, p(i) being item i's share of the
+    training events: how many bits the popularity of items leaves to be said of a list entry.
+
+    Mean self-information as in Castells, Hurley and Vargas (Recommender Systems Handbook, 2015). An
+    item without a training event counts as if it had one, which keeps the mean finite.
+
+    Args:
+        times_listed: int [items], lists that hold an item; at least one entry.
+        counts: int [items], events of an item in training.
+    """
+    information = -(counts.clamp(min=1).double() / counts.sum().clamp(min=1)).log2()
+    return (information @ times_listed.double() / times_listed.sum()).item()
 
 
 def coverage(best_positions: Tensor, k: int) -> float:

@@ -22,8 +22,9 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from sce_lm.recsys.ids import id_text
 from sce_lm.recsys.scoring import model_scorer, seen_items, top_items
-from sce_lm.recsys.tokenizer import id_text, item_counts, item_tokens
+from sce_lm.recsys.tokenizer import item_counts, item_tokens
 
 Source = Literal["model", "popularity", "none"]
 """What a list was made by; "none": it is empty."""
@@ -90,16 +91,17 @@ def recommend(
         ValueError: ``k`` is below 1 or above the number of items to choose from, there are none to
             choose from, another number is below 1, or a table has no column ``history``.
     """
-    for name, value in (
-        ("max_length", max_length),
-        ("batch_size", batch_size),
-        ("tile_size", tile_size),
-    ):
+    sizes = {"max_length": max_length, "batch_size": batch_size, "tile_size": tile_size}
+    for name, value in sizes.items():
         if value is not None and value < 1:
             raise ValueError(f"{name} is {value}; give a whole number of at least 1.")
     wanted, unknown_candidates = _known(tokenizer, "candidates", candidates)
     unwanted, unknown_excluded = _known(tokenizer, "exclude", exclude)
-    allowed = _allowed(tokenizer, None if candidates is None else wanted, unwanted)
+    catalogue = item_tokens(tokenizer)
+    allowed = torch.zeros(catalogue.stop, dtype=torch.bool)
+    allowed[catalogue.start :] = candidates is None
+    allowed[wanted] = True
+    allowed[unwanted] = False
     choice = int(allowed.sum())
     if not choice:
         raise ValueError(
@@ -115,7 +117,6 @@ def recommend(
             f"k is {k}, but there are {choice} items to choose from; choose k from 1 to {choice}."
         )
     tokens, unknown = _encode(tokenizer, _as_lists(histories))
-    score = model_scorer(model, max_length)
     items: list[list[str]] = [[] for _ in tokens]
     scores: list[list[float]] = [[] for _ in tokens]
     sources: list[Source] = ["none" for _ in tokens]
@@ -130,13 +131,16 @@ def recommend(
 
     lengths = np.array([len(history) for history in tokens], dtype=np.int64)
     by_length = np.argsort(-lengths, kind="stable")[: int((lengths > 0).sum())]
-    with tqdm(total=len(by_length), unit=" users", disable=not progress, leave=False) as bar:
+    with (
+        model_scorer(model, max_length) as score,
+        tqdm(total=len(by_length), unit=" users", disable=not progress, leave=False) as bar,
+    ):
         for start in range(0, len(by_length), batch_size):
             users = by_length[start : start + batch_size].tolist()
             batch = [tokens[user] for user in users]
             best_scores, best = top_items(
                 score(batch),
-                item_tokens(tokenizer),
+                catalogue,
                 k,
                 masked=seen_items(batch) if exclude_seen else None,
                 allowed=allowed,
@@ -147,14 +151,13 @@ def recommend(
     nothing_known = np.flatnonzero(lengths == 0).tolist()
     counts = item_counts(tokenizer) if nothing_known else None
     if counts is not None:
-        popularity = torch.zeros(1, item_tokens(tokenizer).stop, dtype=torch.float64)
-        popularity[0, item_tokens(tokenizer).start :] = torch.from_numpy(counts)
+        popularity = torch.from_numpy(counts).double()[None]
+
+        def score_tile(start: int, stop: int) -> torch.Tensor:
+            return popularity[:, start - catalogue.start : stop - catalogue.start].clone()
+
         best_scores, best = top_items(
-            lambda start, stop: popularity[:, start:stop].clone(),
-            item_tokens(tokenizer),
-            k,
-            allowed=allowed,
-            tile_size=tile_size,
+            score_tile, catalogue, k, allowed=allowed, tile_size=tile_size
         )
         everyone = len(nothing_known)
         take(nothing_known, "popularity", best_scores.tolist() * everyone, best.tolist() * everyone)
@@ -211,17 +214,3 @@ def _known(
     tokens = torch.tensor(tokenizer.convert_tokens_to_ids(list(names)), dtype=torch.int64)
     known = tokens[tokens >= item_tokens(tokenizer).start]
     return known, len(tokens) - len(known)
-
-
-def _allowed(
-    tokenizer: PreTrainedTokenizerBase, candidates: torch.Tensor | None, exclude: torch.Tensor
-) -> torch.Tensor:
-    """bool [tokens]: what may be recommended at all."""
-    items = item_tokens(tokenizer)
-    allowed = torch.zeros(items.stop, dtype=torch.bool)
-    if candidates is None:
-        allowed[items.start :] = True
-    else:
-        allowed[candidates] = True
-    allowed[exclude] = False
-    return allowed

@@ -19,8 +19,9 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from sce_lm.files import replacing
-from sce_lm.recsys.data import id_text, read_interactions
-from sce_lm.recsys.events import read_events
+from sce_lm.recsys.data import read_interactions
+from sce_lm.recsys.events import Events, read_events
+from sce_lm.recsys.ids import id_column
 from sce_lm.recsys.log_files import READING_ERRORS, Part, open_parts, source_name, unreadable
 from sce_lm.recsys.recommendation import Recommendations, recommend
 from sce_lm.recsys.sequences import as_lists
@@ -80,9 +81,8 @@ def read_histories(
             found, missing = _of_lists(parts, user, item)
         else:
             options = {"user": user, "item": item, "time": time, "time_format": time_format}
-            found, missing = _of_events(
-                read_interactions(source, **options, keep_missing=True), name, item
-            )
+            log = read_interactions(source, **options, keep_missing=True)
+            found, missing = _of_events(read_events(log), name, item)
     except READING_ERRORS as error:
         raise unreadable(name, [part.path for part in parts], error) from error
     if not len(found):
@@ -101,12 +101,12 @@ def _of_lists(parts: Sequence[Part], user: str, item: str) -> tuple[pl.DataFrame
         kind = schema[item]
         assert isinstance(kind, pl.List | pl.Array)
         id, inner = pl.element(), pl.Series(dtype=kind.inner).dtype
-        ids = id_text(id, inner, f"{part.name} has lists in column {item!r}, with items")
+        ids = id_column(id, inner, f"{part.name} has lists in column {item!r}, with items")
         if inner.is_float():  # a fraction is no id of anything, and stays what it is
             ids = pl.when(id == id.floor()).then(ids).otherwise(id.cast(pl.String))
         frames.append(
             part.log.select(
-                user=id_text(
+                user=id_column(
                     pl.col(user), schema[user], f"{part.name} has users in column {user!r}"
                 ),
                 history=pl.col(item).cast(pl.List(inner)).fill_null([]).list.eval(ids),
@@ -122,39 +122,28 @@ def _of_lists(parts: Sequence[Part], user: str, item: str) -> tuple[pl.DataFrame
     }
 
 
-def _of_events(log: pl.LazyFrame, name: str, item: str) -> tuple[pl.DataFrame, dict[str, int]]:
-    """The histories of a log in which values may be missing, and how much was missing."""
-    is_list = pl.col("item").str.contains(LIST_AS_TEXT)
-    counts = log.select(
-        events=pl.len(),
-        no_user=pl.col("user").null_count(),
-        complete=pl.all_horizontal(pl.all().is_not_null()).sum(),
-        lists=is_list.sum(),
-        list=pl.col("item").filter(is_list).first(),
-    )
-    found = counts.collect(engine="streaming").row(0, named=True)
-    if found["lists"]:
+def _of_events(events: Events, name: str, item: str) -> tuple[pl.DataFrame, dict[str, int]]:
+    """The histories of events in which values may be missing, and how much was missing."""
+    is_list = events.items.str.contains(LIST_AS_TEXT)
+    if is_list.any():
+        lists = int(is_list.to_numpy()[events.item[events.item >= 0]].sum())
         raise ValueError(
-            f"{name} holds {found['lists']} lists as text in column {item!r}, such as "
-            f"{found['list']:.80}; give a row an event, or lists in all rows of a parquet or "
-            "JSON-lines file."
+            f"{name} holds {lists} lists as text in column {item!r}, such as "
+            f"{events.items.filter(is_list)[0]:.80}; give a row an event, or lists in all rows of "
+            "a parquet or JSON-lines file."
         )
-    frame = pl.DataFrame(schema={"user": pl.String, "history": pl.List(pl.String)})
-    if found["complete"]:
-        events = read_events(log.drop_nulls())
-        names = events.items.gather(events.item)
-        lists = as_lists(names, np.bincount(events.user, minlength=len(events.users)))
-        frame = pl.DataFrame({"user": events.users, "history": lists})
-    if found["complete"] < found["events"]:
-        users = log.drop_nulls("user").select(pl.col("user").unique(maintain_order=True))
-        frame = users.collect(engine="streaming").join(
-            frame, on="user", how="left", maintain_order="left"
-        )
-        frame = frame.with_columns(pl.col("history").fill_null([]))
-    incomplete = found["events"] - found["complete"] - found["no_user"]
-    return frame, {
-        "rows without a user": found["no_user"],
-        "events without an item or a time": incomplete,
+    complete = (events.user >= 0) & (events.item >= 0)
+    if events.time is not None:
+        complete &= events.time.is_not_null().to_numpy()
+    order = events.order()
+    order = order[complete[order]]
+    lengths = np.bincount(events.user[order], minlength=len(events.users))
+    names = events.items.gather(events.item[order])
+    found = pl.DataFrame({"user": events.users, "history": as_lists(names, lengths)})
+    no_user = int((events.user < 0).sum())
+    return found, {
+        "rows without a user": no_user,
+        "events without an item or a time": int((~complete).sum()) - no_user,
     }
 
 
@@ -188,16 +177,8 @@ def recommend_file(
         ValueError: as of :func:`recommend`, or an output of another kind.
     """
     started = clock.perf_counter()
-    totals = dict.fromkeys(
-        (
-            "users_without_history",
-            "users_without_list",
-            "unknown_items",
-            "unknown_candidates",
-            "unknown_excluded",
-        ),
-        0,
-    )
+    of_users = ("users_without_history", "users_without_list", "unknown_items")
+    totals = dict.fromkeys((*of_users, "unknown_candidates", "unknown_excluded"), 0)
     with (
         _writer(Path(output)) as write,
         tqdm(total=len(histories), unit=" users", disable=not progress) as bar,

@@ -131,8 +131,11 @@ def _top_columns(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return values, columns.gather(1, order)
 
 
-def model_scorer(model: nn.Module, max_length: int | None = None) -> Scorer:
-    """Score histories with a causal language model, in evaluation mode and without gradients.
+@contextmanager
+def model_scorer(model: nn.Module, max_length: int | None = None) -> Iterator[Scorer]:
+    """A causal language model as a scorer, in evaluation mode and without gradients.
+
+    Inside, its head answers with lazy logits; behind, the model is as it was.
 
     Args:
         model: any ``AutoModelForCausalLM`` over item tokens, wrapped or not.
@@ -140,22 +143,16 @@ def model_scorer(model: nn.Module, max_length: int | None = None) -> Scorer:
             model has positions.
     """
     max_length = max_length or num_positions(model)
+    start = None if max_length is None else -max_length
 
     @torch.no_grad()
     def score(histories: Histories) -> ScoreTile:
         device = next(model.parameters()).device
-        start = None if max_length is None else -max_length
         recent = [torch.from_numpy(as_tokens(history[start:])) for history in histories]
         last = torch.tensor([len(history) - 1 for history in recent], device=device)
         input_ids = pad_sequence(recent, batch_first=True).to(device)
         attention_mask = (torch.arange(input_ids.shape[1], device=device) <= last[:, None]).long()
-        was_training = model.training
-        model.eval()
-        try:
-            with _lazy_head(model):
-                out = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
-        finally:
-            model.train(was_training)
+        out = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
         logits, users = out.logits, torch.arange(len(recent), device=device)
         if not isinstance(logits, LazyLogits) or logits.transform is None:
             # The model did more to its logits than scale and cap them: take the real ones.
@@ -164,7 +161,17 @@ def model_scorer(model: nn.Module, max_length: int | None = None) -> Scorer:
         hidden, head = logits.parts()
         return head_scores(hidden[users, last], head)
 
-    return score
+    was_training, is_stock = model.training, objective_of(model) is None
+    if is_stock:
+        apply_sce(model, objectives.get("exact"))
+    model.eval()
+    try:
+        with lazy_logits(model):
+            yield score
+    finally:
+        model.train(was_training)
+        if is_stock:
+            remove_sce(model)
 
 
 def num_positions(model: nn.Module) -> int | None:
@@ -184,20 +191,6 @@ def seen_items(histories: Sequence[np.ndarray]) -> tuple[Tensor, Tensor]:
     """(users, tokens), both int64 [items of all histories]: what :func:`top_items` may mask."""
     rows = torch.repeat_interleave(torch.tensor([len(history) for history in histories]))
     return rows, torch.from_numpy(np.concatenate(histories))
-
-
-@contextmanager
-def _lazy_head(model: nn.Module) -> Iterator[None]:
-    """``lazy_logits`` for any causal language model; one that ``apply_sce`` left alone stays so."""
-    is_stock = objective_of(model) is None
-    if is_stock:
-        apply_sce(model, objectives.get("exact"))
-    try:
-        with lazy_logits(model):
-            yield
-    finally:
-        if is_stock:
-            remove_sce(model)
 
 
 def head_scores(hidden_states: Tensor, head: Head) -> ScoreTile:

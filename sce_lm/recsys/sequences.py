@@ -8,27 +8,30 @@ import pyarrow as pa
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from sce_lm.recsys.events import read_events
+from sce_lm.recsys.events import Events, read_events
 from sce_lm.recsys.histories import training_rows
-from sce_lm.recsys.tokenizer import UNKNOWN_ITEM
+from sce_lm.recsys.tokenizer import UNKNOWN_ITEM, item_tokens
 
 
-def catalogue(log: pl.LazyFrame) -> list[str]:
-    """The distinct item ids of a log by first appearance, an order that a longer log only adds
-    to."""
+def catalogue(log: pl.LazyFrame | Events) -> list[str]:
+    """The distinct item ids of a log, or of its events, by first appearance, an order that a longer
+    log only adds to."""
+    if isinstance(log, Events):
+        return log.items.to_list()
     distinct = log.select(pl.col("item").unique(maintain_order=True))
     return distinct.collect(engine="streaming")["item"].to_list()
 
 
 def user_sequences(
-    log: pl.LazyFrame, tokenizer: PreTrainedTokenizerBase, *, keep_unknown: bool = False
+    log: pl.LazyFrame | Events, tokenizer: PreTrainedTokenizerBase, *, keep_unknown: bool = False
 ) -> pl.DataFrame:
     """Every user's items as tokens, in order of time (ties keep the order of the file).
 
     Items that the tokenizer does not know are left out, and a warning counts their events.
 
     Args:
-        log: as from ``read_interactions``.
+        log: as from ``read_interactions``, or the events of ``filter_interactions``, for which
+            nothing is read again.
         tokenizer: an item tokenizer.
         keep_unknown: keep them, as the token of unknown items.
 
@@ -39,39 +42,34 @@ def user_sequences(
     Raises:
         ValueError: the tokenizer knows none of the items.
     """
-    vocabulary = tokenizer.get_vocab()
-    tokens = pl.DataFrame(
-        {"item": list(vocabulary), "token": list(vocabulary.values())},
-        schema={"item": pl.String, "token": pl.Int32},
-    ).filter(~pl.col("token").is_in(tokenizer.all_special_ids))
-    del vocabulary
     events = read_events(log)
-    of_item = events.items.to_frame("item").join(
-        tokens, on="item", how="left", maintain_order="left"
-    )["token"]
-    token = of_item.fill_null(-1).to_numpy()[events.item]
-    known = token >= 0
-    unknown = len(token) - int(known.sum())
-    if unknown == len(token):
+    tokens = item_tokens(tokenizer)
+    of_item = events.items.replace_strict(
+        tokenizer.convert_ids_to_tokens(list(tokens)),
+        pl.Series(tokens, dtype=pl.Int32),
+        default=UNKNOWN_ITEM,
+        return_dtype=pl.Int32,
+    ).to_numpy()
+    known = (of_item != UNKNOWN_ITEM)[events.item]
+    unknown = len(events) - int(known.sum())
+    if unknown == len(events):
         raise ValueError(
             f"The tokenizer ({len(tokenizer)} tokens) knows none of the items of "
             f"the log's {unknown} events; build it from this log or give the log behind it."
         )
-    user, time = events.user, events.time
-    if keep_unknown:
-        token = np.where(known, token, np.int32(UNKNOWN_ITEM))
-    elif unknown:
+    order = events.order()
+    if unknown and not keep_unknown:
         warnings.warn(
-            f"{unknown} of {len(token)} events are of items that the tokenizer does not know; "
+            f"{unknown} of {len(events)} events are of items that the tokenizer does not know; "
             "they are left out.",
             stacklevel=2,
         )
-        token, user = token[known], user[known]
-        time = None if time is None else time.filter(pl.Series(known))
-    lengths = np.bincount(user, minlength=len(events.users))
-    columns = {"user": events.users, "items": as_lists(pl.Series(token), lengths)}
-    if time is not None:
-        columns["times"] = as_lists(time, lengths)
+        order = order[known[order]]
+    lengths = np.bincount(events.user[order], minlength=len(events.users))
+    items = pl.Series(of_item[events.item[order]])
+    columns = {"user": events.users, "items": as_lists(items, lengths)}
+    if events.time is not None:
+        columns["times"] = as_lists(events.time.gather(order), lengths)
     return pl.DataFrame(columns).filter(pl.Series(lengths > 0))
 
 

@@ -90,23 +90,23 @@ def last_n(sequences: pl.DataFrame, n: int) -> Split:
             f"on, {n} for validation and {n} for the test; give a longer log."
         )
 
-    def questions(start: int) -> pl.DataFrame:
-        """The items at ``start``, ``start + 1``, ... (n of them), counted from the end."""
-        return pl.concat(
-            held_out.select(
-                "user",
-                history=items.list.head(length + place),
-                target=items.list.get(place),
-            )
-            for place in range(start, start + n)
-        )
-
     kept = pl.when(length >= 2 * n + 1).then(items.list.head(length - 2 * n)).otherwise(items)
     return Split(
         train=sequences.select("user", items=kept),
-        validation=questions(-2 * n),
-        test=questions(-n),
+        validation=_questions(held_out, range(-2 * n, -n)),
+        test=_questions(held_out, range(-n, 0)),
         protocol=f"{name}; {TIE_RULE}",
+    )
+
+
+def _questions(sequences: pl.DataFrame, places: range) -> pl.DataFrame:
+    """The items at some places, counted from the end, each behind all that precedes it."""
+    items = pl.col("items")
+    return pl.concat(
+        sequences.select(
+            "user", history=items.list.head(items.list.len() + place), target=items.list.get(place)
+        )
+        for place in places
     )
 
 
@@ -202,7 +202,6 @@ def temporal_split(
             f"None of the {int(asked.sum())} users after the cut at {name} has 3 events to ask "
             "for; choose an earlier time, or keep all of the past."
         )
-    items, length = pl.col("items"), pl.col("items").list.len()
     protocol = (
         f"temporal at {name}; histories: events "
         f"{'after the cut' if past == 'after' else 'before and after the cut'}; items unseen in "
@@ -210,12 +209,8 @@ def temporal_split(
     )
     return Split(
         train=train,
-        validation=held_out.select(
-            "user", history=items.list.head(length - 2), target=items.list.get(-2)
-        ),
-        test=held_out.select(
-            "user", history=items.list.head(length - 1), target=items.list.get(-1)
-        ),
+        validation=_questions(held_out, range(-2, -1)),
+        test=_questions(held_out, range(-1, 0)),
         protocol=protocol,
     )
 

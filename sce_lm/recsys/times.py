@@ -7,29 +7,32 @@ put in one order.
 
 import re
 from collections.abc import Iterable, Mapping
-from typing import Literal
+from typing import Any, Literal
 
 import polars as pl
 
 DAY, MINUTE, SECOND = r"[1-9]\d{3}-\d\d-\d\d", r"[T ]\d\d:\d\d", r":\d\d(?:\.\d{1,9})?"
 ZONE = r"(?:Z|[+-]\d\d(?::?\d\d)?)"
 NAIVE = {
-    f"^{DAY}$": "%Y-%m-%d",
-    f"^{DAY}{MINUTE}$": "%Y-%m-%dT%H:%M",
-    f"^{DAY}{MINUTE}{SECOND}$": "%Y-%m-%dT%H:%M:%S%.f",
+    "%Y-%m-%d": f"^{DAY}$",
+    "%Y-%m-%dT%H:%M": f"^{DAY}{MINUTE}$",
+    "%Y-%m-%dT%H:%M:%S%.f": f"^{DAY}{MINUTE}{SECOND}$",
 }
 ZONED = {
-    f"^{DAY}{MINUTE}{ZONE}$": "%Y-%m-%dT%H:%M%#z",
-    f"^{DAY}{MINUTE}{SECOND}{ZONE}$": "%Y-%m-%dT%H:%M:%S%.f%#z",
+    "%Y-%m-%dT%H:%M%#z": f"^{DAY}{MINUTE}{ZONE}$",
+    "%Y-%m-%dT%H:%M:%S%.f%#z": f"^{DAY}{MINUTE}{SECOND}{ZONE}$",
 }
-"""ISO 8601 as patterns of text, and the format that polars reads each by (with T for a space)."""
+"""ISO 8601: formats that polars reads (with T for a space), and the texts that are of each."""
 FINER_THAN_MICROSECONDS = r"\.\d{7,}"
 YEARS_IN_NANOSECONDS = range(1678, 2262)
 
 TEXT = pl.col("time")
-WHOLE = TEXT.cast(pl.Int64, strict=False)
 NUMBER = TEXT.cast(pl.Float64, strict=False)
-NUMBER = pl.when(NUMBER.is_finite()).then(NUMBER)
+NUMBERS = {
+    "whole": TEXT.cast(pl.Int64, strict=False),
+    "number": pl.when(NUMBER.is_finite()).then(NUMBER),
+}
+"""Text as numbers, null where it is none."""
 
 
 def time_kind(dtype: pl.DataType, place: str) -> str:
@@ -97,45 +100,56 @@ def check_time_format(time_format: str) -> None:
         )
 
 
-def read_text_times(log: pl.LazyFrame, place: str, time_format: str | None = None) -> pl.LazyFrame:
-    """Turn a log's text ``time`` into int64, float64 or datetimes, after a streaming pass over it.
+def text_time_facts(time_format: str | None = None) -> pl.Expr:
+    """What :func:`text_times` has to know of all text times of a log: a struct, for one pass.
 
     Args:
-        place: "SOURCE has times in column ...", for messages.
         time_format: as of ``strptime``; None: numbers or ISO 8601.
+    """
+    facts = {"all": TEXT.count(), "finer": TEXT.str.contains(FINER_THAN_MICROSECONDS).any()}
+    if time_format is None:
+        facts |= {name: number.count() for name, number in NUMBERS.items()}
+    for form, is_of_form in _forms(time_format).items():
+        dates = _dates(_text(time_format).filter(is_of_form), [form])
+        year = dates.dt.year()
+        facts[form] = pl.struct(
+            count=is_of_form.sum(), read=dates.count(), first=year.min(), last=year.max()
+        )
+    return pl.struct(fact.alias(name) for name, fact in facts.items())
+
+
+def text_times(
+    found: Mapping[str, Any], log: pl.LazyFrame, place: str, time_format: str | None = None
+) -> tuple[pl.Expr, int]:
+    """A log's text ``time`` as int64, float64 or datetimes, and how many are on no calendar.
+
+    Args:
+        found: of :func:`text_time_facts`, for the same ``time_format``.
+        log: read again for the message of an error.
+        place: "SOURCE has times in column ...", for messages.
 
     Raises:
         ValueError: times that are written otherwise, or that have no common order.
     """
-    if time_format is not None:
-        text, forms = TEXT, {"given": _polars_format(time_format)}
-        readable = {"given": _dates(text, forms.values()).is_not_null()}
-    else:
-        text, forms = TEXT.str.replace(" ", "T", literal=True), NAIVE | ZONED
-        readable = {"whole": WHOLE.is_not_null(), "number": NUMBER.is_not_null()}
-        readable |= {pattern: TEXT.str.contains(pattern) for pattern in forms}
-    found = (
-        log.select(
-            TEXT.count().alias("all"),
-            TEXT.str.contains(FINER_THAN_MICROSECONDS).any().alias("finer"),
-            **{name: is_so.sum() for name, is_so in readable.items()},
-        )
-        .collect(engine="streaming")
-        .row(0, named=True)
-    )
-    if found["all"] in (0, found.get("whole")):
-        return log.with_columns(time=WHOLE)
-    if found["all"] == found.get("number"):
-        return log.with_columns(time=NUMBER)
-    for kind in (NAIVE, ZONED, ("given",)):
-        used = [name for name in kind if found.get(name)]
-        if found["all"] == sum(found[name] for name in used):
-            read = [forms[name] for name in used]
-            nanoseconds = found["finer"] and any("%.f" in form for form in read)
-            if nanoseconds:
-                _check_nanoseconds(log.select(time=_dates(text, read)), place)
-            return log.with_columns(time=_dates(text, read, "ns" if nanoseconds else "us"))
-    raise ValueError(_complaint(log, readable, place, time_format))
+    for name, number in NUMBERS.items():
+        if found["all"] in (0, found.get(name)):
+            return number, 0
+    for kind in (NAIVE, ZONED) if time_format is None else (_forms(time_format),):
+        used = {form: found[form] for form in kind if found[form]["count"]}
+        if found["all"] != sum(facts["count"] for facts in used.values()):
+            continue
+        nanoseconds = found["finer"] and any("%.f" in form for form in used)
+        years = [
+            facts[end] for facts in used.values() if facts["read"] for end in ("first", "last")
+        ]
+        if nanoseconds and (outside := set(years) - set(YEARS_IN_NANOSECONDS)):
+            raise ValueError(
+                f"{place} with more than 6 digits behind the second, and such years as "
+                f"{min(outside)}, which have no room for nanoseconds; write at most 6 digits."
+            )
+        unread = sum(facts["count"] - facts["read"] for facts in used.values())
+        return _dates(_text(time_format), used, "ns" if nanoseconds else "us"), unread
+    raise ValueError(_complaint(log, place, time_format))
 
 
 def text_time(text: str) -> pl.Series:
@@ -144,14 +158,29 @@ def text_time(text: str) -> pl.Series:
     Raises:
         ValueError: neither a number nor ISO 8601, or no day of the calendar.
     """
-    frame = pl.LazyFrame({"time": [text.strip()]})
+    frame = pl.DataFrame({"time": [text.strip()]})
+    found = frame.select(text_time_facts()).item()
     try:
-        value = read_text_times(frame, "One has times").collect()["time"]
+        times, unread = text_times(found, frame.lazy(), "One has times")
     except ValueError as error:
         raise ValueError("it is neither a number nor ISO 8601") from error
-    if value.null_count():
+    if unread:
         raise ValueError("there is no such time")
-    return value
+    return frame.select(times).to_series()
+
+
+def _text(time_format: str | None) -> pl.Expr:
+    return TEXT if time_format is not None else TEXT.str.replace(" ", "T", literal=True)
+
+
+def _forms(time_format: str | None) -> dict[str, pl.Expr]:
+    """The formats that times may have, as polars reads them, and which texts are of each."""
+    if time_format is None:
+        return {form: TEXT.str.contains(text) for form, text in (NAIVE | ZONED).items()}
+    # The words of polars: its %f would count nanoseconds, and its %z does not know Z.
+    words = {".%f": "%.f", "%z": "%#z"}
+    form = re.sub(r"%%|\.%f|%z", lambda found: words.get(found[0], found[0]), time_format)
+    return {form: _dates(TEXT, [form]).is_not_null()}
 
 
 def _dates(text: pl.Expr, forms: Iterable[str], unit: Literal["us", "ns"] = "us") -> pl.Expr:
@@ -159,45 +188,29 @@ def _dates(text: pl.Expr, forms: Iterable[str], unit: Literal["us", "ns"] = "us"
     return pl.coalesce(text.str.to_datetime(form, strict=False, time_unit=unit) for form in forms)
 
 
-def _polars_format(time_format: str) -> str:
-    """A format of Python's ``strptime`` in the words of polars: its ``%f`` would count nanoseconds,
-    and its ``%z`` does not know Z."""
-    words = {".%f": "%.f", "%z": "%#z"}
-    return re.sub(r"%%|\.%f|%z", lambda found: words.get(found[0], found[0]), time_format)
-
-
-def _check_nanoseconds(times: pl.LazyFrame, place: str) -> None:
-    years = pl.col("time").dt.year()
-    first, last = times.select(years.min(), last=years.max()).collect(engine="streaming").row(0)
-    if first not in YEARS_IN_NANOSECONDS or last not in YEARS_IN_NANOSECONDS:
-        raise ValueError(
-            f"{place} with more than 6 digits behind the second, and such years as "
-            f"{first if first not in YEARS_IN_NANOSECONDS else last}, which have no room for "
-            "nanoseconds; write at most 6 digits."
-        )
-
-
-def _complaint(
-    log: pl.LazyFrame, readable: Mapping[str, pl.Expr], place: str, time_format: str | None
-) -> str:
+def _complaint(log: pl.LazyFrame, place: str, time_format: str | None) -> str:
     """Why text times were not read, in a sentence."""
+    forms = _forms(time_format)
 
     def those(condition: pl.Expr) -> str:
         found = log.filter(condition).select(TEXT.len(), first=TEXT.first())
         number, first = found.collect(engine="streaming").row(0)
         return f"({number}, the first {first!r})" if number else ""
 
-    if unread := those(~pl.any_horizontal(readable.values()) & TEXT.is_not_null()):
-        if time_format is not None:
-            return f"{place} that are not written as time_format {time_format!r} says {unread}."
+    is_number = NUMBERS["number"].is_not_null()
+    readable = pl.any_horizontal(forms.values())
+    if time_format is not None:
+        unread = those(~readable & TEXT.is_not_null())
+        return f"{place} that are not written as time_format {time_format!r} says {unread}."
+    if unread := those(~(readable | is_number) & TEXT.is_not_null()):
         return (
             f"{place} that are neither numbers nor ISO 8601 {unread}, and a guess may put them in "
             "a wrong order; say how they are written with time_format, e.g. '%d/%m/%Y'."
         )
     kinds = {
-        "numbers": those(readable["number"]),
-        "dates without a zone": those(pl.any_horizontal(readable[name] for name in NAIVE)),
-        "dates with a zone": those(pl.any_horizontal(readable[name] for name in ZONED)),
+        "numbers": those(is_number),
+        "dates without a zone": those(pl.any_horizontal(forms[form] for form in NAIVE)),
+        "dates with a zone": those(pl.any_horizontal(forms[form] for form in ZONED)),
     }
     mixed = " and ".join(f"{kind} {those}" for kind, those in kinds.items() if those)
     return f"{place} that are {mixed}, which have no common order; write them alike."

@@ -13,7 +13,6 @@ A tokenizer may carry how often each item occurs in the training data (:func:`co
 saved and loaded with it.
 """
 
-import math
 from collections.abc import Iterable
 
 import numpy as np
@@ -21,6 +20,8 @@ import polars as pl
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from sce_lm.recsys.ids import id_text
 
 PAD = "[PAD]"
 UNKNOWN = "[UNK]"
@@ -32,21 +33,11 @@ _COUNTS = "item_counts"
 """Field of tokenizer_config.json: the counts of all items in order, in one line of text."""
 
 
-def id_text(value: object) -> str | None:
-    """An id as text, by the rule of a log: a whole float is that whole number (7.0 is "7"), and
-    None, NaN and empty text are no id, which gives None."""
-    if isinstance(value, float | np.floating):
-        if math.isnan(value):
-            return None
-        return str(int(value)) if value.is_integer() else str(value)
-    return None if value is None else str(value) or None
-
-
 def build_item_tokenizer(items: Iterable[object]) -> PreTrainedTokenizerFast:
     """A tokenizer over a catalogue; save and load it as any other.
 
     Args:
-        items: distinct item ids of any type, taken as text (:func:`id_text`); item i becomes token
+        items: distinct item ids of any type, taken as text (7.0 is "7"); item i becomes token
             ``FIRST_ITEM + i``.
 
     Returns:

@@ -33,18 +33,10 @@ class BestModel:
         higher_is_better: bool,
         records: Iterable[dict[str, Any]] = (),
     ):
-        """Args:
-        folder: where weights are kept.
-        figure: the name of the validation figure in metrics.jsonl.
-        higher_is_better: its direction.
-        records: earlier ones of metrics.jsonl.
-        """
+        """What `records` of metrics.jsonl say of a figure; weights of its best are in `folder`."""
         self.folder = folder
-        self.figure = figure
         self.sign = 1.0 if higher_is_better else -1.0
-        self.step = 0
-        self.last_step = 0
-        self.evaluations_since = 0
+        self.step = self.last_step = self.evaluations_since = 0
         self._score = -math.inf
         for record in records:
             if record.get(figure) is not None:

@@ -30,55 +30,39 @@ import os
 import random
 import shutil
 from collections import defaultdict
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, load_model, save_file, save_model
-from torch.optim.lr_scheduler import LRScheduler
 
 from sce_lm.files import read_json
 from sce_lm.hf.saving import state_file
-from sce_lm.objectives.base import Objective
+from sce_lm.training.learner import Learner
 
 MANIFEST = "checkpoint.json"
 MODEL = "model.safetensors"
 OPTIMIZER = "optimizer.safetensors"
 
 
+@dataclass(frozen=True)
 class Checkpoints:
-    """The checkpoints of one run folder; all processes call `save` and `load` together."""
+    """The checkpoints of one run folder; all processes call its methods together."""
 
-    def __init__(
-        self,
-        folder: Path,
-        accelerator: Accelerator,
-        model: torch.nn.Module,
-        optimizer: torch.optim.Optimizer,
-        scheduler: LRScheduler,
-        objective: Objective,
-        keep: int,
-    ):
-        """Args:
-        folder: where they are kept.
-        model, optimizer: as `accelerator.prepare` gave them.
-        scheduler: of the learning rate, a function of its step alone.
-        keep: the newest so many stay.
-        """
-        self.folder = folder
-        self.accelerator = accelerator
-        self.model = accelerator.unwrap_model(model)
-        self.optimizer = optimizer
-        self.scheduler = scheduler
-        self.objective = objective
-        self.keep = keep
-        if accelerator.is_main_process:
-            for leftover in folder.glob(".*-step-*"):
+    folder: Path
+    learner: Learner
+    keep: int
+    """The newest so many stay."""
+
+    def remove_leftovers(self) -> None:
+        """Clear away what a killed process was writing or removing."""
+        if self.learner.accelerator.is_main_process:
+            for leftover in self.folder.glob(".*-step-*"):
                 shutil.rmtree(leftover)
-        accelerator.wait_for_everyone()
+        self.learner.accelerator.wait_for_everyone()
 
     def newest(self) -> Path | None:
         """The newest complete checkpoint, or None."""
@@ -92,22 +76,31 @@ class Checkpoints:
 
         Raises OSError or SafetensorError if it cannot be written; nothing of it is left then.
         """
+        accelerator = self.learner.accelerator
         complete = self.folder / f"step-{step:08d}"
         partial = self.folder / f".partial-{complete.name}"
         try:
-            self._write(partial)
-            self.accelerator.wait_for_everyone()
-            if self.accelerator.is_main_process:
-                _complete(partial, complete, step, self._facts(batches))
+            _write_state(self.learner, partial)
+            accelerator.wait_for_everyone()
+            if accelerator.is_main_process:
+                scaler = accelerator.scaler
+                facts = {
+                    "step": step,
+                    "batches": batches,
+                    "processes": accelerator.num_processes,
+                    "schedule": self.learner.scheduler.last_epoch,
+                    "scaler": scaler.state_dict() if scaler is not None else None,
+                }
+                _complete(partial, complete, facts)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
-        if self.accelerator.is_main_process:
+        if accelerator.is_main_process:
             for old in sorted(self.folder.glob("step-*"))[: -self.keep]:
                 # Renamed first, so that a half-removed folder never passes for a checkpoint.
                 removed = old.rename(old.with_name(f".removed-{old.name}"))
                 shutil.rmtree(removed)
-        self.accelerator.wait_for_everyone()
+        accelerator.wait_for_everyone()
 
     def load(self, checkpoint: Path) -> dict[str, int]:
         """Restore everything from `checkpoint` and return its `step`, `batches` and `processes`.
@@ -115,18 +108,19 @@ class Checkpoints:
         Raises ValueError if a file is missing, damaged, of another kind or does not fit this run,
         or if the processes there are now cannot share the batches of a step.
         """
-        if self.accelerator.is_main_process:
+        accelerator = self.learner.accelerator
+        if accelerator.is_main_process:
             verify(checkpoint)
-        self.accelerator.wait_for_everyone()
+        accelerator.wait_for_everyone()
         manifest = read_json(checkpoint / MANIFEST)
-        if manifest["batches"] % self.accelerator.num_processes:
+        if manifest["batches"] % accelerator.num_processes:
             raise ValueError(
                 f"{checkpoint} was written by {manifest['processes']} processes, whose steps take "
-                f"{manifest['batches']} batches, and this run has {self.accelerator.num_processes}"
+                f"{manifest['batches']} batches, and this run has {accelerator.num_processes}"
                 "; start a number that divides them, or choose another output_dir."
             )
         try:
-            self._read(checkpoint, manifest)
+            _restore_state(self.learner, checkpoint, manifest)
         except (LookupError, RuntimeError, SafetensorError, TypeError, ValueError) as error:
             reason = " ".join(str(error).split())[:300].rstrip(".")
             raise ValueError(
@@ -135,81 +129,80 @@ class Checkpoints:
             ) from error
         return {name: manifest[name] for name in ("step", "batches", "processes")}
 
-    def _write(self, folder: Path) -> None:
-        rank = self.accelerator.process_index
-        if self.accelerator.is_main_process:
-            folder.mkdir(parents=True)
-            save_model(self.model, str(folder / MODEL))
-            save_file(_optimizer_state(self.optimizer), folder / OPTIMIZER)
-        self.accelerator.wait_for_everyone()
-        tensors, texts = _random_states(self.accelerator.device)
-        save_file(tensors, _random_file(folder, rank), texts)
-        if self.objective.state is not None and not self.objective.state.is_new:
-            self.objective.state.save(state_file(folder, rank))
 
-    def _facts(self, batches: int) -> dict[str, Any]:
-        scaler = self.accelerator.scaler
-        return {
-            "batches": batches,
-            "processes": self.accelerator.num_processes,
-            "schedule": self.scheduler.last_epoch,
-            "scaler": scaler.state_dict() if scaler is not None else None,
-        }
+def _write_state(learner: Learner, folder: Path) -> None:
+    accelerator, state = learner.accelerator, learner.objective.state
+    if accelerator.is_main_process:
+        folder.mkdir(parents=True)
+        save_model(learner.plain_model, str(folder / MODEL))
+        save_file(_optimizer_state(learner.optimizer), folder / OPTIMIZER)
+    accelerator.wait_for_everyone()
+    tensors, texts = _random_states(accelerator.device)
+    save_file(tensors, _random_file(folder, accelerator.process_index), texts)
+    if state is not None and not state.is_new:
+        state.save(state_file(folder, accelerator.process_index))
 
-    def _read(self, checkpoint: Path, manifest: dict[str, Any]) -> None:
-        rank = self.accelerator.process_index
-        load_model(self.model, checkpoint / MODEL)
-        _restore_optimizer(self.optimizer, load_file(checkpoint / OPTIMIZER))
-        # One step back and one forward, which sets the rates of that step on this run's schedule.
-        place = {"last_epoch": manifest["schedule"] - 1, "_step_count": manifest["schedule"]}
-        self.scheduler.load_state_dict(self.scheduler.state_dict() | place)
-        self.scheduler.step()
-        if self.accelerator.scaler is not None and manifest["scaler"]:
-            self.accelerator.scaler.load_state_dict(manifest["scaler"])
-        state = state_file(checkpoint, rank % manifest["processes"])
-        if state.exists() and self.objective.state is not None:
-            self.objective.state.load(state)
-        if manifest["processes"] == self.accelerator.num_processes:
-            _restore_random_states(_random_file(checkpoint, rank), self.accelerator.device)
+
+def _restore_state(learner: Learner, checkpoint: Path, manifest: dict[str, Any]) -> None:
+    accelerator, rank = learner.accelerator, learner.accelerator.process_index
+    load_model(learner.plain_model, checkpoint / MODEL)
+    _restore_optimizer(learner.optimizer, load_file(checkpoint / OPTIMIZER))
+    # One step back and one forward, which sets the rates of that step on this run's schedule.
+    place = {"last_epoch": manifest["schedule"] - 1, "_step_count": manifest["schedule"]}
+    learner.scheduler.load_state_dict(learner.scheduler.state_dict() | place)
+    learner.scheduler.step()
+    if accelerator.scaler is not None and manifest["scaler"]:
+        accelerator.scaler.load_state_dict(manifest["scaler"])
+    state = state_file(checkpoint, rank % manifest["processes"])
+    if state.exists() and learner.objective.state is not None:
+        learner.objective.state.load(state)
+    if manifest["processes"] == accelerator.num_processes:
+        _restore_random_states(_random_file(checkpoint, rank), accelerator.device)
 
 
 def verify(checkpoint: Path) -> None:
     """Raise ValueError unless a checkpoint has exactly the files that it should have, each as it
     was written and in its format."""
+    try:
+        foreign, damaged = _faults(checkpoint)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        foreign, damaged = None, Path(getattr(error, "filename", None) or MANIFEST).name
     advice = (
         "delete that folder to go on from the checkpoint before it, or from the start if there is "
         "none."
     )
-    try:
-        manifest = read_json(checkpoint / MANIFEST)
-        files, ranks = manifest["files"], range(manifest["processes"])
-        needed = {MODEL, OPTIMIZER, *(_random_file(checkpoint, rank).name for rank in ranks)}
-        known = needed | {state_file(checkpoint, rank).name for rank in ranks}
-        there = {path.name for path in checkpoint.iterdir() if not path.name.startswith(".")}
-        foreign = sorted((there | set(files)) - known - {MANIFEST})
-        damaged = []
-        if not foreign:
-            names = sorted(needed | set(files) | there - {MANIFEST})
-            damaged = [name for name in names if _sha256(checkpoint / name) != files.get(name)]
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        foreign, damaged = [], [getattr(error, "filename", None) or MANIFEST]
     if foreign:
         raise ValueError(
-            f"The checkpoint {checkpoint} holds {foreign[0]}, which is none of its files: an "
-            "earlier version wrote it, or somebody else, and to read it could run code, so nothing "
-            f"was read; {advice}"
+            f"The checkpoint {checkpoint} holds {foreign}, which is none of its files: an earlier "
+            "version wrote it, or somebody else, and to read it could run code, so nothing was "
+            f"read; {advice}"
         )
-    for name in () if damaged else names:
+    if damaged:
+        raise ValueError(
+            f"The checkpoint {checkpoint} is damaged ({damaged} is missing or not as it was "
+            f"written); {advice}"
+        )
+
+
+def _faults(checkpoint: Path) -> tuple[str | None, str | None]:
+    """The first file that does not belong there, and else the first that is not as written."""
+    manifest = read_json(checkpoint / MANIFEST)
+    files, ranks = manifest["files"], range(manifest["processes"])
+    needed = {MODEL, OPTIMIZER, *(_random_file(checkpoint, rank).name for rank in ranks)}
+    there = {path.name for path in checkpoint.iterdir() if not path.name.startswith(".")}
+    found = (there | set(files)) - {MANIFEST}
+    foreign = found - needed - {state_file(checkpoint, rank).name for rank in ranks}
+    if foreign:
+        return min(foreign), None
+    for name in sorted(needed | found):
+        if _sha256(checkpoint / name) != files.get(name):
+            return None, name
         try:
             with safe_open(checkpoint / name, "pt"):
                 pass
         except SafetensorError:
-            damaged = [name]
-    if damaged:
-        raise ValueError(
-            f"The checkpoint {checkpoint} is damaged ({Path(damaged[0]).name} is missing or not as "
-            f"it was written); {advice}"
-        )
+            return None, name
+    return None, None
 
 
 def _random_file(folder: Path, rank: int) -> Path:
@@ -258,11 +251,10 @@ def _restore_random_states(path: Path, device: torch.device) -> None:
         torch.get_device_module(device).set_rng_state(tensors[device.type])
 
 
-def _complete(partial: Path, complete: Path, step: int, facts: dict[str, Any]) -> None:
+def _complete(partial: Path, complete: Path, facts: dict[str, Any]) -> None:
     """List the files, push all of it to disk, and give the folder its name."""
     files = {path.name: _sha256(path) for path in sorted(partial.iterdir())}
-    manifest = {"step": step, **facts, "files": files}
-    (partial / MANIFEST).write_text(json.dumps(manifest, indent=1))
+    (partial / MANIFEST).write_text(json.dumps({**facts, "files": files}, indent=1))
     for path in (*partial.iterdir(), partial):
         _sync(path)
     partial.rename(complete)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import polars as pl
 
-from sce_lm.recsys.events import read_events
+from sce_lm.recsys.events import Events, read_events
 
 BLOCK = 2**22
 """Events hashed at a time: a few hundred megabytes of temporaries at most."""
@@ -42,11 +42,11 @@ class Fingerprint:
         return ", ".join(changes) or f"as many {names} as before, but others"
 
 
-def of_log(log: pl.LazyFrame) -> Fingerprint:
-    """The fingerprint of a log, as from `recsys.read_interactions`: all its events."""
+def of_log(log: pl.LazyFrame | Events) -> Fingerprint:
+    """The fingerprint of a log, as from `recsys.read_interactions`, or of its events."""
     events = read_events(log)
     users, items = digests(events.users), digests(events.items)
-    when = _places(events.user) if events.time is None else events.time
+    when = _ranks_of_events(events.user) if events.time is None else events.time
     total = 0
     for start in range(0, len(events.user), BLOCK):
         part = slice(start, start + BLOCK)
@@ -88,10 +88,13 @@ def _as_integers(when: pl.Series) -> np.ndarray:
     return np.where(is_whole, whole, values.view(np.int64)).view(np.uint64)
 
 
-def _places(user: np.ndarray) -> pl.Series:
-    """[events], place among the events of the user, from 0 (users are ascending)."""
-    counts = np.bincount(user)
-    return pl.Series(np.arange(len(user)) - np.repeat(np.cumsum(counts) - counts, counts))
+def _ranks_of_events(user: np.ndarray) -> pl.Series:
+    """[events], place among the events of the user, from 0."""
+    places, counts = np.empty(len(user), dtype=np.int64), np.bincount(user)
+    places[np.argsort(user, kind="stable")] = np.arange(len(user)) - np.repeat(
+        np.cumsum(counts) - counts, counts
+    )
+    return pl.Series(places)
 
 
 def _sum(values: np.ndarray) -> int:

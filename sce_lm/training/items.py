@@ -20,10 +20,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sce_lm import recsys
 from sce_lm.files import read_json
+from sce_lm.recsys.events import read_events
 from sce_lm.recsys.histories import TrainingHistories, can_pack, training_rows
-from sce_lm.recsys.metrics import popularity_profile
+from sce_lm.recsys.metrics import novelty, popularity_profile
 from sce_lm.training.fingerprint import Fingerprint, of_log
 from sce_lm.training.models import load_tokenizer
+from sce_lm.training.run_folder import RunFolder
 from sce_lm.training.stored_data import read_source, read_split, stored, write_split
 from sce_lm.training.task import HeldOut, Task
 from sce_lm.training.train_config import TrainConfig
@@ -43,12 +45,7 @@ class ItemsTask(Task):
         source: dict[str, Fingerprint],
         config: TrainConfig,
     ):
-        """Args:
-        split: what is trained on and asked.
-        tokenizer: of its items.
-        description, source: of the log, as in `Task`.
-        config: of the run.
-        """
+        """A split and the tokenizer of its items, with the description and source of its log."""
         self.config = config
         self.split = split
         self.tokenizer = tokenizer
@@ -67,17 +64,19 @@ class ItemsTask(Task):
     ) -> "ItemsTask":
         """Take the log of `recsys.read_interactions`, and a tokenizer if the items have one already
         (else one is made from the catalogue)."""
-        source = {"data": of_log(log)}
-        log = recsys.filter_interactions(
-            log,
+        events = read_events(log)
+        source = {"data": of_log(events)}
+        events = recsys.filter_interactions(
+            events,
             duplicates=config.duplicates,
             min_user_events=config.min_user_events,
             min_item_events=config.min_item_events,
             iterate=config.iterate_filters,
         )
-        tokenizer = tokenizer or recsys.build_item_tokenizer(recsys.catalogue(log))
+        tokenizer = tokenizer or recsys.build_item_tokenizer(recsys.catalogue(events))
         recsys.check_list_lengths(config.eval_k, recsys.item_tokens(tokenizer))
-        sequences = recsys.user_sequences(log, tokenizer)
+        sequences = recsys.user_sequences(events, tokenizer)
+        del events
         split = _split(sequences, config)
         recsys.count_items(tokenizer, split.train)
         description = {
@@ -88,12 +87,12 @@ class ItemsTask(Task):
         return cls(split, tokenizer, description, source, config)
 
     @classmethod
-    def stored(cls, run: Path, config: TrainConfig) -> "ItemsTask":
+    def stored(cls, run: RunFolder, config: TrainConfig) -> "ItemsTask":
         """The task of a run as it was when the run began, from its folder alone."""
         with stored(run) as folder:
             split = read_split(folder)
             tokenizer = load_tokenizer(str(folder / "tokenizer"))
-            description = read_json(run / "data.json")
+            description = read_json(run.data)
         return cls(split, tokenizer, description, read_source(run), config)
 
     def store(self, folder: Path) -> None:
@@ -147,12 +146,12 @@ class ItemsTask(Task):
         ranking, report = rank_questions(
             model, self._questions(on), self.items, self.split.protocol, self.config
         )
-        counts = np.bincount(self.train.tokens, minlength=self.items.stop)[self.items.start :]
+        counts = torch.bincount(torch.from_numpy(self.train.tokens), minlength=self.items.stop)
+        counts = counts[self.items.start :]
         return {
             **report,
-            "list_entries_by_popularity": popularity_profile(
-                ranking.times_listed, torch.from_numpy(counts)
-            ),
+            f"novelty@{max(self.config.eval_k)}": novelty(ranking.times_listed, counts),
+            "list_entries_by_popularity": popularity_profile(ranking.times_listed, counts),
         }
 
     def _questions(self, on: HeldOut) -> pl.DataFrame:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
@@ -24,6 +25,11 @@ class FieldError(ValueError):
         """Fields that the message is about."""
 
 
+def nearest(name: str, known: Iterable[str]) -> str:
+    """The known name that a misspelt one is most like."""
+    return difflib.get_close_matches(name, list(known), n=1, cutoff=0.0)[0]
+
+
 def as_written(kind: Any, given: Any) -> Any:
     """What a file or the command line gave, its plain text read as the type says.
 
@@ -37,7 +43,7 @@ def as_written(kind: Any, given: Any) -> Any:
     value = plain_value(given)
     if not isinstance(given, Plain) or value is None:
         return value
-    parts = _parts(kind)
+    parts = _alternatives(kind)
     if any(part is str or get_origin(part) is Literal for part in parts):
         return str(given)
     return _YES_NO.get(given.lower(), value) if bool in parts else value
@@ -55,7 +61,7 @@ def checked(name: str, kind: Any, value: Any) -> Any:
     if get_origin(kind) is list:
         entries = value if isinstance(value, (list, tuple)) else [value]
         return [checked(name, get_args(kind)[0], entry) for entry in entries]
-    parts = _parts(kind)
+    parts = _alternatives(kind)
     for part in parts:
         fitted = _fitted(part, value)
         if fitted is not _UNFIT:
@@ -71,10 +77,10 @@ def checked(name: str, kind: Any, value: Any) -> Any:
     raise FieldError(f"{name} is {shown}; expected {expected}; {advice}.", name.split(".")[0])
 
 
-def _parts(kind: Any) -> list[Any]:
+def _alternatives(kind: Any) -> list[Any]:
     """The types that a union is made of, or the one type."""
     if get_origin(kind) in (Union, UnionType):
-        return [part for inner in get_args(kind) for part in _parts(inner)]
+        return [part for inner in get_args(kind) for part in _alternatives(inner)]
     return [kind]
 
 

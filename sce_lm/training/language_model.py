@@ -49,13 +49,9 @@ class LanguageModelTask(Task):
         config: TrainConfig,
         source: dict[str, Fingerprint] | None = None,
     ):
-        """Args:
-        train: documents, with the text in column `config.text_column`; None: nothing is trained.
-        held_out: documents, or the blocks that a run stored.
-        tokenizer: with an end-of-text token.
-        config: of the run.
-        source: as in `Task`.
-        """
+        """`train` are documents with the text in column `config.text_column`, None where nothing is
+        trained; `held_out` documents, or the blocks that a run stored; the tokenizer has an
+        end-of-text token."""
         self.tokenizer = tokenizer
         self.config = config
         self.source = source or {}
@@ -86,9 +82,7 @@ class LanguageModelTask(Task):
         for documents, is_held_out in ((self.documents, False), (self.held_out_documents, True)):
             assert isinstance(documents, Dataset)
             digest = document_digests(documents, self.config)
-            found.append(
-                pl.DataFrame({"digest": digest}).with_columns(held_out=pl.lit(is_held_out))
-            )
+            found.append(pl.DataFrame({"digest": digest, "held_out": is_held_out}))
         pl.concat(found).filter(pl.col("digest") != 0).write_parquet(folder / "documents.parquet")
 
     def describe(self) -> dict[str, Any]:

@@ -11,18 +11,18 @@ import os
 import platform
 from contextlib import suppress
 from datetime import datetime
-from pathlib import Path
 
 from filelock import FileLock, Timeout
+
+from sce_lm.training.run_folder import RunFolder
 
 
 class RunLock:
     """The lock of one run folder; a process that holds it may take it again."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: RunFolder):
         self.folder = folder
-        self._holder = folder / ".lock.json"
-        self._lock = FileLock(folder.resolve() / ".lock", timeout=0, is_singleton=True)
+        self._lock = FileLock(folder.lock.resolve(), timeout=0, is_singleton=True)
         self._made_folder = False
 
     def acquire(self) -> None:
@@ -30,8 +30,8 @@ class RunLock:
 
         Raises ValueError, which names the process, if another one has it.
         """
-        self._made_folder = not self.folder.exists()
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self._made_folder = not self.folder.path.exists()
+        self.folder.path.mkdir(parents=True, exist_ok=True)
         try:
             self._lock.acquire()
         except Timeout:
@@ -41,23 +41,23 @@ class RunLock:
             ) from None
         started = datetime.now().isoformat(" ", "seconds")
         holder = {"pid": os.getpid(), "host": platform.node(), "started": started}
-        self._holder.write_text(json.dumps(holder))
+        self.folder.lock_holder.write_text(json.dumps(holder))
 
     def release(self) -> None:
         """Give the lock back, and remove the folder again if nothing has come into it."""
         if not self._lock.is_locked:
             return
-        self._holder.unlink(missing_ok=True)
+        self.folder.lock_holder.unlink(missing_ok=True)
         # Before the release: whoever takes it next makes a file of his own.
-        Path(self._lock.lock_file).unlink(missing_ok=True)
+        self.folder.lock.unlink(missing_ok=True)
         self._lock.release(force=True)
         if self._made_folder:
             with suppress(OSError):  # it is not empty
-                self.folder.rmdir()
+                self.folder.path.rmdir()
 
     def _name_of_holder(self) -> str:
         try:
-            holder = json.loads(self._holder.read_text())
+            holder = json.loads(self.folder.lock_holder.read_text())
             return (
                 f"process {holder['pid']} on {holder['host']}, which started at {holder['started']}"
             )

@@ -24,6 +24,8 @@ from typing import Any
 
 import torch
 
+STATUS = Path("/proc/self/status")
+
 
 def in_process(function: Callable[..., Any], **arguments: Any) -> Any:
     """``function(**arguments)`` in a new interpreter, with as many threads of torch as this one.
@@ -60,7 +62,7 @@ def held_bytes(device: str) -> int:
     # What the C library keeps of freed memory would be used again without being counted.
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL("libc.so.6").malloc_trim(0)
-    return _status_bytes("VmRSS")
+    return _bytes_in(STATUS, "VmRSS")
 
 
 def start_peak(device: str) -> Callable[[], int]:
@@ -73,16 +75,12 @@ def start_peak(device: str) -> Callable[[], int]:
     # can only be larger.
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
-    return lambda: max(0, _status_bytes("VmHWM") - held)
+    return lambda: max(0, _bytes_in(STATUS, "VmHWM") - held)
 
 
 def available_bytes() -> int:
     """Memory of the machine that can still be allocated without swapping."""
     return _bytes_in(Path("/proc/meminfo"), "MemAvailable")
-
-
-def _status_bytes(field: str) -> int:
-    return _bytes_in(Path("/proc/self/status"), field)
 
 
 def _bytes_in(path: Path, field: str) -> int:

@@ -134,7 +134,7 @@ def loss_bytes(objective: Objective, positions: int, vocab_size: int, width: int
     """Peak of a forward and backward pass of a loss with a trainable head, over its inputs."""
     if objective.name == "exact":
         return _exact_bytes(positions, vocab_size, width)
-    candidates = _candidates(objective, positions, vocab_size)
+    candidates = _gathered_rows(objective, positions, vocab_size)
     rows = 8 * candidates * width  # the rows and their gradient
     gradient = 4 * vocab_size * width
     if getattr(objective.config, "sparse_grad", False):
@@ -160,7 +160,7 @@ def _row_control_bytes(config: SCEConfig, positions: int, vocab_size: int, width
     return 4 * vocab_size * (width + 2 * (buckets or CENTERS))
 
 
-def _candidates(objective: Objective, positions: int, vocab_size: int) -> int:
+def _gathered_rows(objective: Objective, positions: int, vocab_size: int) -> int:
     """Rows of the head that are gathered in a call, about."""
     config = objective.config
     if isinstance(config, SCEConfig):

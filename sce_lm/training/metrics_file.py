@@ -6,24 +6,26 @@ A run that was resumed with another setting has a record of that: ``{"step": 500
 
 import json
 import os
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sce_lm.files import read_json, replacing
+from sce_lm.files import replacing
 
 CHANGED = "changed"
 """The entry of a record that says which fields of the configuration changed at its step."""
 
 
+@dataclass(frozen=True)
 class MetricsLog:
     """The records of a run, appended line by line by the one process that writes."""
 
-    def __init__(self, path: Path):
-        self.path = path
+    path: Path
 
     def append(self, record: dict[str, Any]) -> None:
         """Add a record, which has a "step"."""
-        with self.path.open("a", encoding="utf-8") as file:
+        with self.path.open("a") as file:
             file.write(json.dumps(record) + "\n")
 
     def sync(self) -> None:
@@ -40,9 +42,7 @@ class MetricsLog:
             if record["step"] <= step or CHANGED in record
         ]
         with replacing(self.path) as partial:
-            partial.write_text(
-                "".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8"
-            )
+            partial.write_text("".join(json.dumps(record) + "\n" for record in kept))
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -60,13 +60,12 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         ) from None
 
 
-def with_costs(folder: Path) -> list[dict[str, Any]]:
+def with_costs(records: Iterable[dict[str, Any]], vocabulary: int) -> list[dict[str, Any]]:
     """The records of a finished run, each with what training, evaluation left out, had taken up to
     its step: ``seconds``, and the ``inner products in the loss`` (of the hidden width, in its
     forward passes; an objective that draws nothing takes one with every class)."""
-    vocabulary = read_json(folder / "summary.json")["vocabulary"]
     seconds, products, step, found = 0.0, 0.0, 0, []
-    for record in read_metrics(folder / "metrics.jsonl"):
+    for record in records:
         if "seconds_per_step" in record:
             spent = record["seconds_per_step"] * (record["step"] - step)
             seconds, step = seconds + spent, record["step"]

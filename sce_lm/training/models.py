@@ -1,6 +1,5 @@
 """The model and tokenizer of a run: loaded, or from scratch, and checked to fit each other."""
 
-import difflib
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from transformers import (
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from sce_lm.requirements import require
+from sce_lm.training.kinds import nearest
 from sce_lm.training.train_config import TrainConfig
 
 
@@ -98,10 +98,9 @@ def _config(config: TrainConfig, tokenizer: PreTrainedTokenizerBase):
     given = dict(config.model_config)
     model_type = given.pop("model_type")
     if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
-        nearest = difflib.get_close_matches(str(model_type), CONFIG_MAPPING.keys(), 1, 0.0)[0]
         raise ValueError(
             f"model_config names the model_type {model_type!r}, which transformers does not know; "
-            f"did you mean {nearest!r}?"
+            f"did you mean {nearest(str(model_type), CONFIG_MAPPING)!r}?"
         )
     # A configuration class takes unknown fields without a word, so a misspelt one would be lost.
     default = AutoConfig.for_model(model_type)
@@ -109,10 +108,9 @@ def _config(config: TrainConfig, tokenizer: PreTrainedTokenizerBase):
     options: dict[str, Any] = {}
     for name, value in given.items():
         if name not in known and not hasattr(default, name):
-            nearest = difflib.get_close_matches(name, known, 1, 0.0)[0]
             raise ValueError(
                 f"model_config sets {name!r}, which is no field of {model_type}; did you mean "
-                f"{nearest!r}?"
+                f"{nearest(name, known)!r}?"
             )
         # By another name the class would take any type, and either of two values.
         field = default.attribute_map.get(name, name)

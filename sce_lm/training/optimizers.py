@@ -152,10 +152,7 @@ class RowwiseAdagrad(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Move the rows that have a gradient; a closure is evaluated first, its value returned."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = _evaluated(closure)
         for group in self.param_groups:
             for weight in group["params"]:
                 if weight.grad is None:
@@ -202,13 +199,16 @@ class CombinedOptimizer(torch.optim.Optimizer):
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step of each part; a closure is evaluated first, its value returned."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = _evaluated(closure)
         for part in self.parts:
             part.step()
         return loss
+
+
+def _evaluated(closure: Callable[[], Any] | None) -> Any:
+    """What the step's closure returns, with gradients; None where there is none."""
+    with torch.enable_grad():
+        return closure() if closure is not None else None
 
 
 @torch.no_grad()

@@ -9,86 +9,76 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sce_lm.figures import png
-from sce_lm.training.metrics_file import read_metrics
+import numpy as np
+
+from sce_lm.objectives.probe import Probe
+from sce_lm.png import png
+from sce_lm.training.run_folder import RunFolder
 
 if TYPE_CHECKING:
-    from sce_lm.figures import Axes
+    from sce_lm.png import Axes
 
 LINES = 10
 """Colours of matplotlib's default cycle; further labels get another line style."""
 
 
 def draw_curves(
-    runs: Mapping[str, Sequence[Sequence[dict[str, Any]]]], path: Path, figure_name: str
+    runs: Mapping[str, Sequence[Sequence[dict[str, Any]]]], path: Path, metric: str
 ) -> None:
-    """Draw training loss and a validation figure against the step, the latter against the seconds
+    """Draw training loss and a validation metric against the step, the latter against the seconds
     of training and the operations of the loss; of language models also accuracy against NLL, where
     up and left is better. One line a run, one colour a label.
 
     Args:
         runs: label and records of runs, as from ``metrics.with_costs``, for instance one a seed.
         path: PNG file to write.
-        figure_name: of the validation figure, e.g. "nll" or "ndcg@10".
+        metric: of validation, e.g. "nll" or "ndcg@10".
 
     Raises ImportError where matplotlib is not installed.
     """
-    validation = f"validation/{figure_name}"
+    validation = f"validation/{metric}"
     panels = [
         ("loss", "step", ""),
         (validation, "step", "o"),
         (validation, "seconds", "o"),
         (validation, "inner products in the loss", "o"),
     ]
-    if figure_name == "nll":
+    if metric == "nll":
         panels.append(("validation/accuracy", validation, "o"))
     with png(path, 5 * len(panels), 4) as figure:
         for axes, (name, x, marker) in zip(figure.subplots(1, len(panels)), panels):
             for number, (label, found) in enumerate(runs.items()):
-                style = {
-                    "color": f"C{number % LINES}",
-                    "linestyle": ("-", "--", ":", "-.")[number // LINES % 4],
-                    "marker": marker,
-                    "markersize": 3,
-                }
+                dashes = ("-", "--", ":", "-.")[number // LINES % 4]
+                style = f"C{number % LINES}{marker}{dashes}"
                 for index, records in enumerate(found):
                     points = [(r[x], r[name]) for r in records if name in r]
-                    axes.plot(
-                        [p[0] for p in points],
-                        [p[1] for p in points],
-                        label=None if index else label,
-                        **style,
-                    )
-            title = "training loss" if name == "loss" else name.replace("/", " ")
-            ylabel = "nats" if name == "loss" else ""
-            axes.set(title=title, xlabel=x.replace("/", " "), ylabel=ylabel)
+                    of_first = {} if index else {"label": label}
+                    axes.plot(*np.reshape(points, (-1, 2)).T, style, markersize=3, **of_first)
+            is_loss = name == "loss"
+            title = "training loss" if is_loss else name.replace("/", " ")
+            axes.set(title=title, xlabel=x.replace("/", " "), ylabel="nats" if is_loss else "")
             axes.grid(alpha=0.3)
         if len(runs) > 1:
             axes.legend(fontsize=7)
 
 
 def draw_report(
-    folder: Path,
-    figure_name: str,
-    errors: Sequence[float],
-    frequencies: Mapping[str, Sequence[float]],
+    folder: RunFolder, records: Sequence[dict[str, Any]], metric: str, probe: Probe
 ) -> None:
     """Draw ``report.png`` of a run: its curves, how far the objective was from exact cross-entropy,
-    which classes it looked at and where the time went. What the run has no figures of is left out.
+    which classes it looked at and where the time went. What the run has not measured is left out.
 
     Args:
-        folder: of the run, with its metrics.jsonl.
-        figure_name: of the validation figure, e.g. "nll" or "ndcg@10".
-        errors: loss - exact loss at validation positions, at the end.
-        frequencies: of ``shares_by_frequency``, for those positions; empty: all classes.
+        records: of its metrics.jsonl.
+        metric: of validation, e.g. "nll" or "ndcg@10".
+        probe: of validation positions, at the end.
 
     Raises ImportError where matplotlib is not installed.
     """
-    records = read_metrics(folder / "metrics.jsonl")
     own = "objective/"
     curves: list[tuple[str, dict[str, str], dict[str, Any]]] = [
         ("training loss", {"loss": "loss"}, {}),
-        (f"validation {figure_name}", {figure_name: f"validation/{figure_name}"}, {}),
+        (f"validation {metric}", {metric: f"validation/{metric}"}, {}),
         ("gradient norm", {"grad_norm": "before clipping"}, {}),
         (
             "relative error of the partition function",
@@ -111,12 +101,12 @@ def draw_report(
         lines = {label: _points(records, name) for name, label in names.items()}
         if any(lines.values()):
             panels.append(partial(_draw_lines, title=title, lines=lines, limits=limits))
-    if len(errors):
-        panels.append(partial(_draw_errors, errors=errors))
-    if frequencies:
-        panels.append(partial(_draw_frequencies, frequencies=frequencies))
+    if len(probe.errors):
+        panels.append(partial(_draw_errors, errors=probe.errors.tolist()))
+    if probe.by_frequency:
+        panels.append(partial(_draw_frequencies, frequencies=probe.by_frequency))
     rows = -(-len(panels) // 3)
-    with png(folder / "report.png", 15, 4 * rows) as figure:
+    with png(folder.report, 15, 4 * rows) as figure:
         figure.suptitle(str(folder))
         for axes, draw in zip_longest(figure.subplots(rows, 3, squeeze=False).flat, panels):
             if draw is None:

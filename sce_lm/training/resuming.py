@@ -8,18 +8,14 @@ A field of the configuration is of one of three kinds:
 - any other defines the run: a folder goes on with the same one.
 """
 
-import dataclasses
-import warnings
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import get_scheduler
 
-from sce_lm import objectives
-from sce_lm.files import read_json
 from sce_lm.training.metrics_file import CHANGED
+from sce_lm.training.run_folder import RunFolder
 from sce_lm.training.task_sources import SOURCE_FIELDS
 from sce_lm.training.train_config import TrainConfig
 
@@ -49,58 +45,23 @@ NOTED = (
 )
 
 
-def stored_fields(folder: Path) -> dict[str, Any]:
-    """The configuration of a run, from its folder, as `TrainConfig(**fields)` takes it.
-
-    A field that this version does not have is left out with a warning, and so are options of the
-    objective.
-
-    Raises ValueError or FileNotFoundError if there is no configuration to be read.
-    """
-    path = folder / "config.json"
-    stored = read_json(path)
-    if not isinstance(stored, dict):
-        raise ValueError(
-            f"{path} holds {stored!r:.60}; expected the configuration of a run; put the file back "
-            "that was written."
-        )
-    known = {f.name for f in dataclasses.fields(TrainConfig)}
-    unknown = sorted(stored.keys() - known)
-    if unknown:
-        values = ", ".join(f"{name} {stored[name]!r}" for name in unknown)
-        warnings.warn(
-            f"{folder} was made by another version, whose configuration had {values}; this version "
-            "has no such field and goes on without.",
-            stacklevel=2,
-        )
-    found = {name: value for name, value in stored.items() if name in known}
-    if found.get("objective_options"):
-        name = found.get("objective", TrainConfig.objective)
-        found["objective_options"] = objectives.current_options(name, found["objective_options"])
-    return found
-
-
 def changed_fields(
-    before: dict[str, Any], config: TrainConfig, folder: Path
+    before: dict[str, Any], config: TrainConfig, folder: RunFolder
 ) -> dict[str, list[Any]]:
     """What a run was started with, and what it is to go on with, by the field's name.
 
     A field that an older version did not have was at its default.
 
     Args:
-        before: what `stored_fields` found in the folder.
+        before: what `RunFolder.fields` found.
 
     Raises ValueError if a field that defines the run differs.
     """
-    now = config.to_dict()
-    defaults = {
-        f.name: f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
-        for f in dataclasses.fields(config)
-    }
+    before = TrainConfig.defaults() | before
     differing = {
-        name: [before.get(name, defaults[name]), now[name]]
-        for name in now
-        if name not in FREE and before.get(name, defaults[name]) != now[name]
+        name: [before[name], now]
+        for name, now in config.to_dict().items()
+        if name not in FREE and before[name] != now
     }
     refused = [name for name in differing if name not in NOTED]
     if refused:

@@ -13,7 +13,7 @@ from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sce_lm import objectives, recsys
-from sce_lm.files import read_json, write_json
+from sce_lm.files import write_json
 from sce_lm.hf.adapter import apply_sce
 from sce_lm.recsys.data import TIE_RULE
 from sce_lm.training import text_blocks
@@ -21,7 +21,7 @@ from sce_lm.training.items import rank_questions
 from sce_lm.training.language_model import LanguageModelTask
 from sce_lm.training.models import load_model, load_tokenizer
 from sce_lm.training.plots import draw_popularity
-from sce_lm.training.resuming import stored_fields
+from sce_lm.training.run_folder import RunFolder
 from sce_lm.training.task import HeldOut
 from sce_lm.training.task_sources import changed_since, stored_task
 from sce_lm.training.train_config import TrainConfig
@@ -35,7 +35,7 @@ and the first-order Markov chain, each with its protocol."""
 
 
 def evaluate_run(
-    run: Path, accelerator: Accelerator, on: HeldOut = "test", k: Sequence[int] | None = None
+    run: RunFolder, accelerator: Accelerator, on: HeldOut = "test", k: Sequence[int] | None = None
 ) -> Rows:
     """Exact likelihood on the held-out text, or full-catalogue metrics on the items asked for, as
     the run stored them when it began. A warning says if its data have changed since.
@@ -57,24 +57,22 @@ def evaluate_run(
         if change:
             warnings.warn(change, stacklevel=2)
     accelerator.wait_for_everyone()
-    model = _prepared(run / "model", config.dtype, accelerator)
+    model = _prepared(run.model, config.dtype, accelerator)
     trained = task.evaluate(model, accelerator, on)
     rows = {MODEL: trained, **task.baselines(on)}
     if accelerator.is_main_process:
-        write_json(evaluation_file(run, on), rows)
+        write_json(run.evaluation(on), rows)
         profile = "list_entries_by_popularity"
         if profile in trained:
             try:
-                draw_popularity(
-                    {n: row[profile] for n, row in rows.items()}, run / "popularity.png"
-                )
+                draw_popularity({n: row[profile] for n, row in rows.items()}, run.popularity)
             except ImportError:
                 print("matplotlib is not installed, so no plot is drawn.")
     return rows
 
 
 def evaluate_on(
-    folder: Path,
+    folder: RunFolder,
     data: str,
     accelerator: Accelerator,
     k: Sequence[int] | None = None,
@@ -93,8 +91,8 @@ def evaluate_on(
 
     Raises ValueError or FileNotFoundError for a folder or data that cannot be used.
     """
-    is_run = not is_saved_model(folder)
-    path = folder / "model" if is_run else folder
+    is_run = not folder.is_saved_model()
+    path = folder.model if is_run else folder.path
     config = _run_config(folder) if is_run else None
     model = _prepared(path, config.dtype if config else "auto", accelerator)
     tokenizer = load_tokenizer(str(path))
@@ -120,7 +118,7 @@ def evaluate_on(
         report = task.evaluate(model, accelerator, "test")
     rows = {MODEL: report}
     if accelerator.is_main_process:
-        write_json(evaluation_file(folder, data=data), rows)
+        write_json(folder.evaluation(data=data), rows)
     return rows
 
 
@@ -150,27 +148,14 @@ def _last_items(
     return {**report, **counts}
 
 
-def is_saved_model(folder: Path) -> bool:
-    """Whether a folder is one of save_pretrained rather than a run's."""
-    path = folder / "config.json"
-    return path.exists() and "model_type" in read_json(path)
-
-
-def evaluation_file(folder: Path, on: HeldOut = "test", data: str | None = None) -> Path:
-    """Where the figures of an evaluation go: those of a run's test to ``evaluation.json``."""
-    if data is not None:
-        return folder / f"evaluation-of-{Path(data).name}.json"
-    return folder / ("evaluation.json" if on == "test" else f"evaluation-{on}.json")
-
-
-def _run_config(run: Path) -> TrainConfig:
-    for needed in ("config.json", "model"):
-        if not (run / needed).exists():
+def _run_config(run: RunFolder) -> TrainConfig:
+    for needed in (run.config, run.model):
+        if not needed.exists():
             raise ValueError(
-                f"{run} has no {needed}; expected the folder of a finished run of "
+                f"{run} has no {needed.name}; expected the folder of a finished run of "
                 "scripts/train.py; check the path, or let the run come to its end."
             )
-    return TrainConfig(**stored_fields(run))
+    return TrainConfig(**run.fields())
 
 
 def _with_lengths(config: TrainConfig, k: Sequence[int] | None) -> TrainConfig:

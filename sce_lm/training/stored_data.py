@@ -27,22 +27,22 @@ from sce_lm.files import write_json
 from sce_lm.recsys import Split
 from sce_lm.training.embedded.sources import new_folder
 from sce_lm.training.fingerprint import Fingerprint
+from sce_lm.training.run_folder import RunFolder
 from sce_lm.training.task import Task
 
-FOLDER = "stored_data"
 QUESTIONS = ("validation", "test")
 
 
-def store(task: Task, run: Path) -> None:
+def store(task: Task, run: RunFolder) -> None:
     """Write all of it, or nothing; one process does. What a start left that came to nothing is
     replaced; ValueError if the folder is something else."""
-    folder = run / FOLDER
+    folder = run.stored_data
     if folder.exists() and not (folder / "source.json").exists():
         raise ValueError(
             f"{folder} is in the way, where a run stores what it derives from its data; move it, "
             "or choose another output_dir."
         )
-    for left in (folder, *run.glob(f".{FOLDER}.*")):
+    for left in (folder, *run.path.glob(f".{folder.name}.*")):
         shutil.rmtree(left, ignore_errors=True)
     with new_folder(folder) as unfinished:
         task.tokenizer.save_pretrained(unfinished / "tokenizer")
@@ -52,12 +52,12 @@ def store(task: Task, run: Path) -> None:
 
 
 @contextmanager
-def stored(run: Path) -> Iterator[Path]:
+def stored(run: RunFolder) -> Iterator[Path]:
     """The folder of a run's stored data, to be read in the block.
 
     Raises ValueError, in one sentence, if there is none or it cannot be read.
     """
-    folder = run / FOLDER
+    folder = run.stored_data
     if not folder.is_dir():
         raise ValueError(
             f"{run} is of a version that did not store its split and a fingerprint of its data, so "
@@ -74,7 +74,7 @@ def stored(run: Path) -> Iterator[Path]:
         ) from error
 
 
-def read_source(run: Path) -> dict[str, Fingerprint]:
+def read_source(run: RunFolder) -> dict[str, Fingerprint]:
     """The fingerprints that a run began with, by source: "data", and "held_out" where the held-out
     text is a source of its own."""
     with stored(run) as folder:

@@ -9,6 +9,7 @@ two processes see what one would with twice the batch.
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -81,16 +82,16 @@ class Task(ABC):
         """Raise ValueError if the model cannot train on the task's batches; most can."""
 
 
+@dataclass
 class DataOrder:
     """The rows that each process takes in each step."""
 
-    def __init__(self, num_rows: int, batch_size: int, accumulation: int, seed: int):
-        self.num_rows = num_rows
-        self.batch_size = batch_size
-        self.accumulation = accumulation
-        self.seed = seed
-        self._epoch = -1
-        self._permutation = np.empty(0, dtype=np.int64)
+    num_rows: int
+    batch_size: int
+    accumulation: int
+    seed: int
+    _epoch: int = -1
+    _permutation: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.int64))
 
     def step_batches(self, step: int, rank: int, processes: int) -> Iterator[list[int]]:
         """Row numbers of the accumulated batches of step `step` (0 is the first) on one process."""

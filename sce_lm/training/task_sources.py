@@ -20,6 +20,7 @@ from sce_lm.training.fingerprint import Fingerprint, of_documents, of_log
 from sce_lm.training.items import ItemsTask
 from sce_lm.training.language_model import LanguageModelTask
 from sce_lm.training.models import load_tokenizer
+from sce_lm.training.run_folder import RunFolder
 from sce_lm.training.stored_data import read_source, stored
 from sce_lm.training.task import Task
 from sce_lm.training.train_config import EMBEDDED, TrainConfig
@@ -65,7 +66,7 @@ def build_task(config: TrainConfig) -> Task:
     return LanguageModelTask(documents, held_out, load_tokenizer(tokenizer), config, source)
 
 
-def resume_task(config: TrainConfig, run: Path) -> tuple[Task, str | None]:
+def resume_task(config: TrainConfig, run: RunFolder) -> tuple[Task, str | None]:
     """The task of a run that has begun, and what to tell about its data, in one sentence.
 
     A recommender's split is stored whole. The text that is trained on is not: it is read again, in
@@ -93,7 +94,7 @@ def resume_task(config: TrainConfig, run: Path) -> tuple[Task, str | None]:
         order = pl.read_parquet(folder / "documents.parquet")
     found = text_blocks.document_digests(documents, config)
     if note is None:
-        rows = _places(found, order.filter(~pl.col("held_out"))["digest"].to_numpy())
+        rows = _rows_of(found, order.filter(~pl.col("held_out"))["digest"].to_numpy())
     elif "held_out" in before:
         rows = np.arange(len(found))
     else:
@@ -102,14 +103,14 @@ def resume_task(config: TrainConfig, run: Path) -> tuple[Task, str | None]:
     return _language_model(config, run, documents.select(rows)), note
 
 
-def stored_task(config: TrainConfig, run: Path) -> Task:
+def stored_task(config: TrainConfig, run: RunFolder) -> Task:
     """The task of a run for evaluation, from its folder alone; text has nothing to train on."""
     if config.task == "items":
         return ItemsTask.stored(run, config)
     return _language_model(config, run, None)
 
 
-def changed_since(config: TrainConfig, run: Path) -> str | None:
+def changed_since(config: TrainConfig, run: RunFolder) -> str | None:
     """What to tell about the data of a run that is evaluated on what it stored; None if they are as
     they were, or are made or kept elsewhere (embedded, or on the hub)."""
     if config.data == EMBEDDED or not text_blocks.is_local(config.data):
@@ -131,7 +132,9 @@ def changed_since(config: TrainConfig, run: Path) -> str | None:
 _ON_STORED = "the figures are on what the run stored."
 
 
-def _language_model(config: TrainConfig, run: Path, train: Dataset | None) -> LanguageModelTask:
+def _language_model(
+    config: TrainConfig, run: RunFolder, train: Dataset | None
+) -> LanguageModelTask:
     with stored(run) as folder:
         tokenizer = load_tokenizer(str(folder / "tokenizer"))
         tokenised = Dataset.from_file(str(folder / "held_out.arrow"))
@@ -139,7 +142,7 @@ def _language_model(config: TrainConfig, run: Path, train: Dataset | None) -> La
     return LanguageModelTask(train, held_out, tokenizer, config, read_source(run))
 
 
-def _permitted(change: str, config: TrainConfig, run: Path) -> str:
+def _permitted(change: str, config: TrainConfig, run: RunFolder) -> str:
     """What a run does that goes on with other data; ValueError where it may not."""
     what = (
         "the split that it stored"
@@ -176,7 +179,7 @@ def _fingerprints(documents: Dataset, held_out: Dataset | None, config: TrainCon
     return {name: of_documents(digests[digests != 0]) for name, digests in found.items()}
 
 
-def _places(found: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+def _rows_of(found: np.ndarray, wanted: np.ndarray) -> np.ndarray:
     """int64, the places in `found` of the digests that are wanted, in their order; of equal ones
     each is taken once."""
     by_digest = np.argsort(found, kind="stable")

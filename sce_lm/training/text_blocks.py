@@ -25,13 +25,9 @@ from sce_lm.training.fingerprint import digests
 from sce_lm.training.train_config import TrainConfig
 
 _LOADERS = {
-    ".csv": "csv",
-    ".parquet": "parquet",
-    ".json": "json",
-    ".jsonl": "json",
-    ".ndjson": "json",
+    ".csv": "csv", ".parquet": "parquet", ".json": "json", ".jsonl": "json", ".ndjson": "json",
     ".txt": "text",
-}
+}  # fmt: skip
 _COMPRESSIONS = (".gz", ".zst")
 _LOADER_OPTIONS: dict[str, dict[str, Any]] = {
     # The text "NA" is text.

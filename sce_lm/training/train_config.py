@@ -1,18 +1,18 @@
-"""The configuration of a run: one flat frozen dataclass, each field documented and checked once.
+"""The configuration of a run: a flat frozen dataclass, made of sections.
 
-A run is described by a YAML file, and each field can be set again on the command line
-(`--field value`), which wins. A value is read there as in the file; a mapping is given as JSON or
-YAML and replaces the one of the file: `--objective_options '{"tail_candidates": 2048}'`.
+A section has the fields of one subject, each with its help and its range, and checks what goes
+together in it; what goes together across sections is checked by `TrainConfig` itself. A file, the
+command line (`command_line`) and a run's config.json all have the fields side by side.
 """
 
-import argparse
+# ruff: noqa: RUF009 (an `option` is a field)
+
+import copy
 import dataclasses
-import difflib
-import json
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
-from pathlib import Path
-from typing import Any, Literal, NoReturn, get_origin, get_type_hints
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal, get_type_hints
 
 from sce_lm.requirements import require
 
@@ -22,417 +22,91 @@ require("sce_lm.training", "accelerate", "datasets", "polars", "psutil", "rich",
 from sce_lm import objectives
 from sce_lm.recsys.events import Duplicates
 from sce_lm.recsys.splits import ColdItems, Past
-from sce_lm.training.kinds import FieldError, as_written, checked
-from sce_lm.training.yaml12 import Plain, read_yaml
+from sce_lm.training.kinds import FieldError, checked, nearest
 
 EMBEDDED = "embedded"
 
+Schedule = Literal[
+    "linear", "cosine", "cosine_with_restarts", "polynomial",
+    "constant", "constant_with_warmup", "inverse_sqrt",
+]  # fmt: skip
+
+Range = tuple[str, Callable[[Any], bool]]
+"""What a message says is expected, and whether a value is."""
+
+AT_LEAST_1: Range = ("at least 1", lambda value: value >= 1)
+A_PAIR: Range = ("at least 2, a token and the one after it", lambda value: value >= 2)
+NOT_NEGATIVE: Range = ("0 or more", lambda value: value >= 0)
+ABOVE_0: Range = ("above 0", lambda value: value is None or value > 0)
+A_SHARE: Range = ("between 0 and 1", lambda value: 0 < value < 1)
+DECAY_RATES: Range = (
+    "two numbers in [0, 1)",
+    lambda rates: len(rates) == 2 and all(0 <= rate < 1 for rate in rates),
+)
+LENGTHS: Range = ("numbers from 1 up", lambda lengths: bool(lengths) and min(lengths) >= 1)
+KNOWN_OBJECTIVE: Range = (
+    "one of " + ", ".join(objectives.names()),
+    lambda name: name in objectives.names(),
+)
+
+
+def option(default: Any, help: str, range: Range | None = None) -> Any:
+    """A field with its default, what it is, and the values that it takes."""
+    metadata = {"help": help, "range": range}
+    if isinstance(default, (list, dict)):
+        return dataclasses.field(default_factory=partial(copy.copy, default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
 
 @dataclass(frozen=True)
-class TrainConfig:
-    """What to train, on what, with which objective and for how long.
+class Section:
+    """Fields whose values have the type and the range that they are declared with."""
 
-    Raises FieldError, a ValueError of one sentence, for a field of the wrong type or out of range.
-    """
+    def __post_init__(self) -> None:
+        kinds = get_type_hints(type(self))
+        for field in dataclasses.fields(self):
+            value = checked(field.name, kinds[field.name], getattr(self, field.name))
+            object.__setattr__(self, field.name, value)
+            expected, holds = field.metadata["range"] or ("", lambda _: True)
+            if not holds(value):
+                raise FieldError(
+                    f"{field.name} is {value!r}; expected {expected}; change it.", field.name
+                )
 
-    task: Literal["lm", "items"] = field(
-        default="lm",
-        metadata={
-            "help": "lm: causal language model on packed text; items: next-item recommender "
-            "whose tokens are items."
-        },
-    )
-    output_dir: str = field(
-        default="runs/default",
-        metadata={"help": "Folder of the run: metrics, report, checkpoints and the final model."},
-    )
 
-    # The model.
-    model: str | None = field(
-        default=None,
-        metadata={
-            "help": "Hub id or local folder of a causal language model to start from; unset: "
-            "from scratch by model_config."
-        },
-    )
-    model_config: dict[str, Any] = field(
-        default_factory=dict,
-        metadata={
-            "help": "A model from scratch: model_type and any field of that configuration, e.g. "
-            "{model_type: llama, ...}."
-        },
-    )
-    tokenizer: str | None = field(
-        default=None,
-        metadata={
-            "help": "Hub id or local folder of the tokenizer; unset: the model's own, or that "
-            "of the embedded data."
-        },
-    )
-    dtype: Literal["float32", "bfloat16"] = field(
-        default="float32", metadata={"help": "Type in which the parameters are held."}
-    )
-    lora_rank: int = field(
-        default=0,
-        metadata={
-            "help": "Rank of LoRA adapters on the linear layers of a pretrained model, which is "
-            "frozen; the model that is saved has them merged. 0: all parameters are trained."
-        },
-    )
+@dataclass(frozen=True)
+class TaskFields(Section):
+    """What is trained, and where the run goes."""
 
-    # The data.
-    data: str = field(
-        default=EMBEDDED,
-        metadata={
-            "help": "embedded (made from the installed packages), a local csv, parquet, json or "
-            "text path, or a hub id."
-        },
+    task: Literal["lm", "items"] = option(
+        "lm", "lm: next tokens of packed text; items: the next item of a user."
     )
-    data_name: str | None = field(
-        default=None,
-        metadata={"help": "Configuration name of a hub data set, e.g. wikitext-2-raw-v1."},
-    )
-    data_options: dict[str, Any] = field(
-        default_factory=dict,
-        metadata={"help": "Options of the embedded data: keyword arguments of its builder."},
-    )
-    held_out: str | None = field(
-        default=None,
-        metadata={
-            "help": "Held-out text: a local path, or the name of a split of the hub data set; "
-            "unset: held_out_fraction."
-        },
-    )
-    held_out_fraction: float = field(
-        default=0.02, metadata={"help": "Share of the documents held out where held_out is unset."}
-    )
-    text_column: str = field(default="text", metadata={"help": "Column with the text."})
-    user_column: str = field(
-        default="user_id", metadata={"help": "Column of the interaction log that says who."}
-    )
-    item_column: str = field(
-        default="item_id", metadata={"help": "Column of the interaction log that says what."}
-    )
-    time_column: str | None = field(
-        default=None,
-        metadata={
-            "help": "Column of the interaction log that says when; unset: rows of a user are in "
-            "the order of the file."
-        },
-    )
-    time_format: str | None = field(
-        default=None,
-        metadata={
-            "help": "How times that are text are written, in the directives of strptime; unset: as "
-            "numbers or in ISO 8601."
-        },
-    )
-    cache_dir: str = field(
-        default="~/.cache/sce_lm",
-        metadata={"help": "Folder where embedded data and tokenised text are kept between runs."},
-    )
-    sequence_length: int = field(
-        default=512,
-        metadata={
-            "help": "Tokens of a training sequence; of a recommender, the latest items of a user "
-            "that are trained on and read."
-        },
-    )
+    output_dir: str = option("runs/default", "Folder of the run.")
 
-    # The data of a recommender.
-    duplicates: Duplicates = field(
-        default="keep",
-        metadata={
-            "help": "What becomes of a user's events with the same item: all are kept, the first, "
-            "the last, or all but those right after an event with the same item."
-        },
-    )
-    min_user_events: int = field(
-        default=1, metadata={"help": "Users with fewer events are left out."}
-    )
-    min_item_events: int = field(
-        default=1, metadata={"help": "Items with fewer events are left out."}
-    )
-    iterate_filters: bool = field(
-        default=True,
-        metadata={
-            "help": "Filter until all that are left have enough events (a k-core); false: once."
-        },
-    )
-    split: Literal["leave_one_out", "last_n", "temporal"] = field(
-        default="leave_one_out",
-        metadata={
-            "help": "What is held out: each user's last item for the test and the one before for "
-            "validation; the last split_n for each; or all users with events after a cut in time."
-        },
-    )
-    split_n: int = field(
-        default=1, metadata={"help": "Items a user in each held-out set of split last_n."}
-    )
-    split_quantile: float = field(
-        default=0.95,
-        metadata={"help": "The cut of split temporal as a quantile of all events' times."},
-    )
-    split_time: str | None = field(
-        default=None,
-        metadata={
-            "help": "The cut of split temporal as a time: ISO 8601, or a number where the log has "
-            "numbers; unset: split_quantile."
-        },
-    )
-    split_past: Past = field(
-        default="after",
-        metadata={"help": "Events in the histories of split temporal: after the cut, or all."},
-    )
-    split_cold_items: ColdItems = field(
-        default="drop",
-        metadata={
-            "help": "Events after the cut of split temporal whose items do not occur in training."
-        },
-    )
-    packing: bool = field(
-        default=True,
-        metadata={
-            "help": "Put several users into a row, told apart by position_ids, so that short "
-            "histories cost what they hold; false: a user a row, padded. The same loss either way."
-        },
-    )
 
-    # The objective.
-    objective: str = field(
-        default="sce",
-        metadata={
-            "help": "Name of the training objective in sce_lm.objectives, e.g. sce or exact."
-        },
-    )
-    objective_options: dict[str, Any] = field(
-        default_factory=dict,
-        metadata={
-            "help": "Options of the objective, e.g. {tail_candidates: 2048} or {published: true}."
-        },
-    )
+@dataclass(frozen=True)
+class ModelFields(Section):
+    """The model, its tokenizer and how its parameters are held."""
 
-    # Optimisation.
-    max_steps: int = field(default=1000, metadata={"help": "Optimiser steps."})
-    per_device_batch_size: int = field(
-        default=8, metadata={"help": "Sequences of one forward pass on one process."}
+    model: str | None = option(
+        None, "Hub id or folder of a causal language model to start from; unset: model_config."
     )
-    gradient_accumulation_steps: int = field(
-        default=1, metadata={"help": "Forward and backward passes of one optimiser step."}
+    model_config: dict[str, Any] = option(
+        {}, "A model from scratch: model_type and any fields of its configuration."
     )
-    optimizer: Literal["adamw", "sparse_adam", "rowwise_adagrad"] = field(
-        default="adamw",
-        metadata={
-            "help": "adamw: everything by AdamW. The others train the item matrix (input embedding "
-            "and head) by the rows that a step meets, and the rest by AdamW; they need an "
-            "objective with sparse_grad. Optimiser state of the item matrix: adamw and sparse_adam "
-            "8 bytes a parameter, 2*V*d floats; rowwise_adagrad 4 bytes an item, V floats."
-        },
+    tokenizer: str | None = option(
+        None, "Hub id or folder; unset: the model's own, or the embedded data's."
     )
-    learning_rate: float = field(default=0.0003, metadata={"help": "Peak learning rate of AdamW."})
-    sparse_learning_rate: float | None = field(
-        default=None,
-        metadata={
-            "help": "Peak learning rate of the item matrix where it is trained by rows, on the "
-            "same schedule; unset: learning_rate."
-        },
-    )
-    weight_decay: float = field(
-        default=0.1,
-        metadata={
-            "help": "Decoupled weight decay of matrices; vectors (norms, biases) and an item "
-            "matrix that is trained by rows have none."
-        },
-    )
-    betas: list[float] = field(
-        default_factory=lambda: [0.9, 0.95],
-        metadata={"help": "The two decay rates of AdamW and sparse_adam."},
-    )
-    warmup_steps: int = field(
-        default=100, metadata={"help": "Steps over which the learning rate rises linearly from 0."}
-    )
-    scheduler: Literal[
-        "linear",
-        "cosine",
-        "cosine_with_restarts",
-        "polynomial",
-        "constant",
-        "constant_with_warmup",
-        "inverse_sqrt",
-    ] = field(
-        default="cosine",
-        metadata={"help": "Learning-rate schedule, by its name in transformers.get_scheduler."},
-    )
-    max_grad_norm: float = field(
-        default=1.0,
-        metadata={"help": "Gradients are clipped to this norm; 0: they are not clipped."},
-    )
-    mixed_precision: Literal["no", "bf16", "fp16"] = field(
-        default="no", metadata={"help": "Autocast type of the forward pass."}
-    )
-    gradient_checkpointing: bool = field(
-        default=False,
-        metadata={"help": "Recompute activations in the backward pass to save memory."},
-    )
-    seed: int = field(
-        default=0,
-        metadata={
-            "help": "Seed of the initialisation, the data order, dropout and the objective's noise."
-        },
-    )
-
-    # Evaluation and reports.
-    eval_every: int = field(
-        default=200, metadata={"help": "Steps between evaluations; 0: only at the end."}
-    )
-    eval_batches: int = field(
-        default=0,
-        metadata={
-            "help": "Held-out batches of a language model's validation, over all processes; 0: "
-            "all of them. The test takes all."
-        },
-    )
-    eval_users: int = field(
-        default=0,
-        metadata={
-            "help": "Users of a recommender's evaluation, a fixed random sample; 0: all of them."
-        },
-    )
-    eval_k: list[int] = field(
-        default_factory=lambda: [10],
-        metadata={
-            "help": "Lengths of a recommender's evaluated lists; NDCG at the first is what "
-            "keep_best and patience go by."
-        },
-    )
-    mask_seen: bool = field(
-        default=True,
-        metadata={"help": "Leave the items of a user's history out of the evaluated lists."},
-    )
-    keep_best: bool = field(
-        default=False,
-        metadata={
-            "help": "Save and test the model of the best validation (lowest nll, highest NDCG), "
-            "not the last."
-        },
-    )
-    patience: int = field(
-        default=0,
-        metadata={
-            "help": "Stop after so many evaluations in a row without a better one; 0: train for "
-            "max_steps."
-        },
-    )
-    log_every: int = field(
-        default=10,
-        metadata={"help": "Steps between records of the loss in metrics.jsonl and the trackers."},
-    )
-    probe_every: int = field(
-        default=0,
-        metadata={
-            "help": "Batches from one comparison of the loss and its gradient with the exact ones, "
-            "on 256 positions, to the next (objective/probe_... in metrics.jsonl); 0: none."
-        },
-    )
-    trackers: list[str] = field(
-        default_factory=list,
-        metadata={"help": "Trackers that accelerate knows, e.g. tensorboard or wandb."},
-    )
-
-    process_timeout: float = field(
-        default=1800.0,
-        metadata={
-            "help": "Seconds that a process waits for another one, which may be preparing the "
-            "data, before the run ends with an error; half an hour, as transformers' ddp_timeout."
-        },
-    )
-
-    # Checkpoints.
-    checkpoint_every: int = field(
-        default=500,
-        metadata={"help": "Steps between checkpoints, with one at the end; 0: none at all."},
-    )
-    checkpoints_to_keep: int = field(
-        default=2, metadata={"help": "The newest so many checkpoints are kept."}
-    )
-    resume: bool = field(
-        default=True,
-        metadata={
-            "help": "Go on from the newest checkpoint in output_dir; false: refuse a folder in use."
-        },
-    )
-    resume_with_changed_data: bool = field(
-        default=False,
-        metadata={
-            "help": "Resume although the data are others than those that the run began with: a "
-            "recommender goes on with the split that it stored, a language model trains on the "
-            "text as it is now, without the documents that it holds out. False: refuse."
-        },
+    dtype: Literal["float32", "bfloat16"] = option("float32", "Type of the parameters.")
+    lora_rank: int = option(
+        0,
+        "Rank of LoRA adapters on all linear layers of a pretrained, frozen model; they are merged "
+        "into the saved one. 0: all parameters are trained.",
+        NOT_NEGATIVE,
     )
 
     def __post_init__(self) -> None:
-        for name, kind in get_type_hints(type(self)).items():
-            object.__setattr__(self, name, checked(name, kind, getattr(self, name)))
-        for name in (
-            "sequence_length",
-            "max_steps",
-            "per_device_batch_size",
-            "gradient_accumulation_steps",
-            "min_user_events",
-            "min_item_events",
-            "split_n",
-        ):
-            self._require(name, getattr(self, name) >= 1, "at least 1")
-        self._require(
-            "sequence_length", self.sequence_length >= 2, "at least 2, a token and the one after it"
-        )
-        for name in ("log_every", "checkpoints_to_keep"):
-            self._require(name, getattr(self, name) >= 1, "at least 1")
-        for name in (
-            "lora_rank",
-            "warmup_steps",
-            "probe_every",
-            "eval_every",
-            "eval_batches",
-            "eval_users",
-            "checkpoint_every",
-            "patience",
-            "seed",
-        ):
-            self._require(name, getattr(self, name) >= 0, "0 or more")
-        for name in ("weight_decay", "max_grad_norm"):
-            self._require(name, getattr(self, name) >= 0, "0 or more")
-        for name in ("learning_rate", "process_timeout"):
-            self._require(name, getattr(self, name) > 0, "above 0")
-        rate = self.sparse_learning_rate
-        self._require("sparse_learning_rate", rate is None or rate > 0, "above 0")
-        self._require(
-            "betas",
-            len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas),
-            "two numbers in [0, 1)",
-        )
-        self._require("held_out_fraction", 0 < self.held_out_fraction < 1, "between 0 and 1")
-        self._require("split_quantile", 0 < self.split_quantile < 1, "between 0 and 1")
-        self._require("eval_k", bool(self.eval_k) and min(self.eval_k) >= 1, "numbers from 1 up")
-        if self.patience and not self.eval_every:
-            raise FieldError(
-                f"patience is {self.patience} and eval_every 0, so nothing is evaluated before the "
-                "end; set eval_every to a number of steps.",
-                *("patience", "eval_every"),
-            )
-        if self.optimizer == "adamw" and rate is not None:
-            raise FieldError(
-                f"sparse_learning_rate is {rate} and the optimizer is adamw, which has one rate "
-                "for all; leave it out, or choose optimizer sparse_adam or rowwise_adagrad.",
-                *("sparse_learning_rate", "optimizer"),
-            )
-        if self.optimizer != "adamw" and self.dtype != "float32":
-            raise FieldError(
-                f"dtype is {self.dtype!r} and the optimizer {self.optimizer}, whose small steps "
-                'that precision rounds away; use dtype "float32", with mixed_precision "bf16" for '
-                "speed.",
-                *("dtype", "optimizer"),
-            )
+        super().__post_init__()
         if self.model is None and "model_type" not in self.model_config:
             raise FieldError(
                 "Neither model nor model_config is given; expected a model to start from, or "
@@ -446,33 +120,101 @@ class TrainConfig:
                 "or made from scratch; remove one of the two.",
                 *("model", "model_config"),
             )
-        if self.lora_rank and (self.model is None or self.optimizer != "adamw"):
-            raise FieldError(
-                f"lora_rank is {self.lora_rank}, which freezes a pretrained model and its head; it "
-                "goes with model and optimizer adamw; give both, or leave lora_rank out.",
-                *("lora_rank", "model", "optimizer"),
-            )
-        self._check_objective()
 
-    def _check_objective(self) -> None:
-        known = objectives.names()
-        self._require("objective", self.objective in known, "one of " + ", ".join(known))
+
+@dataclass(frozen=True)
+class DataFields(Section):
+    """Where the data are, and how they are read and cut into sequences."""
+
+    data: str = option(
+        EMBEDDED,
+        "embedded (read from the installed packages), a local csv, parquet, json or text path, "
+        "or a hub id.",
+    )
+    data_name: str | None = option(None, "Configuration of a hub data set, e.g. wikitext-2-raw-v1.")
+    data_options: dict[str, Any] = option({}, "Keyword arguments of the embedded data's builder.")
+    held_out: str | None = option(
+        None, "Held-out text: a path, or a split of the hub data set; unset: held_out_fraction."
+    )
+    held_out_fraction: float = option(0.02, "Share of the documents that is held out.", A_SHARE)
+    text_column: str = option("text", "Column with the text.")
+    user_column: str = option("user_id", "Column of the log that says who.")
+    item_column: str = option("item_id", "Column of the log that says what.")
+    time_column: str | None = option(
+        None, "Column of the log that says when; unset: a user's rows are in order."
+    )
+    time_format: str | None = option(
+        None, "How times are written, as for strptime; unset: as numbers or in ISO 8601."
+    )
+    cache_dir: str = option("~/.cache/sce_lm", "Where embedded data and tokenised text are kept.")
+    sequence_length: int = option(
+        512,
+        "Tokens of a training sequence; a recommender reads a user's latest so many items.",
+        A_PAIR,
+    )
+
+
+@dataclass(frozen=True)
+class ItemsFields(Section):
+    """A recommender's log: what is left out, and what is held out."""
+
+    duplicates: Duplicates = option(
+        "keep",
+        "Which of a user's events with the same item are kept: all, the first, the last, or all "
+        "but those right after an event with the same item.",
+    )
+    min_user_events: int = option(1, "Users with fewer events are left out.", AT_LEAST_1)
+    min_item_events: int = option(1, "Items with fewer events are left out.", AT_LEAST_1)
+    iterate_filters: bool = option(
+        True, "Filter until all that are left have enough events; false: once."
+    )
+    split: Literal["leave_one_out", "last_n", "temporal"] = option(
+        "leave_one_out",
+        "What is held out: each user's last item for the test and the one before for validation; "
+        "the last split_n for each; or all users with events after a cut in time.",
+    )
+    split_n: int = option(1, "Items a user in each held-out set of split last_n.", AT_LEAST_1)
+    split_quantile: float = option(
+        0.95, "Split temporal cuts at this quantile of all times.", A_SHARE
+    )
+    split_time: str | None = option(
+        None, "Split temporal cuts at this time, in ISO 8601 or a number; unset: split_quantile."
+    )
+    split_past: Past = option("after", "Histories of split temporal: events after the cut, or all.")
+    split_cold_items: ColdItems = option(
+        "drop", "Events of split temporal after the cut whose items do not occur in training."
+    )
+    packing: bool = option(
+        True,
+        "Put several users into a row, told apart by position_ids; false: a user a row, padded, "
+        "which costs more and gives the same loss.",
+    )
+
+
+@dataclass(frozen=True)
+class ObjectiveFields(Section):
+    """The loss and its options."""
+
+    objective: str = option("sce", "Name in sce_lm.objectives, e.g. sce or exact.", KNOWN_OBJECTIVE)
+    objective_options: dict[str, Any] = option(
+        {}, "Its options, e.g. {tail_candidates: 2048} or {published: true}."
+    )
+
+    def __post_init__(self) -> None:
+        """Check the options as the objective's own configuration does, without building a state."""
+        super().__post_init__()
         options = dict(self.objective_options)
         published = checked("objective_options.published", bool, options.get("published", False))
         try:
             of_objective = type(objectives.get(self.objective, published=published).config)
         except ValueError as error:
-            raise FieldError(
-                f"objective_options.published is {published}: {error}",
-                *("objective_options", "objective"),
-            ) from None
+            raise _option_error(f".published is {published}: {error}") from None
         kinds = {**get_type_hints(of_objective), "published": bool}
         for name, value in options.items():
             if name not in kinds:
-                raise FieldError(
-                    f"objective_options.{name} is no option of objective {self.objective!r}; did "
-                    f"you mean {_nearest(name, kinds)!r}?",
-                    *("objective_options", "objective"),
+                raise _option_error(
+                    f".{name} is no option of objective {self.objective!r}; did you mean "
+                    f"{nearest(name, kinds)!r}?"
                 )
             options[name] = checked(f"objective_options.{name}", kinds[name], value)
         object.__setattr__(self, "objective_options", options)
@@ -480,140 +222,174 @@ class TrainConfig:
             objectives.get(self.objective, **options)
         except ValueError as error:
             rest = str(error).removeprefix(of_objective.__name__)
-            message = f"objective_options{'' if rest != str(error) else ': '}{rest}"
-            raise FieldError(message, "objective_options", "objective") from None
+            raise _option_error(rest if rest != str(error) else f": {rest}") from None
 
-    def _require(self, name: str, holds: bool, expected: str) -> None:
-        if not holds:
+
+def _option_error(problem: str) -> FieldError:
+    return FieldError(f"objective_options{problem}", "objective_options", "objective")
+
+
+@dataclass(frozen=True)
+class OptimisationFields(Section):
+    """Steps, batches, the optimiser and its schedule, precision and seed."""
+
+    max_steps: int = option(1000, "Optimiser steps.", AT_LEAST_1)
+    per_device_batch_size: int = option(
+        8, "Sequences of a forward pass of one process.", AT_LEAST_1
+    )
+    gradient_accumulation_steps: int = option(
+        1, "Forward passes of one optimiser step.", AT_LEAST_1
+    )
+    optimizer: Literal["adamw", "sparse_adam", "rowwise_adagrad"] = option(
+        "adamw",
+        "adamw: everything by AdamW. The others train the item matrix (input embedding and head) "
+        "by the rows that a step meets, and the rest by AdamW; they need an objective with "
+        "sparse_grad. Optimiser state of the item matrix: adamw and sparse_adam 8 bytes a "
+        "parameter, 2*V*d floats; rowwise_adagrad 4 bytes an item, V floats.",
+    )
+    learning_rate: float = option(0.0003, "Peak learning rate of AdamW.", ABOVE_0)
+    sparse_learning_rate: float | None = option(
+        None,
+        "Peak learning rate of a matrix that is trained by rows; unset: learning_rate.",
+        ABOVE_0,
+    )
+    weight_decay: float = option(
+        0.1, "Decoupled decay of matrices, but for those that are trained by rows.", NOT_NEGATIVE
+    )
+    betas: list[float] = option([0.9, 0.95], "Decay rates of AdamW and sparse_adam.", DECAY_RATES)
+    warmup_steps: int = option(100, "Steps in which the learning rate rises from 0.", NOT_NEGATIVE)
+    scheduler: Schedule = option(
+        "cosine", "Of the learning rate, as in transformers.get_scheduler."
+    )
+    max_grad_norm: float = option(
+        1.0, "Gradients are clipped to this norm; 0: never.", NOT_NEGATIVE
+    )
+    mixed_precision: Literal["no", "bf16", "fp16"] = option("no", "Autocast of the forward pass.")
+    gradient_checkpointing: bool = option(False, "Compute activations again in backward.")
+    seed: int = option(
+        0, "Of initialisation, data order, dropout and the objective's noise.", NOT_NEGATIVE
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.optimizer == "adamw" and self.sparse_learning_rate is not None:
             raise FieldError(
-                f"{name} is {getattr(self, name)!r}; expected {expected}; change it.", name
+                f"sparse_learning_rate is {self.sparse_learning_rate} and the optimizer is adamw, "
+                "which has one rate for all; leave it out, or choose optimizer sparse_adam or "
+                "rowwise_adagrad.",
+                *("sparse_learning_rate", "optimizer"),
             )
+
+
+@dataclass(frozen=True)
+class EvaluationFields(Section):
+    """What is evaluated and reported, and what follows from it."""
+
+    eval_every: int = option(200, "Steps between evaluations; 0: only at the end.", NOT_NEGATIVE)
+    eval_batches: int = option(
+        0,
+        "Batches of a language model's validation, over all processes; 0: all. The test has all.",
+        NOT_NEGATIVE,
+    )
+    eval_users: int = option(
+        0, "Users of a recommender's evaluation, drawn once; 0: all.", NOT_NEGATIVE
+    )
+    eval_k: list[int] = option(
+        [10],
+        "Lengths of a recommender's lists; NDCG at the first decides which model is best.",
+        LENGTHS,
+    )
+    mask_seen: bool = option(True, "Leave the items of a user's history out of the lists.")
+    keep_best: bool = option(False, "Save and test the model of the best validation, not the last.")
+    patience: int = option(
+        0,
+        "Evaluations in a row without a better one that end the run; 0: max_steps do.",
+        NOT_NEGATIVE,
+    )
+    log_every: int = option(10, "Steps between records of the loss.", AT_LEAST_1)
+    probe_every: int = option(
+        0,
+        "Batches between comparisons of the loss and its gradient with the exact ones "
+        "(objective/probe_... in metrics.jsonl); 0: none.",
+        NOT_NEGATIVE,
+    )
+    trackers: list[str] = option([], "Trackers that accelerate knows, e.g. tensorboard or wandb.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.patience and not self.eval_every:
+            raise FieldError(
+                f"patience is {self.patience} and eval_every 0, so nothing is evaluated before the "
+                "end; set eval_every to a number of steps.",
+                *("patience", "eval_every"),
+            )
+
+
+@dataclass(frozen=True)
+class CheckpointFields(Section):
+    """How a run survives: how long processes wait, checkpoints, and going on from them."""
+
+    process_timeout: float = option(
+        1800.0,
+        "Seconds that a process waits for another, which may be preparing the data.",
+        ABOVE_0,
+    )
+    checkpoint_every: int = option(
+        500, "Steps between checkpoints, and one at the end; 0: none.", NOT_NEGATIVE
+    )
+    checkpoints_to_keep: int = option(2, "The newest so many are kept.", AT_LEAST_1)
+    resume: bool = option(True, "Go on from the newest checkpoint; false: refuse a folder in use.")
+    resume_with_changed_data: bool = option(
+        False,
+        "Go on although the data have changed: a recommender with the split that it stored, a "
+        "language model on the text as it is now, without what it holds out. False: refuse.",
+    )
+
+
+@dataclass(frozen=True)
+class TrainConfig(
+    # A dataclass has the fields of its last base first.
+    CheckpointFields,
+    EvaluationFields,
+    OptimisationFields,
+    ObjectiveFields,
+    ItemsFields,
+    DataFields,
+    ModelFields,
+    TaskFields,
+):
+    """What to train, on what, with which objective and for how long.
+
+    Raises FieldError, a ValueError of one sentence, for a field of the wrong type or out of range,
+    and for fields that do not go together.
+    """
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.optimizer != "adamw" and self.dtype != "float32":
+            raise FieldError(
+                f"dtype is {self.dtype!r} and the optimizer {self.optimizer}, whose small steps "
+                'that precision rounds away; use dtype "float32", with mixed_precision "bf16" for '
+                "speed.",
+                *("dtype", "optimizer"),
+            )
+        if self.lora_rank and (self.model is None or self.optimizer != "adamw"):
+            raise FieldError(
+                f"lora_rank is {self.lora_rank}, which freezes a pretrained model and its head; it "
+                "goes with model and optimizer adamw; give both, or leave lora_rank out.",
+                *("lora_rank", "model", "optimizer"),
+            )
+
+    @classmethod
+    def defaults(cls) -> dict[str, Any]:
+        """The default of each field, in the order in which they are declared."""
+        return {
+            field.name: field.default
+            if field.default_factory is dataclasses.MISSING
+            else field.default_factory()
+            for field in dataclasses.fields(cls)
+        }
 
     def to_dict(self) -> dict[str, Any]:
         """All fields as JSON-able values, from which `TrainConfig(**values)` is built again."""
         return dataclasses.asdict(self)
-
-
-COMMAND_LINE = "the command line"
-"""What messages call it."""
-
-
-class _Parser(argparse.ArgumentParser):
-    """Takes `--field value ...` as text; what it means is decided where the file's values are."""
-
-    def __init__(self) -> None:
-        super().__init__(
-            usage="train.py CONFIG.yaml [--field value ...]",
-            description="Values on the command line go over those of the file.",
-            allow_abbrev=False,
-            argument_default=argparse.SUPPRESS,
-        )
-        for name, kind in get_type_hints(TrainConfig).items():
-            described = TrainConfig.__dataclass_fields__[name]
-            default = getattr(TrainConfig, name, None)
-            if described.default_factory is not dataclasses.MISSING:
-                default = described.default_factory()
-            more: dict[str, Any] = {}
-            if get_origin(kind) is list:
-                more = {"nargs": "+"}
-            elif get_origin(kind) is Literal:
-                more = {"metavar": "{" + ",".join(kind.__args__) + "}"}
-            elif kind is bool:
-                more = {"nargs": "?", "const": "true"}
-            about = f"{described.metadata['help']} (default: {default})".replace("%", "%%")
-            self.add_argument(*_flags(name), help=about, **more)
-            if default is True:
-                self.add_argument(
-                    *_flags(f"no_{name}"), dest=name, action="store_const", const="false"
-                )
-
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(f"The command line is not understood: {message}; see --help.")
-
-
-def _flags(name: str) -> list[str]:
-    return [f"--{spelling}" for spelling in dict.fromkeys((name, name.replace("_", "-")))]
-
-
-def parse_config(arguments: Sequence[str]) -> TrainConfig:
-    """The configuration of `[CONFIG.yaml] [--field value ...]`.
-
-    The command line goes over the file, and the file over the defaults. The last of several values
-    that the command line gives to a field counts, as is usual there; a file may give one.
-
-    Raises ValueError, in one sentence that names the file or the command line, for an unknown field
-    (naming the nearest known one), a value of the wrong type or out of range, a field given twice,
-    and a file that is missing or no mapping.
-    """
-    arguments = list(arguments)
-    kinds = get_type_hints(TrainConfig)
-    given: dict[str, Any] = {}
-    places: dict[str, str] = {}
-    file = COMMAND_LINE
-    if arguments and not arguments[0].startswith("-"):
-        file = arguments.pop(0)
-        given = _read_file(Path(file))
-        places = dict.fromkeys(given, file)
-    found, unknown = _Parser().parse_known_args(arguments)
-    if unknown:
-        if unknown[0].startswith("--"):
-            name = unknown[0].removeprefix("--").split("=")[0].replace("-", "_")
-            raise _unknown_field(name, COMMAND_LINE)
-        raise ValueError(
-            f"The command line has {unknown[0]!r} where a --field was expected; the configuration "
-            "file comes first, and a value behind its field."
-        )
-    for name, value in vars(found).items():
-        texts = [Plain(text) for text in ([value] if isinstance(value, str) else value)]
-        given[name], places[name] = texts if len(texts) > 1 else texts[0], COMMAND_LINE
-        if get_origin(kinds[name]) is dict:
-            given[name] = read_yaml(value, COMMAND_LINE, name)
-    try:
-        return TrainConfig(**{name: as_written(kinds[name], v) for name, v in given.items()})
-    except FieldError as error:
-        named = dict.fromkeys(places[name] for name in error.names if name in places)
-        raise ValueError(f"{' and '.join(named) or file}: {error}") from None
-
-
-def as_arguments(changes: Mapping[str, Any]) -> list[str]:
-    """The command line that sets these fields, for :func:`parse_config` behind a file."""
-    arguments = []
-    for name, value in changes.items():
-        entries = value if isinstance(value, list) else [value]
-        arguments += [f"--{name}", *(v if isinstance(v, str) else json.dumps(v) for v in entries)]
-    return arguments
-
-
-def _read_file(path: Path) -> dict[str, Any]:
-    if path.is_dir():
-        raise ValueError(f"{path} is a folder; give the path of a YAML file.")
-    try:
-        source = path.read_bytes()
-    except FileNotFoundError:
-        raise ValueError(
-            f"There is no configuration file {str(path)!r}; give the path of a YAML file."
-        ) from None
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read ({error.strerror}); correct it.") from None
-    content = read_yaml(source, str(path))
-    if content is None or content == "":
-        return {}
-    if not isinstance(content, dict):
-        what = "list" if isinstance(content, list) else "single value"
-        raise ValueError(f"{path} holds a {what}; expected a mapping of fields; correct it.")
-    names = {f.name for f in fields(TrainConfig)}
-    for name in content:
-        if name not in names:
-            raise _unknown_field(name, str(path))
-    return content
-
-
-def _unknown_field(name: str, where: str) -> ValueError:
-    nearest = _nearest(name, (f.name for f in fields(TrainConfig)))
-    return ValueError(
-        f"{where} sets {name!r}, which is no field of the configuration; did you mean {nearest!r}?"
-    )
-
-
-def _nearest(name: str, known: Iterable[str]) -> str:
-    return difflib.get_close_matches(name, list(known), n=1, cutoff=0.0)[0]

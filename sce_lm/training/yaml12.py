@@ -46,7 +46,7 @@ def read_yaml(source: bytes | str, where: str, field: str = "") -> Any:
         return loader.get_single_data()
     except yaml.MarkedYAMLError as error:
         reason = " ".join(filter(None, (error.context, error.problem)))
-        line = _line(source, error.problem_mark or error.context_mark)
+        line = _in_line(source, error.problem_mark or error.context_mark)
         raise ValueError(f"{what}{line} cannot be read as YAML ({reason}); correct it.") from None
     except yaml.YAMLError as error:  # of its characters
         reason = " ".join(str(error).split())
@@ -94,7 +94,7 @@ class _Loader(yaml.SafeLoader):
         return super().resolve(kind, value, implicit)
 
     def refuse(self, node: yaml.Node, problem: str) -> ValueError:
-        return ValueError(f"{self.where}{_line(self.source, node.start_mark)}: {problem}")
+        return ValueError(f"{self.where}{_in_line(self.source, node.start_mark)}: {problem}")
 
     def field_name(self, *keys: str) -> str:
         return ".".join([*self.around, *keys])
@@ -108,13 +108,15 @@ class _Loader(yaml.SafeLoader):
         for key_node, value_node in node.value:
             if not isinstance(key_node, yaml.ScalarNode):
                 raise self.refuse(key_node, "a name is a list or a mapping; expected text.")
-            key = key_node.value
+            key = self.text(key_node)
             if key in first_lines:
                 raise self.refuse(
                     key_node,
                     f"{self.field_name(key)} is given twice{first_lines[key]}; keep one of them.",
                 )
-            first_lines[key] = _line(self.source, key_node.start_mark, ", the first time in line ")
+            first_lines[key] = _in_line(
+                self.source, key_node.start_mark, ", the first time in line "
+            )
             if key_node.tag == _CORE + "merge":
                 merged = self.merged(value_node)
             else:
@@ -157,7 +159,7 @@ class _Loader(yaml.SafeLoader):
         )
 
 
-def _line(source: bytes | str, mark: Any, before: str = ", line ") -> str:
+def _in_line(source: bytes | str, mark: Any, before: str = ", line ") -> str:
     """The line of a place in a file; text of the command line has none worth telling."""
     return f"{before}{mark.line + 1}" if mark is not None and isinstance(source, bytes) else ""
 

@@ -1,9 +1,11 @@
 """scripts/benchmark.py end to end, at tiny sizes."""
 
-import json
+import argparse
+import importlib
+import re
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -13,14 +15,15 @@ from support.training import documentation, lm_fields, write_config, write_text
 from transformers import AutoTokenizer
 
 from sce_lm import objectives
-from sce_lm.benchmarks import loss, ranks, rows, scale
-from sce_lm.benchmarks.estimators import estimators
-from sce_lm.benchmarks.loss import methods
-from sce_lm.benchmarks.methods import Method, choose
+from sce_lm.benchmarks import scale, side_by_side
+from sce_lm.benchmarks.methods import LOGITS, Method, choose, methods
 from sce_lm.benchmarks.peers import PEERS, Peer
 from sce_lm.benchmarks.problem import random_problem
-from sce_lm.benchmarks.rows import Settings, measure_rows
+from sce_lm.benchmarks.quality import write_reference
+from sce_lm.benchmarks.results import Results
+from sce_lm.benchmarks.side_by_side import Settings, measure_method, measure_methods
 
+QUICK = Settings("cpu", repeats=1, heads=("trainable",), floors=False)
 ONCE = ("--repeats", "1", "--threads", "1")
 
 
@@ -31,18 +34,26 @@ def benchmark(*arguments: object, fails: bool = False) -> subprocess.CompletedPr
     return result
 
 
+def rows_of(path):
+    (comparison,) = Results.load(path).comparisons
+    return comparison.rows
+
+
 def test_loss(tmp_path):
-    sizes = ("--tokens", 96, "--vocab", 700, "--dim", 16, "--candidates", 64)
+    sizes = ("--tokens", 96, "--vocab", 700, "--dim", 16, "--logits", 64)
     result = benchmark(
-        *("loss", *sizes, *ONCE, "--draws", 2, "--methods", "stock,liger,tail"),
-        *("--json", tmp_path / "loss.json", "--plot", tmp_path / "loss.png"),
+        *("loss", *sizes, *ONCE, "--draws", 2, "--methods", "stock", "liger", "sce-tail"),
+        *('sce:{"tail_candidates": 32}', "--json", tmp_path / "loss.json"),
+        *("--plot", tmp_path / "loss.png"),
     )
-    found = json.loads((tmp_path / "loss.json").read_text())
-    stock, liger, tail = found["rows"]
-    assert found["problem"]["vocab_size"] == 700
-    assert found["machine"]["threads"] == 1
-    assert liger["skipped"]  # not installed, or no GPU
-    assert f"Liger: skipped; {liger['skipped']}" in " ".join(result.stdout.split())
+    found = Results.load(tmp_path / "loss.json")
+    stock, liger, tail, other = found.comparisons[0].rows
+    assert found.comparisons[0].sizes["vocab_size"] == 700
+    assert found.machine["threads"] == 1
+    assert {"torch", "python"} <= set(found.versions)
+    assert found.command.startswith("python scripts/benchmark.py loss --tokens 96")
+    (note,) = liger["notes"]  # not installed, or no GPU
+    assert f"Liger: {note}" in " ".join(result.stdout.split())
     for head in ("trainable", "frozen"):
         assert stock[head]["speedup"] == 1
         speedup = stock[head]["seconds"] / tail[head]["seconds"]
@@ -53,9 +64,25 @@ def test_loss(tmp_path):
     assert abs(stock["quality"]["bias"]) < 1e-5
     assert tail["quality"]["products"] == 64
     assert 0.5 < tail["quality"]["cos_weight"] < 1
-    assert "SCE, tail of 64" in result.stdout
-    assert "3/3" in result.stderr
+    assert tail["resolved"]["tail_candidates"] == 64
+    assert other["label"] == "SCE (default), tail_candidates=32"
+    assert other["resolved"]["tail_candidates"] == 32
+    assert other["resolved"]["shared_frequent"] == 700  # "auto", and no more than there are
+    assert "SCE (tail only)" in result.stdout
+    assert "4/4" in result.stderr
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_of_a_shared_machine_no_seconds_are_kept(tmp_path):
+    sizes = ("--tokens", 32, "--vocab", 200, "--dim", 8, *ONCE, "--draws", 1)
+    path = tmp_path / "loss.json"
+    shown = benchmark(
+        *("loss", *sizes, "--shared", "--methods", "stock", "exact", "--json", path)
+    ).stdout
+    assert "seconds" not in path.read_text()
+    assert "shared with other work" in shown
+    assert "x stock" in shown
+    assert "forward s" not in shown
 
 
 def test_estimators(tmp_path):
@@ -64,22 +91,21 @@ def test_estimators(tmp_path):
     model.save_pretrained(tmp_path / "model")
     AutoTokenizer.from_pretrained(tmp_path / "tokenizer").save_pretrained(tmp_path / "model")
     (tmp_path / "plain.txt").write_text(documentation()[0])
-    result = benchmark(
+    benchmark(
         *("estimators", "--real", tmp_path / "model", "--text", tmp_path / "plain.txt"),
-        *(*ONCE, "--tokens", 100, "--draws", 1, "--methods", "published,kernel-shared"),
-        *("--logits", 64, "--scales", 1, 3),
+        *(*ONCE, "--tokens", 100, "--draws", 1, "--logits", 64, "--scales", 1, 3),
+        *("--methods", "sce-published", 'kernel-sampling:{"shared": true}'),
         *("--json", tmp_path / "found.json", "--plot", tmp_path / "found.png"),
     )
-    flat, peaked = json.loads((tmp_path / "found.json").read_text())["tables"]
-    for table in (flat, peaked):
-        for row in table["rows"]:
-            assert row["quality"]["coverage"] <= 1
-            assert row["quality"]["relative_error"] > 0
-            assert "floor" not in row["trainable"]
-    of_flat, of_peaked = (table["rows"][0]["quality"] for table in (flat, peaked))
-    assert of_flat["top"] < of_peaked["top"]
-    assert of_flat["classes"] > of_peaked["classes"]
-    assert "Nearest to exact" in result.stdout
+    flat, peaked = (
+        comparison.rows for comparison in Results.load(tmp_path / "found.json").comparisons
+    )
+    for row in (*flat, *peaked):
+        assert row["quality"]["coverage"] <= 1
+        assert row["quality"]["relative_error"] > 0
+        assert "floor" not in row["trainable"]
+    assert flat[0]["quality"]["top"] < peaked[0]["quality"]["top"]
+    assert flat[0]["quality"]["classes"] > peaked[0]["quality"]["classes"]
     assert (tmp_path / "found.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -89,41 +115,42 @@ def test_step(tmp_path):
     AutoTokenizer.from_pretrained(tmp_path / "tokenizer").save_pretrained(tmp_path / "model")
     (tmp_path / "plain.txt").write_text(documentation()[0])
     options = ("--text", tmp_path / "plain.txt", "--tokens", 64, "--threads", 1, "--repeats", 2)
-    for more in (("--methods", "stock,corrected"), ("--methods", "corrected", "--lora", 4)):
+    for more in (("--methods", "stock", "sce"), ("--methods", "sce", "--lora", 4)):
         result = benchmark(
             *("step", "--model", tmp_path / "model", *options, *more),
             *("--json", tmp_path / "step.json", "--plot", tmp_path / "step.png"),
         )
-        rows = {r["name"]: r for r in json.loads((tmp_path / "step.json").read_text())["rows"]}
-        corrected = rows["corrected"]
-        assert corrected["vocab_size"] == 600
-        assert 0 < corrected["loss_seconds"] < corrected["seconds"]
+        rows = {row["name"]: row for row in rows_of(tmp_path / "step.json")}
+        sce = rows["sce"]
+        assert sce["vocab_size"] == 600
+        assert 0 < sce["loss_seconds"] < sce["seconds"]
+        assert sce["loss_share"] == sce["loss_seconds"] / sce["seconds"]
         assert ("LoRA of rank 4" in result.stdout) == ("stock" not in rows)
         if "stock" in rows:
-            assert rows["stock"]["positions"] == corrected["positions"]
+            assert rows["stock"]["positions"] == sce["positions"]
             assert rows["stock"]["loss_seconds"] == 0
-            speedup = rows["stock"]["seconds"] / corrected["seconds"]
-            assert corrected["speedup"] == pytest.approx(speedup)
+            assert sce["speedup"] == pytest.approx(rows["stock"]["seconds"] / sce["seconds"])
     assert (tmp_path / "step.png").read_bytes().startswith(b"\x89PNG")
-    nowhere = ("step", "--model", tmp_path / "nowhere", "--methods", "corrected")
-    assert "nothing could be measured; corrected SCE: " in benchmark(*nowhere, fails=True).stderr
+    nowhere = ("step", "--model", tmp_path / "nowhere", "--methods", "sce")
+    assert "nothing could be measured; SCE (default): " in benchmark(*nowhere, fails=True).stderr
 
 
 @pytest.mark.slow
 def test_train(tmp_path):
     write_text(tmp_path)
     fields = lm_fields(tmp_path, max_steps=4, eval_every=2, checkpoint_every=0)
-    arguments = (
-        *("train", write_config(tmp_path / "tiny.yaml", fields), "--methods", "exact,configured"),
-        *("--logits", 64, "--seeds", 0, 1, "--steps", 3, "--folder", tmp_path / "runs"),
-        *("--threads", 1, "--json", tmp_path / "train.json", "--plot", tmp_path / "train.png"),
-    )
-    shown = benchmark(*arguments).stdout
-    (found,) = json.loads((tmp_path / "train.json").read_text())["results"]
-    assert set(found["costs"]) == {"stock", "exact", "as configured"}
-    for label in ("exact", "as configured"):
-        assert [summary["steps"] for summary in found["summaries"][label]] == [3, 3]
-        assert label in shown
+    config = write_config(tmp_path / "tiny.yaml", fields)
+    shown = benchmark(
+        *("train", config, "--methods", "exact", "configured", "--logits", 64),
+        *("--seeds", 0, 1, "--steps", 3, "--folder", tmp_path / "runs", "--threads", 1),
+        *("--json", tmp_path / "train.json", "--plot", tmp_path / "train.png"),
+    ).stdout
+    stock, *trained = rows_of(tmp_path / "train.json")
+    assert stock["label"] == "stock"
+    assert [row["label"] for row in trained] == ["exact (ours)", "as configured"]
+    for row in trained:
+        assert len(row["test"]["nll"]) == len(row["seconds_per_step"]) == 2
+        assert row["label"] in shown
     assert "±" in shown
     assert (tmp_path / "train.png").read_bytes().startswith(b"\x89PNG")
     assert (tmp_path / "runs" / "tiny" / "curves.png").exists()
@@ -132,54 +159,28 @@ def test_train(tmp_path):
 def test_scale(tmp_path):
     benchmark(
         *("scale", "--dim", 8, "--tokens", 32, "--vocab", 600, "--vocabs", 500, 1000),
-        *("--token-counts", 16, "--candidates", 20, "--budget", "1e-9", *ONCE),
+        *("--token-counts", 16, "--logits", 20, "--budget", "1e-9", *ONCE),
         *("--json", tmp_path / "scale.json", "--plot", tmp_path / "scale.png"),
     )
-    points = json.loads((tmp_path / "scale.json").read_text())["points"]
-    sizes = [(p["method"], p["positions"], p["vocab_size"]) for p in points]
+    rows = rows_of(tmp_path / "scale.json")
+    sizes = [(row["name"], row["positions"], row["vocab_size"]) for row in rows]
     assert sizes == [
-        ("sce", 32, 500),
-        ("sce", 32, 1000),
+        ("sce-tail", 32, 500),
+        ("sce-tail", 32, 1000),
         ("exact", 32, 500),
         ("exact", 32, 1000),
-        ("sce", 16, 600),
+        ("sce-tail", 16, 600),
         ("exact", 16, 600),
     ]
-    assert points[3]["error"].startswith("about")  # over the budget, by the point before
-    for point in points[:3] + points[4:]:
-        assert point["seconds"] > 0
-        assert point["table_mib"] == point["vocab_size"] * 8 * 4 / 2**20
-    assert points[0]["state_bytes_an_item"] >= 8  # counts
-    assert points[2]["state_bytes_an_item"] == 0
+    assert rows[3]["left_out"].startswith("about")  # over the budget, by the row before
+    for row in rows[:3] + rows[4:]:
+        assert row["seconds"] > 0
+        assert row["table_mib"] == row["vocab_size"] * 8 * 4 / 2**20
+    assert rows[1]["time_ratio"] == rows[1]["seconds"] / rows[0]["seconds"]
+    assert rows[0]["resolved"]["sparse_grad"]
+    assert rows[0]["state_bytes_an_item"] >= 8  # counts
+    assert rows[2]["state_bytes_an_item"] == 0
     assert (tmp_path / "scale.png").read_bytes().startswith(b"\x89PNG")
-
-
-@pytest.mark.slow
-def test_ranks(tmp_path):
-    benchmark(
-        *("ranks", "--ranks", 3, "--vocabs", 400, "--token-counts", 20, "--dim", 8, *ONCE),
-        *("--latency", 50, "--bandwidth", 1, "--json", tmp_path / "ranks.json"),
-        *("--plot", tmp_path / "ranks.png"),
-    )
-    points = json.loads((tmp_path / "ranks.json").read_text())["points"]
-    assert [(p["method"], p["ranks"]) for p in points] == [("exact", 3), ("sce", 3)]
-    for point in points:
-        assert point["weight_bytes"] == 134 * 8 * 4
-        network = ranks.network_seconds(ranks.collective_bytes(20, 8), 3, 50e-6, 1e9)
-        assert point["network_seconds"] == pytest.approx(network)
-        assert point["seconds"] == point["own_seconds"] + point["network_seconds"]
-    assert points[1]["kept_bytes"] >= 8 * 134  # counts of its rows
-    assert (tmp_path / "ranks.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_network_arithmetic():
-    """Two ranks exchange all bytes once there and back, in two messages of each all-reduce."""
-    sizes = ranks.collective_bytes(100, 8)
-    assert sizes == [400, 1200, 3200]
-    assert ranks.network_seconds(sizes, 1, 1e-3, 1e6) == 0
-    assert ranks.network_seconds(sizes, 2, 0.0, 1e6) == pytest.approx(4800 / 1e6)
-    assert ranks.network_seconds(sizes, 2, 1e-3, 1e6) == pytest.approx(4800 / 1e6 + 6e-3)
-    assert ranks.network_seconds([4000], 4, 1e-3, 1e6) == pytest.approx(6e-3 + 1.5 * 4000 / 1e6)
 
 
 def test_state_bytes_are_those_of_all_its_tensors():
@@ -197,17 +198,16 @@ def test_state_bytes_are_those_of_all_its_tensors():
 
 def test_what_is_missing_or_fails_is_a_row(tmp_path, monkeypatch):
     problem = random_problem(tmp_path, 32, 200, 8, "float32")
-    monkeypatch.setitem(PEERS, "absent", Peer(lambda post, device: None, {}, "no-pkg", "no_pkg"))
+    peer = Peer("absent", lambda post, device: None, {}, "no-pkg", "no_pkg")
+    monkeypatch.setitem(PEERS, "absent", peer)
     asked = [
         Method("absent", "absent", {"name": "absent"}),
-        Method("broken", "broken", {"name": "sce", "tails": 3}),
+        # Neither the plan nor the sizes know that there is no tail to correct for.
+        Method("broken", "broken", {"name": "sce", "backend": "triton"}),
     ]
-    settings = Settings(repeats=1, budget=1.0, draws=1, device="cpu")
-    absent, broken = measure_rows(
-        problem, tmp_path, asked, settings, heads=("trainable",), floors=False
-    )
-    assert absent["skipped"] == "not installed: pip install no-pkg"
-    assert "no option 'tails'" in broken["trainable"]["error"]
+    absent, broken = measure_methods(problem, tmp_path, asked, QUICK)
+    assert absent["notes"] == ["skipped; not installed: pip install no-pkg"]
+    assert broken["notes"][0].startswith("failed; ")
     assert broken["quality"] == {}
 
 
@@ -230,34 +230,52 @@ def test_stock_that_does_not_fit_is_measured_on_part_of_the_positions(tmp_path, 
         "unavailable",
         lambda peer, logits, device: "no" if logits > fits else unavailable(peer, logits, device),
     )
-    asked = [Method(name, name, {"name": name}) for name in ("stock", "compile", "exact")]
-    settings = Settings(repeats=1, budget=1.0, draws=1, device="cpu")
-    stock, other, exact = measure_rows(
-        problem, tmp_path, asked, settings, heads=("trainable",), floors=False
-    )
+    asked = [methods()[name] for name in ("stock", "compile", "exact")]
+    stock, other, exact = measure_methods(problem, tmp_path, asked, QUICK)
     assert stock["positions"] == 16
     assert stock["quality"] == {}
     assert "peak_mib" not in stock["trainable"]
     assert exact["trainable"]["speedup"] == pytest.approx(
         stock["trainable"]["seconds"] / exact["trainable"]["seconds"]
     )
-    assert other["skipped"] == "no"
-    (note,) = loss._notes(stock, 64)
+    assert other["notes"] == ["skipped; no"]
+    (note,) = stock["notes"]
     assert "measured on 16 positions" in note
     assert "multiplied by 4" in note
 
 
+def chosen(*names):
+    return choose(argparse.Namespace(methods=names, logits=128), 1000)
+
+
 def test_names():
-    known = methods(128)
-    assert [m.name for m in choose(known, "tail,stock")] == ["tail", "stock"]
-    assert choose(known, None) == known
-    with pytest.raises(ValueError, match="'tial'; choose from stock"):
-        choose(known, "tial")
-    for method in known:
-        if method.specification["name"] not in PEERS:
-            objectives.get(**method.specification)
-    for method in estimators(128, 1000):
-        objectives.get(**method.specification)
+    assert [method.name for method in chosen("sce-tail", "stock")] == ["sce-tail", "stock"]
+    (changed,) = chosen('sce-tail:{"prior": "gradient"}')
+    assert changed.specification["tail_candidates"] == 128
+    assert changed.specification["prior"] == "gradient"
+    assert changed.label == "SCE (tail only), prior=gradient"
+    for asked, message in {
+        "tial": "'tial'; choose from stock",
+        "sce:3": "a JSON object behind the colon",
+        "sce:{": "a JSON object behind the colon",
+        'sce:{"tails": 3}': "no option 'tails'",
+        'stock:{"a": 1}': "options to stock, which has none",
+    }.items():
+        with pytest.raises(ValueError, match=re.escape(message)):
+            chosen(asked)
+    labels = [method.label for method in methods().values()]
+    assert len(set(labels)) == len(labels)
+    assert len(chosen(*methods(LOGITS, 1000))) == len(labels)  # each is an objective, or a peer
+
+
+def test_help_lists_the_methods():
+    for name in ("loss", "estimators", "step", "train", "scale"):
+        parser = argparse.ArgumentParser(formatter_class=argparse.RawDescriptionHelpFormatter)
+        importlib.import_module(f"sce_lm.benchmarks.{name}").add_arguments(parser)
+        shown = parser.format_help()
+        for method in methods().values():
+            line = rf"^  {method.name} +{re.escape(method.label)}$"
+            assert re.search(line, shown, re.MULTILINE), (name, method)
 
 
 def test_errors_are_one_line(tmp_path):
@@ -269,16 +287,15 @@ def test_errors_are_one_line(tmp_path):
 def test_a_state_that_has_seen_text_is_taken_over(tmp_path, monkeypatch):
     """Objectives start with the counts of the problem's past, as in the course of training."""
     random_problem(tmp_path, 32, 200, 8, "float32")
-    rows.write_reference(str(tmp_path), "cpu")
+    write_reference(str(tmp_path), "cpu")
     seen = []
-    build = rows._build
+    build = side_by_side.build
 
     def spy(*arguments):
         loss, objective = build(*arguments)
         seen.append(objective)
         return loss, objective
 
-    monkeypatch.setattr(rows, "_build", spy)
-    settings = {"repeats": 1, "budget": 1.0, "draws": 1, "device": "cpu"}
-    rows.measure_method(str(tmp_path), {"name": "sce"}, True, settings, 32, floor=False)
+    monkeypatch.setattr(side_by_side, "build", spy)
+    measure_method(str(tmp_path), {"name": "sce"}, True, asdict(QUICK), 32)
     assert seen[-1].state.counts.sum() >= 50 * 32

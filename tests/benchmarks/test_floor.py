@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sce_lm.benchmarks.floor import Work, floor_terms, measure_rates, work_of
-from sce_lm.benchmarks.methods import DEFAULT_STRATA, TAIL_ONLY
+from sce_lm.benchmarks.methods import methods
 
 N, V, D = 2048, 151_936, 896
 LABELS = torch.arange(500).repeat(5)[:N]
@@ -14,7 +14,7 @@ COUNTS = torch.arange(V, 0, -1)
 
 
 def test_tail_only():
-    work = work_of({**TAIL_ONLY, "tail_candidates": 2048}, LABELS, COUNTS)
+    work = work_of(methods(2048)["sce-tail"].specification, LABELS, COUNTS)
     assert work == Work(shared=2048, reads_weight=True)
     trained = work.amounts(N, V, D, 4, trainable=True)
     frozen = work.amounts(N, V, D, 4, trainable=False)
@@ -25,8 +25,8 @@ def test_tail_only():
     assert frozen["write dW"] == trained["scan"] == trained["buckets"] == 0
 
 
-def test_default_strata():
-    work = work_of(DEFAULT_STRATA, LABELS, COUNTS)
+def test_default():
+    work = work_of({"name": "sce"}, LABELS, COUNTS)
     # The 500 labels are among the 1,024 most frequent classes.
     assert work == Work(shared=1024 + 2048, buckets=55, bucket_candidates=1216)
     amounts = work.amounts(N, V, D, 4, trainable=True)

@@ -1,7 +1,6 @@
 """`scripts/gpu.sh`: what it does, rehearsed on the CPU, and what becomes of a part that fails."""
 
 import json
-import math
 import subprocess
 import time
 
@@ -11,12 +10,10 @@ from support import parts as planted
 from support.launch import ONE_THREAD
 from support.missing import NOT_IN_THE_CORE, environment
 
-from sce_lm.benchmarks import gpu, prediction
-from sce_lm.benchmarks.loss import methods
+from sce_lm.benchmarks import gpu
 from sce_lm.benchmarks.parts import Part, start_server
-from sce_lm.benchmarks.roofline import DEVICES
-
-H100 = DEVICES[0]
+from sce_lm.benchmarks.peers import PEERS
+from sce_lm.benchmarks.results import Results
 
 
 def test_a_part_that_crashes_or_hangs_is_survived(tmp_path, capsys):
@@ -62,7 +59,7 @@ def test_what_the_time_does_not_reach_is_named(tmp_path):
     assert json.loads((tmp_path / "late.json").read_text()) == found
 
 
-@pytest.mark.parametrize("name", ["correctness-float32", "loss-64x900x8-exact", "profile-strata"])
+@pytest.mark.parametrize("name", ["correctness-float32", "loss-64x900x8-exact", "profile-sce"])
 def test_a_part_runs_on_the_cpu(tmp_path, name):
     (part,) = (p for p in gpu.parts(gpu.REHEARSAL, "cpu") if p.name == name)
     result = part.run(**part.arguments)
@@ -70,35 +67,16 @@ def test_a_part_runs_on_the_cpu(tmp_path, name):
     assert json.loads(json.dumps(result))
     if name.startswith("loss"):
         assert result["host_seconds"] > 0
-        assert result["predicted_for"] == H100.name
+        assert result["over_floor"] == result["seconds"] / result["floor"]["seconds"]
 
 
 def test_the_card_is_asked_all_that_people_quote():
     names = [part.name for part in gpu.parts(gpu.CARD, "cuda")]
     assert len(set(names)) == len(names)
     for shape in gpu.CARD.shapes:
-        for method in (*gpu.OURS, *gpu.PEERS):
+        for method in (*gpu.OURS, *PEERS):
             assert f"loss-{shape[0]}x{shape[1]}x{shape[2]}-{method}" in names
     assert {"environment", "tests", "step-gemma-3-270m-stock", "step-qwen3-0.6b-exact"} <= {*names}
-
-
-def test_predictions():
-    """Exact cross-entropy: eight products of N·V·d, since the logits are computed twice."""
-    n, v, d = 8192, 151_936, 4096
-    of = {method.name: method.specification for method in methods(2048)}
-
-    def ms(name, dtype=torch.bfloat16):
-        return prediction.milliseconds(of[name], n, v, d, dtype, H100, labels=4000)
-
-    products = 2e3 * n * v * d / (0.5 * H100.matrix_rate)
-    assert ms("stock") == ms("liger") == pytest.approx(3 * products)
-    assert ms("exact") == pytest.approx(4 * products, rel=0.1)
-    assert ms("tail") < ms("strata") < ms("exact") / 4
-    assert ms("published") < ms("exact")
-    assert ms("exact", torch.float32) == pytest.approx(4 * products * 989 / 67, rel=0.1)
-    assert prediction.card("NVIDIA H100 80GB HBM3") is H100
-    assert prediction.card("NVIDIA A10") is None
-    assert not any(math.isnan(device.single_rate) for device in DEVICES)
 
 
 def rehearse(tmp_path, missing=(), network=True):
@@ -118,7 +96,10 @@ def test_the_rehearsal_needs_no_network_and_little_else(tmp_path):
     for part in found:
         assert json.loads((tmp_path / f"found/{part['part']}.json").read_text()) == part
         assert "failed" not in part, part
-    for shown in ("Correctness", "The loss, forward", "A whole training step", "liger: skipped"):
+    made = Results.load(tmp_path / "found/results.json")
+    assert made.machine["cpu"]
+    assert {row["label"] for row in made.comparisons[1].rows} >= {"stock", "SCE (default)"}
+    for shown in ("Correctness", "Forward and", "A whole training step", "liger: skipped"):
         assert shown in result.stdout
 
 

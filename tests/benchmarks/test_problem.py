@@ -10,9 +10,10 @@ from support.training import lm_fields, write_text
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sce_lm.benchmarks import real
+from sce_lm.benchmarks.loss_cost import load_inputs, stock
 from sce_lm.benchmarks.problem import random_problem, zipf_labels
-from sce_lm.benchmarks.real import real_problem, text_rows
-from sce_lm.training.loss_cost import load_inputs, stock
+from sce_lm.benchmarks.real import real_problem, text_sequences
+from sce_lm.training.run_folder import RunFolder
 from sce_lm.training.stored_data import store
 from sce_lm.training.task_sources import build_task
 from sce_lm.training.train_config import TrainConfig
@@ -74,7 +75,7 @@ def test_problem_of_a_model_is_its_loss_on_the_text(text, tmp_path):
 
     model = AutoModelForCausalLM.from_pretrained(text / "model").eval()
     tokenizer = AutoTokenizer.from_pretrained(text / "model")
-    rows = text_rows(model, tokenizer, plain)
+    rows = text_sequences(model, tokenizer, plain)
     rows = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))[:2]]
     labels = rows.clone()
     labels[1, 1 + 150 - 127 :] = -100
@@ -97,7 +98,7 @@ def test_problem_of_a_run_takes_its_data(text, tmp_path):
     (run / "model").symlink_to(text / "model")
     config = TrainConfig(**lm_fields(text, sequence_length=64))
     (run / "config.json").write_text(json.dumps(config.to_dict()))
-    store(build_task(config), run)
+    store(build_task(config), RunFolder(run))
     problem = real_problem(tmp_path, run, 100, "float32")
     assert problem.title == "run"
     assert load_file(tmp_path / "state.safetensors")["counts"].sum() > 0

@@ -1,4 +1,4 @@
-"""Distances from the exact loss, against the same figures written out in full."""
+"""Distances from the exact loss, against the same found written out in full."""
 
 import pytest
 import torch
@@ -6,8 +6,8 @@ from safetensors.torch import load_file
 from support.problems import make_problem, relative_error
 
 from sce_lm import LogitTransform, objectives
+from sce_lm.benchmarks.loss_cost import loss_of, save_inputs, stock
 from sce_lm.benchmarks.quality import quality_of, write_reference
-from sce_lm.training.loss_cost import loss_of, save_inputs, stock
 
 POST = LogitTransform(scale=0.7, soft_cap=5.0)
 
@@ -40,20 +40,20 @@ def test_exact_losses_have_no_error(problem):
     inputs, path = problem
     exact = objectives.get("exact")
     for loss, objective in ((stock(POST), None), (loss_of(exact, POST), exact)):
-        figures = quality_of(loss, objective, inputs, POST, path, draws=1)
-        assert figures["bias"] == pytest.approx(0, abs=1e-6)
+        found = quality_of(loss, objective, inputs, POST, path, draws=1)
+        assert found["bias"] == pytest.approx(0, abs=1e-6)
         for name in ("cos_hidden", "cos_weight", "norm_hidden", "norm_weight"):
-            assert figures[name] == pytest.approx(1, abs=1e-6)
-        assert figures.get("sd", 0.0) == pytest.approx(0, abs=1e-6)
+            assert found[name] == pytest.approx(1, abs=1e-6)
+        assert found.get("sd", 0.0) == pytest.approx(0, abs=1e-6)
 
 
 def test_a_factor_is_seen_in_norms_and_bias(problem):
     inputs, path = problem
-    figures = quality_of(lambda **x: 2 * stock(POST)(**x), None, inputs, POST, path, draws=1)
-    assert figures["norm_hidden"] == pytest.approx(2, abs=1e-5)
-    assert figures["norm_weight"] == pytest.approx(2, abs=1e-5)
-    assert figures["cos_weight"] == pytest.approx(1, abs=1e-6)
-    assert figures["bias"] == pytest.approx(figures["loss"] / 2, rel=1e-5)
+    found = quality_of(lambda **x: 2 * stock(POST)(**x), None, inputs, POST, path, draws=1)
+    assert found["norm_hidden"] == pytest.approx(2, abs=1e-5)
+    assert found["norm_weight"] == pytest.approx(2, abs=1e-5)
+    assert found["cos_weight"] == pytest.approx(1, abs=1e-6)
+    assert found["bias"] == pytest.approx(found["loss"] / 2, rel=1e-5)
 
 
 def test_errors_of_a_sample(problem):
@@ -62,7 +62,7 @@ def test_errors_of_a_sample(problem):
     options = {"num_buckets": 0, "shared_labels": False, "shared_frequent": 0}
     objective = objectives.get("sce", tail_candidates=30, **options)
     torch.manual_seed(3)
-    figures = quality_of(loss_of(objective, POST), objective, inputs, POST, path, draws=1)
+    found = quality_of(loss_of(objective, POST), objective, inputs, POST, path, draws=1)
 
     again = objectives.get("sce", tail_candidates=30, **options)
     h, w, y = inputs["hidden_states"], inputs["weight"].clone().requires_grad_(), inputs["labels"]
@@ -74,16 +74,16 @@ def test_errors_of_a_sample(problem):
         )
     reference = load_file(path)
     delta = losses - reference["losses"]
-    assert figures["bias"] == pytest.approx(delta.mean().item(), abs=1e-6)
-    assert figures["sd"] == pytest.approx(delta.std(correction=0).item(), rel=1e-4)
+    assert found["bias"] == pytest.approx(delta.mean().item(), abs=1e-6)
+    assert found["sd"] == pytest.approx(delta.std(correction=0).item(), rel=1e-4)
     true = (delta.exp() - 1).square().mean().sqrt().item()
-    assert figures["relative_error"] == pytest.approx(true, rel=1e-4)
+    assert found["relative_error"] == pytest.approx(true, rel=1e-4)
     reported = stats.relative_error.square().mean().sqrt().item()
-    assert figures["reported_error"] == pytest.approx(reported, rel=1e-4)
+    assert found["reported_error"] == pytest.approx(reported, rel=1e-4)
     cosine = torch.cosine_similarity(w.grad.flatten(), reference["grad_weight"].flatten(), 0)
-    assert figures["cos_weight"] == pytest.approx(cosine.item(), abs=1e-5)
-    assert figures["cos_weight"] < 0.999
-    assert figures["products"] == 30
+    assert found["cos_weight"] == pytest.approx(cosine.item(), abs=1e-5)
+    assert found["cos_weight"] < 0.999
+    assert found["products"] == 30
 
 
 def test_uncovered_positions_are_left_out(problem):
@@ -91,7 +91,7 @@ def test_uncovered_positions_are_left_out(problem):
     objective = objectives.get(
         "sce", published=True, num_buckets=1, bucket_positions=10, bucket_candidates=90
     )
-    figures = quality_of(loss_of(objective, POST), objective, inputs, POST, path, draws=2)
-    assert figures["coverage"] == pytest.approx(10 / 40)
-    assert figures["bias"] == pytest.approx(0, abs=1e-5)  # its bucket holds the whole catalogue
-    assert figures["sd"] == pytest.approx(0, abs=1e-5)
+    found = quality_of(loss_of(objective, POST), objective, inputs, POST, path, draws=2)
+    assert found["coverage"] == pytest.approx(10 / 40)
+    assert found["bias"] == pytest.approx(0, abs=1e-5)  # its bucket holds the whole catalogue
+    assert found["sd"] == pytest.approx(0, abs=1e-5)

@@ -52,4 +52,4 @@ def test_without_a_gpu_it_says_so():
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
     with pytest.raises(ValueError, match="on a GPU, and torch finds none here"):
-        tune.run(argparse.Namespace())
+        tune.measure(argparse.Namespace())

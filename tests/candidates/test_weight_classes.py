@@ -64,13 +64,13 @@ def test_sums_and_sizes_are_what_they_should_be(floor):
     f = torch.rand(500, generator=generator, dtype=torch.float64)
     f[excluded] = 0.0
     sums, sizes = [], []
-    for _ in range(6000):
+    for _ in range(3000):
         ids, c = draw(classes, counts, 60, excluded, generator, floor=floor)
         sums.append((f[ids] * c.exp()).sum() / f.sum())
         sizes.append(float(len(ids)))
     for values, expected in ((torch.stack(sums), 1.0), (torch.tensor(sizes), 60.0)):
         error = values.std() / len(values) ** 0.5
-        assert error < 0.005 * expected
+        assert error < 0.007 * expected
         assert abs(values.mean() - expected) < 5 * error
 
 
@@ -78,7 +78,7 @@ def test_each_class_is_drawn_as_often_as_its_weight_says():
     counts = counts_of(40, seed=5)
     classes = WeightClasses.build(counts, int(counts.sum()))
     generator = torch.Generator().manual_seed(2)
-    draws, hits = 8000, torch.zeros(40)
+    draws, hits = 4000, torch.zeros(40)
     weight = torch.full((40,), torch.nan, dtype=torch.float64)
     for _ in range(draws):
         ids, c = draw(classes, counts, 15, torch.arange(0), generator)

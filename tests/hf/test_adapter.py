@@ -9,7 +9,7 @@ import warnings
 import pytest
 import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
-from support import conformance
+from programs import conformance
 from support.allocations import VocabularySized
 from support.models import NAMES, VOCAB_SIZE, tiny_batch, tiny_config, tiny_model
 from support.versions import TRANSFORMERS_5

@@ -6,7 +6,7 @@ import warnings
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from support import conformance
+from programs import conformance
 from support.models import NAMES, VOCAB_SIZE, tiny_batch, tiny_model
 from support.versions import one_graph
 from torch import nn

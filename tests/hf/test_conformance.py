@@ -1,12 +1,12 @@
 """`apply_sce` with the exact objective equals the stock model, for every type of transformers.
 
-The table of all types: ``python tests/support/conformance.py --json conformance.json``.
+The table of all types: ``python tests/programs/conformance.py --json conformance.json``.
 """
 
 from collections import Counter
 
 import pytest
-from support.conformance import Outcome, check, types
+from programs.conformance import Outcome, check, types
 
 from sce_lm.objectives.exact import Exact
 

@@ -4,9 +4,9 @@ their rows does."""
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from support import processes
+from programs import processes
+from programs.processes import CASES, build, stock_model, train
 from support.launch import run
-from support.processes import CASES, build, stock_model, train
 
 pytestmark = pytest.mark.distributed
 

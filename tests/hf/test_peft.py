@@ -460,7 +460,8 @@ def test_items_are_ranked_with_the_adapter():
     ids = tiny_batch()["input_ids"]
     with torch.no_grad():
         want = patched(input_ids=ids).logits[:, -1]
-    found = model_scorer(patched)([row.numpy() for row in ids])(0, VOCAB_SIZE)
+    with model_scorer(patched) as score:
+        found = score([row.numpy() for row in ids])(0, VOCAB_SIZE)
     torch.testing.assert_close(found, want)
 
 

@@ -16,7 +16,7 @@ from transformers.utils import hub
 
 from sce_lm import SCEConfig, objectives
 from sce_lm.hf import apply_sce, load_objective, objective_of, save_objective
-from sce_lm.training.loop import Run
+from sce_lm.training.run_building import build_run
 from sce_lm.training.train_config import TrainConfig
 
 CONFIG = SCEConfig(num_buckets=4, bucket_candidates=8, shared_frequent=8, tail_candidates=16)
@@ -95,7 +95,7 @@ def test_run_folder_of_the_training_script(tmp_path):
     write_text(tmp_path)
     options = {"num_buckets": 4, "bucket_candidates": 16, "tail_candidates": 32}
     fields = lm_fields(tmp_path, objective="sce", objective_options=options, max_steps=2)
-    Run(TrainConfig(**fields)).train()
+    build_run(TrainConfig(**fields)).train()
     folder = tmp_path / "run"
     model = AutoModelForCausalLM.from_pretrained(folder / "model")
     apply_sce(model, load_objective(folder))

@@ -7,14 +7,21 @@ import warnings
 
 import pytest
 import torch
-from support.allocations import VocabularySized
+from support.allocations import RowsOfLogits, VocabularySized
 from support.models import NAMES, VOCAB_SIZE, tiny_batch, tiny_model
 from support.versions import TRANSFORMERS_5
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from sce_lm import SCEConfig, objectives
-from sce_lm.hf import SCECallback, apply_sce, load_objective, loss_seconds, objective_of
-from sce_lm.ops import exact_cross_entropy
+from sce_lm.hf import (
+    SCECallback,
+    apply_sce,
+    asked_logits,
+    load_objective,
+    loss_seconds,
+    objective_of,
+)
+from sce_lm.ops import exact_cross_entropy, logit_stream
 
 CONFIG = SCEConfig(num_buckets=4, bucket_candidates=8, shared_frequent=8, tail_candidates=16)
 
@@ -108,6 +115,39 @@ def test_trainer_options_equal_stock(options, tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         assert_same_training(train_both("gemma3", tmp_path, **options), tolerance)
+
+
+def test_loss_and_metrics_of_the_users_own_form_no_logits(tmp_path, monkeypatch):
+    """``compute_loss_func``, and the best classes for ``compute_metrics``."""
+    monkeypatch.setattr(asked_logits, "FORMED_ELEMENTS", 0)
+    monkeypatch.setattr(logit_stream, "TILE_CLASSES", 60)
+
+    def accuracy(prediction):
+        return {"accuracy": (prediction.predictions == prediction.label_ids).mean()}
+
+    results = []
+    for lazy in (False, True):
+        model, losses = tiny_model("llama"), Losses()
+        if lazy:
+            apply_sce(model, objectives.get("exact"), lazy_logits="always")
+        run = trainer(
+            model,
+            tmp_path,
+            [losses],
+            max_steps=10,
+            compute_loss_func=doubled,
+            compute_metrics=accuracy,
+            preprocess_logits_for_metrics=lambda logits, labels: logits.argmax(-1),
+        )
+        with RowsOfLogits(VOCAB_SIZE) as rows:
+            run.train()
+            metrics = run.evaluate()
+        results.append((losses.losses, metrics["eval_loss"], metrics["eval_accuracy"]))
+        assert (rows.most <= 1) == lazy
+    (want, *of_stock), (got, *of_ours) = results
+    assert len(want) == 10
+    assert got == pytest.approx(want, rel=1e-5)
+    assert of_ours == pytest.approx(of_stock, rel=1e-5)
 
 
 def doubled(outputs, labels, num_items_in_batch=None):

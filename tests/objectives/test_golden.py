@@ -1,4 +1,4 @@
-"""Every objective trains as it did when the golden files were written (`support/golden.py`).
+"""Every objective trains as it did when the golden files were written (`programs/golden.py`).
 
 Rounding moves these figures by 1e-15 in fp64 and 3e-7 in fp32, between instruction sets too; a
 change of a draw, a weight or a gradient moves them by far more.
@@ -8,8 +8,8 @@ import json
 
 import pytest
 import torch
-from support import golden
-from support.golden import OBJECTIVES, SURROUNDINGS, Records, case_name, train
+from programs import golden
+from programs.golden import OBJECTIVES, SURROUNDINGS, Records, case_name, train
 from support.launch import run
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-6}

@@ -9,6 +9,7 @@ from sce_lm.ops import dispatch
 from sce_lm.ops.chunk_cross_entropy import Chunks
 from sce_lm.ops.head import Head
 from sce_lm.ops.positions import Positions
+from sce_lm.ops.row_reductions import Asked
 
 ON_GPU, ON_CPU = torch.device("cuda"), torch.device("cpu")
 HEAD, POSITIONS = Head(torch.zeros(2, 1)), Positions(torch.zeros(1, 1), torch.zeros(1).long())
@@ -50,6 +51,7 @@ def test_every_operation_in_the_table_is_there():
             "priority_sample": [torch.zeros(2)],
             "catalogue_topk": [HEAD, POSITIONS.hidden],
             "chunk_cross_entropy": [HEAD, POSITIONS, CHUNKS],
+            "row_reductions": [HEAD, POSITIONS.hidden, None, Asked(True, True, True, 1)],
         }
         reason, run = dispatch._find(operation, *inputs.get(operation, [HEAD, POSITIONS]))
         assert "TRITON_INTERPRET" in reason

@@ -27,6 +27,7 @@ from sce_lm.recsys import (
     popularity_scorer,
     rank_items,
     read_interactions,
+    scoring,
     user_sequences,
 )
 from sce_lm.recsys.evaluation import ItemRanking
@@ -112,7 +113,8 @@ def one_by_one(model: tf.PreTrainedModel, histories) -> torch.Tensor:
 def test_padded_batches_score_as_the_unpadded_model(name):
     model = build(name)
     histories, targets = random_users(seed=1)
-    score_tile = model_scorer(model)(histories)
+    with model_scorer(model) as score:
+        score_tile = score(histories)
     streamed = torch.cat([score_tile(0, 7), score_tile(7, VOCABULARY)], dim=1)
     expected = one_by_one(model, histories)
     torch.testing.assert_close(streamed, expected, rtol=1e-4, atol=1e-5)
@@ -156,7 +158,7 @@ def test_metrics_are_those_of_a_dense_evaluation(mask_seen):
     assert report["users"] == 40
     assert report["protocol"]["split"] == "test"
     assert report["intervals"].keys() == {
-        f"{m}@{k}" for m in ("ndcg", "hr", "mrr") for k in (3, 10)
+        f"{m}@{k}" for m in ("ndcg", "hr", "mrr", "precision", "recall", "map") for k in (3, 10)
     }
     assert report["protocol"]["max_length"] == 32
     assert report == json.loads(json.dumps(report))
@@ -308,6 +310,22 @@ def test_no_logits_are_formed_and_the_model_stays_as_it_was(trained_with, monkey
     assert evaluate_items(model, histories, targets, items=ITEMS) == before
     objective = objective_of(model)
     assert (objective and objective.name) == trained_with
+
+
+def test_the_head_is_shadowed_once_for_all_batches(monkeypatch):
+    applied = []
+    monkeypatch.setattr(
+        scoring, "apply_sce", lambda *arguments: applied.append(apply_sce(*arguments))
+    )
+    model = build("llama").train()
+    histories, targets = random_users(seed=7)
+    rank_items(model, histories, targets, items=ITEMS, depth=5, batch_size=4)
+    assert applied == [model]
+    assert objective_of(model) is None
+    with pytest.raises(ValueError, match="up to 59"):  # an error ends it, too
+        rank_items(model, histories, targets, items=range(2, 60), depth=5)
+    assert objective_of(model) is None
+    assert model.training
 
 
 def test_rankings_of_parts_of_the_users_merge():

@@ -18,9 +18,10 @@ from support.training import figures, lm_fields
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sce_lm.benchmarks.real import real_problem
-from sce_lm.training.loop import Run
 from sce_lm.training.metrics_file import read_metrics
+from sce_lm.training.run_building import build_run
 from sce_lm.training.run_evaluation import evaluate_on, evaluate_run
+from sce_lm.training.run_folder import RunFolder
 from sce_lm.training.train_config import TrainConfig
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -80,10 +81,10 @@ def rewind(run, step):
 
 def again(fields):
     """The parameters and the summary of a run that goes on."""
-    run = Run(TrainConfig(**fields))
+    run = build_run(TrainConfig(**fields))
     assert run.step > 0
     summary = run.train()
-    return parameters(run.folder), summary
+    return parameters(run.folder.path), summary
 
 
 def assert_equal(left, right):
@@ -96,7 +97,7 @@ def trained_items(tmp_path_factory):
     """A folder with a log and a run on it."""
     folder = tmp_path_factory.mktemp("items")
     cycles().write_csv(folder / "log.csv")
-    Run(TrainConfig(**items_fields(folder))).train()
+    build_run(TrainConfig(**items_fields(folder))).train()
     return folder
 
 
@@ -115,7 +116,7 @@ def evaluation(run, **options):
     """The rows and the warnings of an evaluation."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        rows = evaluate_run(run, Accelerator(), **options)
+        rows = evaluate_run(RunFolder(run), Accelerator(), **options)
     found = [str(w.message) for w in caught if str(run) in str(w.message)]
     return rows, found
 
@@ -178,10 +179,10 @@ def test_a_changed_log_is_named_and_the_stored_split_asked(items, name):
     assert re.search(f"have changed since it began .{words}", said[0])
 
     with pytest.raises(ValueError, match=f"began with other data .*{words}"):
-        Run(TrainConfig(**fields))  # a finished run is not trained on the new data either
+        build_run(TrainConfig(**fields))  # a finished run is not trained on the new data either
     rewind(folder / "run", 30)
     with pytest.raises(ValueError, match=f"began with other data .*{words}") as refused:
-        Run(TrainConfig(**fields))
+        build_run(TrainConfig(**fields))
     assert "\n" not in str(refused.value)
 
 
@@ -234,7 +235,7 @@ def test_without_times_the_order_of_a_users_rows_is_content(tmp_path):
     log = cycles().drop("time")
     log.write_csv(tmp_path / "log.csv")
     fields = items_fields(tmp_path, time_column=None, max_steps=2, warmup_steps=0)
-    Run(TrainConfig(**fields)).train()
+    build_run(TrainConfig(**fields)).train()
     log.sort("user_id", maintain_order=True).write_csv(tmp_path / "log.csv")
     assert evaluation(tmp_path / "run")[1] == []
     log.reverse().write_csv(tmp_path / "log.csv")
@@ -252,10 +253,10 @@ def test_without_times_the_order_of_a_users_rows_is_content(tmp_path):
 def test_every_split_is_read_as_it_was_written(tmp_path, split):
     cycles().write_csv(tmp_path / "log.csv")
     fields = items_fields(tmp_path, max_steps=2, warmup_steps=0, eval_k=[3], **split)
-    run = Run(TrainConfig(**fields))
+    run = build_run(TrainConfig(**fields))
     validation, test = run.evaluate("validation"), run.evaluate("test")
     baselines = run.task.baselines()
-    stored = Run(TrainConfig(**fields))
+    stored = build_run(TrainConfig(**fields))
     assert stored.task.train.tokens.tolist() == run.task.train.tokens.tolist()
     assert stored.task.describe() == run.task.describe()
     assert stored.task.baselines() == baselines
@@ -269,7 +270,10 @@ def test_a_damaged_or_missing_split_is_refused(items):
     folder, fields = items
     run = folder / "run"
     (run / "stored_data" / "asked.parquet").write_bytes(b"PAR1 no more")
-    for start in (lambda: evaluate_run(run, Accelerator()), lambda: Run(TrainConfig(**fields))):
+    for start in (
+        lambda: evaluate_run(RunFolder(run), Accelerator()),
+        lambda: build_run(TrainConfig(**fields)),
+    ):
         with pytest.raises(
             ValueError, match=r"stored_data cannot be read .* bring it back"
         ) as refused:
@@ -277,9 +281,9 @@ def test_a_damaged_or_missing_split_is_refused(items):
         assert "\n" not in str(refused.value)
     shutil.rmtree(run / "stored_data")
     with pytest.raises(ValueError, match="of a version that did not store its split"):
-        evaluate_run(run, Accelerator())
+        evaluate_run(RunFolder(run), Accelerator())
     with pytest.raises(ValueError, match="of a version that did not store its split"):
-        Run(TrainConfig(**fields))
+        build_run(TrainConfig(**fields))
 
 
 def test_what_a_start_that_came_to_nothing_left_is_written_anew(tmp_path):
@@ -287,8 +291,10 @@ def test_what_a_start_that_came_to_nothing_left_is_written_anew(tmp_path):
     fields = items_fields(tmp_path, max_steps=2, warmup_steps=0)
     (tmp_path / "run" / "stored_data").mkdir(parents=True)
     (tmp_path / "run" / "stored_data" / "source.json").write_text("{}")
-    run = Run(TrainConfig(**fields))
-    assert (run.folder / "stored_data" / "tokenizer" / "tokenizer.json").exists()  # before any step
+    run = build_run(TrainConfig(**fields))
+    assert (
+        run.folder.path / "stored_data" / "tokenizer" / "tokenizer.json"
+    ).exists()  # before any step
     run.train()
     assert evaluate_run(run.folder, Accelerator())["model"]["users"] == 80
 
@@ -301,7 +307,7 @@ def test_a_folder_of_somebody_else_is_not_removed(tmp_path):
     with pytest.raises(
         ValueError, match=r"stored_data is in the way, .* choose another output_dir"
     ):
-        Run(TrainConfig(**items_fields(tmp_path)))
+        build_run(TrainConfig(**items_fields(tmp_path)))
     assert precious.exists()
     assert not (tmp_path / "run" / "config.json").exists()
 
@@ -322,7 +328,9 @@ def test_another_log_is_asked_for_its_last_items(items):
     log.write_csv(folder / "new.csv")
     columns = {"user_column": "who", "item_column": "what", "time_column": "when"}
     for source in (folder / "run", folder / "run" / "model"):
-        found = evaluate_on(source, str(folder / "new.csv"), Accelerator(), k=[1, 30], **columns)
+        found = evaluate_on(
+            RunFolder(source), str(folder / "new.csv"), Accelerator(), k=[1, 30], **columns
+        )
         report = found["model"]
         assert report["users"] == 2  # c has one event, d no history that is known
         assert report["unknown_events"] == 3
@@ -337,7 +345,7 @@ def test_another_log_is_asked_for_its_last_items(items):
 def test_lists_of_other_lengths_and_the_validation_are_evaluated(items):
     folder, _ = items
     rows, _ = evaluation(folder / "run", on="validation", k=[1, 3])
-    run = Run(TrainConfig(**items_fields(folder, eval_k=[10])))
+    run = build_run(TrainConfig(**items_fields(folder, eval_k=[10])))
     model = AutoModelForCausalLM.from_pretrained(folder / "run" / "model").eval()
     assert {"ndcg@1", "ndcg@3"} < set(rows["model"])
     assert "ndcg@10" not in rows["model"]
@@ -349,7 +357,7 @@ def test_lists_of_other_lengths_and_the_validation_are_evaluated(items):
     written = json.loads((folder / "run" / "evaluation-validation.json").read_text())
     assert written == ten
     with pytest.raises(ValueError, match=r"k is \(31,\), but a list"):
-        evaluate_run(folder / "run", Accelerator(), k=[31])
+        evaluate_run(RunFolder(folder / "run"), Accelerator(), k=[31])
 
 
 # Text.
@@ -371,7 +379,7 @@ def trained_text(corpus):
     write_documents(corpus / "short.jsonl", texts)
     data = str(corpus / "short.jsonl")
     fields = lm_fields(corpus, data=data, output_dir=str(corpus / "first"), checkpoints_to_keep=9)
-    Run(TrainConfig(**fields)).train()
+    build_run(TrainConfig(**fields)).train()
     return corpus, texts
 
 
@@ -399,7 +407,7 @@ def test_the_same_text_in_another_order_and_format_is_resumed_and_evaluated_alik
     if held_out == "file":
         write_documents(tmp_path / "held.jsonl", texts[:2])
         fields["held_out"] = str(tmp_path / "held.jsonl")
-    before = Run(TrainConfig(**fields)).train()
+    before = build_run(TrainConfig(**fields)).train()
     weights, (expected, _) = parameters(tmp_path / "run"), evaluation(tmp_path / "run")
     data.unlink()
     moved.mkdir()
@@ -431,12 +439,12 @@ def test_a_changed_text_is_named_refused_and_evaluated_on_what_was_held_out(text
     ]
     rewind(run, 4)
     with pytest.raises(ValueError, match=r"began with other data than there are now \(1 more doc"):
-        Run(TrainConfig(**fields))
+        build_run(TrainConfig(**fields))
     with pytest.warns(UserWarning, match="goes on with the text as it is now, without the doc"):
         _, summary = again({**fields, "resume_with_changed_data": True})
     assert summary["data"]["held_out_tokens"] == before["data"]["held_out_tokens"]
     assert summary["data"]["training_tokens"] != before["data"]["training_tokens"]
-    told = Run(TrainConfig(**{**fields, "resume_with_changed_data": True}))
+    told = build_run(TrainConfig(**{**fields, "resume_with_changed_data": True}))
     kept = set(told.task.documents["text"])
     assert kept < set(changed)
     tokenizer = AutoTokenizer.from_pretrained(run / "model")
@@ -454,7 +462,7 @@ def test_text_that_is_gone_is_named_and_stops_a_resumed_run(text):
     assert "cannot be read any more (There is no data file" in said[0]
     rewind(run, 4)
     with pytest.raises(ValueError, match="There is no data file"):
-        Run(TrainConfig(**fields))
+        build_run(TrainConfig(**fields))
 
 
 def test_the_loss_of_a_run_is_measured_on_its_own_data_or_not_at_all(text, tmp_path):
@@ -471,12 +479,12 @@ def test_another_text_is_evaluated_whole(text, tmp_path):
     run, _, texts, _ = text
     write_documents(tmp_path / "other.jsonl", texts[:1])
     rows = [
-        evaluate_on(folder, str(tmp_path / "other.jsonl"), Accelerator())["model"]["nll"]
+        evaluate_on(RunFolder(folder), str(tmp_path / "other.jsonl"), Accelerator())["model"]["nll"]
         for folder in (run, run / "model")
     ]
     assert rows[0] == pytest.approx(rows[1], rel=1e-6)
     with pytest.raises(ValueError, match="k is the length of a recommender's lists"):
-        evaluate_run(run, Accelerator(), k=[3])
+        evaluate_run(RunFolder(run), Accelerator(), k=[3])
 
 
 @pytest.mark.parametrize(

@@ -18,9 +18,10 @@ from support.training import SMALL_SCE, lm_fields, write_config
 
 from sce_lm import SCEState
 from sce_lm.hf.saving import load_objective, save_objective
-from sce_lm.training.loop import Run
 from sce_lm.training.models import load_model, load_tokenizer
+from sce_lm.training.run_building import build_run
 from sce_lm.training.run_evaluation import evaluate_run
+from sce_lm.training.run_folder import RunFolder
 from sce_lm.training.train_config import TrainConfig
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -57,7 +58,7 @@ def run_folder(corpus, tmp_path_factory):
         eval_every=2,
         keep_best=True,
     )
-    Run(TrainConfig(**fields)).train()
+    build_run(TrainConfig(**fields)).train()
     return folder
 
 
@@ -124,7 +125,7 @@ def test_a_harmful_file_of_a_checkpoint_is_refused(copied, tmp_path, name, plant
     if name != "checkpoint.json":
         rehash(newest(folder))
     with pytest.raises(ValueError, match="checkpoint") as caught:
-        Run(TrainConfig(**fields))
+        build_run(TrainConfig(**fields))
     assert is_one_sentence(str(caught.value))
     assert name in str(caught.value)
     assert not mark.exists()
@@ -139,7 +140,7 @@ def test_a_file_in_place_of_the_safe_one_is_not_read_instead(copied, tmp_path):
         torch_file(checkpoint / other, mark)
     rehash(checkpoint)
     with pytest.raises(ValueError, match=r"pytorch_model\.bin, which is none of its files"):
-        Run(TrainConfig(**fields))
+        build_run(TrainConfig(**fields))
     assert not mark.exists()
 
 
@@ -150,7 +151,7 @@ def test_a_path_out_of_the_checkpoint_is_refused(copied):
     content["files"]["../../config.json"] = "0" * 64
     manifest.write_text(json.dumps(content))
     with pytest.raises(ValueError, match=r"holds \.\./\.\./config\.json, which is none"):
-        Run(TrainConfig(**fields))
+        build_run(TrainConfig(**fields))
 
 
 @pytest.mark.parametrize("name", ["config.json", "summary.json", "metrics.jsonl"])
@@ -162,7 +163,7 @@ def test_a_harmful_file_of_a_run_is_refused(copied, tmp_path, name):
         with (folder / name).open("ab") as file:
             file.write(b"\n")
     with pytest.raises(ValueError, match=name) as caught:
-        Run(TrainConfig(**fields))
+        build_run(TrainConfig(**fields))
     assert is_one_sentence(str(caught.value))
     assert not mark.exists()
 
@@ -170,11 +171,11 @@ def test_a_harmful_file_of_a_run_is_refused(copied, tmp_path, name):
 def test_harmful_weights_of_the_best_evaluation_are_refused(copied, tmp_path):
     folder, fields = copied
     mark = tmp_path / "mark"
-    run = Run(TrainConfig(**fields))
+    run = build_run(TrainConfig(**fields))
     for weights in (folder / "best").rglob("model.safetensors"):
         torch_file(weights, mark)
     with pytest.raises(ValueError, match="does not hold the weights of the best") as caught:
-        run.best.load(run.accelerator.unwrap_model(run.model))
+        run.best.load(run.learner.plain_model)
     assert is_one_sentence(str(caught.value))
     assert not mark.exists()
 
@@ -200,7 +201,7 @@ def test_code_beside_a_stock_model_is_not_run(copied, tmp_path):
     torch_file(folder / "model" / "pytorch_model.bin", mark)
     assert type(load_model(folder / "model")).__name__ == "GPT2LMHeadModel"
     assert len(load_tokenizer(folder / "model")) == 600
-    assert evaluate_run(folder, Accelerator())["model"]["nll"] > 0
+    assert evaluate_run(RunFolder(folder), Accelerator())["model"]["nll"] > 0
     assert not mark.exists()
 
 
@@ -216,9 +217,9 @@ def test_a_model_that_needs_its_code_is_refused(copied, tmp_path):
     for load in (
         lambda: load_model(model),
         lambda: load_tokenizer(model),
-        lambda: evaluate_run(folder, Accelerator()),
-        lambda: Run(TrainConfig(**fields)),
-        lambda: Run(TrainConfig(**{**fields, "tokenizer": str(model)})),
+        lambda: evaluate_run(RunFolder(folder), Accelerator()),
+        lambda: build_run(TrainConfig(**fields)),
+        lambda: build_run(TrainConfig(**{**fields, "tokenizer": str(model)})),
     ):
         with pytest.raises(ValueError, match=r"cannot be loaded.*custom code") as caught:
             load()
@@ -247,7 +248,7 @@ def test_a_base_model_of_an_older_kind_is_read_as_numbers(copied, tmp_path):
     torch_file(model / "pytorch_model.bin", mark)
     fields |= {"model": str(model), "model_config": {}, "output_dir": str(tmp_path / "new")}
     with pytest.raises(ValueError, match="cannot be loaded"):
-        Run(TrainConfig(**fields))
+        build_run(TrainConfig(**fields))
     assert not mark.exists()
 
 

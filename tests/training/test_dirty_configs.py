@@ -8,11 +8,13 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from sce_lm.training.train_config import TrainConfig, parse_config
+from sce_lm.training.command_line import parse_config
+from sce_lm.training.train_config import TrainConfig
 from sce_lm.training.yaml12 import Plain, plain_value
 
 MANY = settings(
     max_examples=25,
+    deadline=None,
     phases=(Phase.generate, Phase.shrink),
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )

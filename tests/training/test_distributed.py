@@ -1,5 +1,6 @@
 """Several processes train as one with as large a batch, started as accelerate starts them."""
 
+import dataclasses
 import os
 import shutil
 import signal
@@ -17,8 +18,8 @@ from support.launch import ONE_THREAD
 from support.training import NO_DROPOUT, SMALL_SCE, figures, lm_fields, write_config
 
 from sce_lm.training.checkpoint import Checkpoints
-from sce_lm.training.loop import Run
 from sce_lm.training.metrics_file import read_metrics
+from sce_lm.training.run_building import build_run
 from sce_lm.training.train_config import TrainConfig
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -61,7 +62,7 @@ def test_two_processes_give_the_losses_of_one_with_twice_the_batch(corpus, tmp_p
     fields["model_config"] = {**fields["model_config"], **NO_DROPOUT}
     one, two = tmp_path / "one", tmp_path / "two"
     launch(write_config(tmp_path / "config.yaml", {**fields, "output_dir": str(two)}))
-    Run(TrainConfig(**{**fields, "output_dir": str(one), "per_device_batch_size": 8})).train()
+    build_run(TrainConfig(**{**fields, "output_dir": str(one), "per_device_batch_size": 8})).train()
 
     left, right = read_metrics(one / "metrics.jsonl"), read_metrics(two / "metrics.jsonl")
     assert len(left) == len(right) == 8
@@ -104,7 +105,7 @@ def test_two_processes_train_by_rows_as_one_with_twice_the_batch(corpus, tmp_pat
     fields["model_config"] = {**fields["model_config"], **NO_DROPOUT, "tie_word_embeddings": tied}
     one, two = tmp_path / "one", tmp_path / "two"
     launch(write_config(tmp_path / "config.yaml", {**fields, "output_dir": str(two)}))
-    Run(TrainConfig(**{**fields, "output_dir": str(one), "per_device_batch_size": 8})).train()
+    build_run(TrainConfig(**{**fields, "output_dir": str(one), "per_device_batch_size": 8})).train()
 
     left, right = read_metrics(one / "metrics.jsonl"), read_metrics(two / "metrics.jsonl")
     assert len(left) == len(right) == 8
@@ -162,10 +163,10 @@ def test_a_killed_process_ends_a_run_that_goes_on_with_two_or_one(corpus, tmp_pa
     launch(config)
     assert figures(two) == figures(whole)
     alone = TrainConfig(**{**fields, "output_dir": str(one)})
-    assert Run(alone).train()["processes"] == 1
+    assert build_run(alone).train()["processes"] == 1
     (one / "summary.json").unlink()
     shutil.rmtree(one / "checkpoints" / "step-00000060")
-    Run(alone).train()  # from a checkpoint of one process, whose steps still take two batches
+    build_run(alone).train()  # from a checkpoint of one process, whose steps still take two batches
     left, right = read_metrics(one / "metrics.jsonl"), read_metrics(whole / "metrics.jsonl")
     assert [record["step"] for record in left] == [record["step"] for record in right]
     for name in ("loss", "validation/nll", "num_items", "epoch"):
@@ -214,14 +215,13 @@ def test_a_process_ends_when_another_is_gone_though_nobody_watches_them(
 
 
 def test_processes_that_cannot_share_a_step_do_not_resume(corpus, tmp_path):
-    run = Run(TrainConfig(**lm_fields(corpus, max_steps=2, output_dir=str(tmp_path))))
+    run = build_run(TrainConfig(**lm_fields(corpus, max_steps=2, output_dir=str(tmp_path))))
     run.train()
     three = SimpleNamespace(
         is_main_process=True, num_processes=3, process_index=0, wait_for_everyone=lambda: None
     )
-    three.unwrap_model = lambda model: model
-    parts = run.model, run.optimizer, run.scheduler, run.objective
-    checkpoints: Any = Checkpoints(tmp_path / "checkpoints", three, *parts, 1)
+    learner: Any = dataclasses.replace(run.learner, accelerator=three)
+    checkpoints: Any = Checkpoints(run.folder.checkpoints, learner, 1)
     with pytest.raises(
         ValueError, match="by 1 processes, whose steps take 1 batches, and this run"
     ):

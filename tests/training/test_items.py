@@ -14,8 +14,8 @@ from sce_lm import recsys
 from sce_lm.hf import apply_sce
 from sce_lm.objectives import get
 from sce_lm.training.items import ItemsTask
-from sce_lm.training.loop import Run
 from sce_lm.training.metrics_file import read_metrics
+from sce_lm.training.run_building import build_run
 from sce_lm.training.run_evaluation import evaluate_run
 from sce_lm.training.task_sources import build_task
 from sce_lm.training.train_config import TrainConfig
@@ -52,21 +52,21 @@ def items_fields(folder, **changes):
 
 
 def test_a_recommender_is_trained_evaluated_and_saved(tmp_path):
-    run = Run(TrainConfig(**items_fields(tmp_path)))
+    run = build_run(TrainConfig(**items_fields(tmp_path)))
     summary = run.train()
 
-    records = read_metrics(run.folder / "metrics.jsonl")
+    records = read_metrics(run.folder.path / "metrics.jsonl")
     losses = [record["loss"] for record in records if "loss" in record]
     assert losses[-1] < losses[0]
     assert [r["step"] for r in records if "validation/ndcg@10" in r] == [10, 20]
     figures = {"ndcg@10", "hr@10", "mrr@10", "coverage@10"}
     assert figures < set(summary["test"])
     assert summary["test"]["hr@10"] > 0
-    assert (run.folder / "report.png").exists()
+    assert (run.folder.path / "report.png").exists()
 
     # The saved model is a stock one, and recsys gives it the same figures.
-    tokenizer = AutoTokenizer.from_pretrained(run.folder / "model")
-    model = AutoModelForCausalLM.from_pretrained(run.folder / "model")
+    tokenizer = AutoTokenizer.from_pretrained(run.folder.path / "model")
+    model = AutoModelForCausalLM.from_pretrained(run.folder.path / "model")
     assert model.config.vocab_size == len(tokenizer)
     test = run.task.split.test
     report = recsys.evaluate_items(
@@ -82,15 +82,15 @@ def test_a_recommender_is_trained_evaluated_and_saved(tmp_path):
     rows = evaluate_run(run.folder, Accelerator())
     assert rows["model"] == summary["test"]
     assert set(rows) == {"model", "popularity", "Markov chain"}
-    assert json.loads((run.folder / "evaluation.json").read_text()) == rows
-    assert (run.folder / "popularity.png").read_bytes().startswith(b"\x89PNG")
+    assert json.loads((run.folder.path / "evaluation.json").read_text()) == rows
+    assert (run.folder.path / "popularity.png").read_bytes().startswith(b"\x89PNG")
     profile = rows["popularity"]["list_entries_by_popularity"]
     assert profile["recommended"][-1] == profile["trained"][-1] == 1
     assert profile["recommended"][-3] > profile["trained"][-3]  # the top tenth of the catalogue
 
 
 def test_the_baseline_is_popularity_on_the_same_users(tmp_path):
-    task = Run(TrainConfig(**items_fields(tmp_path, eval_users=50))).task
+    task = build_run(TrainConfig(**items_fields(tmp_path, eval_users=50))).task
     assert isinstance(task, ItemsTask)
     users = task._questions("test")
     assert len(users) == 50
@@ -122,7 +122,7 @@ def test_baselines_have_not_seen_what_they_are_asked(tmp_path):
 
 
 def test_the_users_of_a_bounded_evaluation_are_the_same_each_time(tmp_path):
-    run = Run(TrainConfig(**items_fields(tmp_path, eval_users=40)))
+    run = build_run(TrainConfig(**items_fields(tmp_path, eval_users=40)))
     assert run.evaluate("validation") == run.evaluate("validation")
     assert run.evaluate("validation") != run.evaluate("test")
 
@@ -134,13 +134,15 @@ def test_a_log_of_ones_own_is_read_by_its_column_names(tmp_path):
     columns = {"user_column": "who", "item_column": "what", "time_column": "when"}
     changes = {"data": str(path), "data_options": {}, "max_steps": 2, "objective": "exact"}
     changes["eval_k"] = [5]
-    run = Run(TrainConfig(**items_fields(tmp_path, objective_options={}, **changes, **columns)))
+    run = build_run(
+        TrainConfig(**items_fields(tmp_path, objective_options={}, **changes, **columns))
+    )
     run.train()
-    assert json.loads((run.folder / "summary.json").read_text())["vocabulary"] == 9 + 2
+    assert json.loads((run.folder.path / "summary.json").read_text())["vocabulary"] == 9 + 2
 
     wrong = items_fields(tmp_path / "other", **changes, **{**columns, "item_column": "thing"})
     with pytest.raises(ValueError, match="no column 'thing'"):
-        Run(TrainConfig(**{**wrong, "objective_options": {}}))
+        build_run(TrainConfig(**{**wrong, "objective_options": {}}))
 
 
 @pytest.mark.parametrize(
@@ -152,7 +154,7 @@ def test_a_log_of_ones_own_is_read_by_its_column_names(tmp_path):
 )
 def test_options_that_the_data_do_not_have_are_refused(tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
-        Run(TrainConfig(**items_fields(tmp_path, **changes)))
+        build_run(TrainConfig(**items_fields(tmp_path, **changes)))
 
 
 def log_of_cycles(folder, users=40, events=8):
@@ -176,14 +178,14 @@ def test_split_and_masking_are_those_of_the_configuration(tmp_path, changes, pro
     fields = items_fields(
         tmp_path, max_steps=1, **log_of_cycles(tmp_path), **changes, eval_k=[3, 5]
     )
-    run = Run(TrainConfig(**fields))
+    run = build_run(TrainConfig(**fields))
     test = run.train()["test"]
     assert test["protocol"]["split"].startswith(protocol)
     assert test["users"] == users
     seen = "kept" if "mask_seen" in changes else "masked, the target excepted"
     assert test["protocol"]["seen_items"] == seen
     assert {"ndcg@3", "ndcg@5"} < set(test)
-    described = json.loads((run.folder / "data.json").read_text())
+    described = json.loads((run.folder.path / "data.json").read_text())
     assert described["users"] == 40
     assert described["items"] == 9
     assert described["test_questions"] == users
@@ -196,21 +198,23 @@ def test_text_times_are_read_by_the_format_of_the_configuration(tmp_path):
     frame = pl.read_csv(log["data"]).with_columns(time=day.dt.strftime("%d/%m/%Y"))
     frame.write_csv(log["data"])
     fields = items_fields(tmp_path, **log, split="temporal", split_time="2024-10-27", eval_k=[3])
-    described = Run(TrainConfig(**fields, time_format="%d/%m/%Y")).task.describe()
+    described = build_run(TrainConfig(**fields, time_format="%d/%m/%Y")).task.describe()
     assert described["test_questions"] == 10  # as of split_time 300 in days
     assert described["protocol"].startswith("temporal at 2024-10-27 00:00:00; ")
     with pytest.raises(ValueError, match=r"the first '01/01/2024'.*say how .* with time_format"):
-        Run(TrainConfig(**fields | {"output_dir": str(tmp_path / "other")}))
+        build_run(TrainConfig(**fields | {"output_dir": str(tmp_path / "other")}))
 
 
 def test_filters_are_those_of_the_configuration(tmp_path):
     fields = items_fields(tmp_path, **log_of_cycles(tmp_path), min_item_events=36, eval_k=[5])
-    described = Run(TrainConfig(**fields)).task.describe()
+    described = build_run(TrainConfig(**fields)).task.describe()
     assert described["items"] == 5
     with pytest.raises(ValueError, match="No event is left of 320"):
-        Run(TrainConfig(**{**fields, "min_user_events": 9, "output_dir": str(tmp_path / "few")}))
+        build_run(
+            TrainConfig(**{**fields, "min_user_events": 9, "output_dir": str(tmp_path / "few")})
+        )
     with pytest.raises(ValueError, match=r"k is \(10,\), but a list .* has 1 to 5 items"):
-        Run(TrainConfig(**{**fields, "eval_k": [10], "output_dir": str(tmp_path / "long")}))
+        build_run(TrainConfig(**{**fields, "eval_k": [10], "output_dir": str(tmp_path / "long")}))
 
 
 def test_packed_and_padded_rows_train_alike(tmp_path):
@@ -218,7 +222,7 @@ def test_packed_and_padded_rows_train_alike(tmp_path):
     for packing in (True, False):
         changes = {"packing": packing, "output_dir": str(tmp_path / str(packing))}
         exact = {"objective": "exact", "objective_options": {}}
-        run = Run(
+        run = build_run(
             TrainConfig(**items_fields(tmp_path, **exact, max_steps=4, log_every=1, **changes))
         )
         run.train()
@@ -230,9 +234,11 @@ def test_a_model_that_cannot_pack_is_refused(tmp_path):
     mamba = {"model_type": "mamba", "hidden_size": 16, "num_hidden_layers": 1, "state_size": 4}
     fields = items_fields(tmp_path, model_config=mamba)
     with pytest.raises(ValueError, match=r"mamba model .* set packing to false"):
-        Run(TrainConfig(**fields))
+        build_run(TrainConfig(**fields))
     assert (
-        Run(TrainConfig(**{**fields, "packing": False})).task.batch([0, 1])["attention_mask"].any()
+        build_run(TrainConfig(**{**fields, "packing": False}))
+        .task.batch([0, 1])["attention_mask"]
+        .any()
     )
 
 
@@ -249,7 +255,7 @@ def test_the_best_model_is_kept_and_a_run_without_improvement_stops(tmp_path):
         learning_rate=0.05,
         warmup_steps=60,
     )
-    run = Run(TrainConfig(**fields))
+    run = build_run(TrainConfig(**fields))
     summary = run.train()
     figure, records = "validation/ndcg@5", read_metrics(run.metrics.path)
     validation = {r["step"]: r[figure] for r in records if figure in r}
@@ -257,10 +263,10 @@ def test_the_best_model_is_kept_and_a_run_without_improvement_stops(tmp_path):
     assert summary["model_of_step"] == best
     assert summary["steps"] == best + 3 * 5 < 200
     assert summary["validation"]["ndcg@5"] == validation[best]
-    kept = [path.parent.name for path in (run.folder / "best").rglob("model.safetensors")]
+    kept = [path.parent.name for path in (run.folder.path / "best").rglob("model.safetensors")]
     assert kept == [f"step-{best:08d}"]  # beside the checkpoints, from which the run could go on
 
-    model = AutoModelForCausalLM.from_pretrained(run.folder / "model")
+    model = AutoModelForCausalLM.from_pretrained(run.folder.path / "model")
     assert run.task.evaluate(model, run.accelerator, "validation")["ndcg@5"] == validation[best]
     assert evaluate_run(run.folder, run.accelerator)["model"] == summary["test"]
 
@@ -271,7 +277,7 @@ def test_a_run_that_does_not_fit_warns_before_it_starts(tmp_path, monkeypatch):
     with pytest.warns(
         UserWarning, match=r"will probably not fit. Memory: about \d+ MiB of \d+ free"
     ):
-        Run(TrainConfig(**items_fields(tmp_path)))
+        build_run(TrainConfig(**items_fields(tmp_path)))
 
 
 def test_the_tokenizer_carries_how_often_items_occur_in_training(tmp_path):

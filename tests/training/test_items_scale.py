@@ -19,9 +19,9 @@ from support.launch import ONE_THREAD
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sce_lm import recsys
-from sce_lm.training.loop import Run
+from sce_lm.training.command_line import parse_config
 from sce_lm.training.measure import start_peak
-from sce_lm.training.train_config import parse_config
+from sce_lm.training.run_building import build_run
 
 ROOT = Path(__file__).resolve().parents[2]
 SASREC = {"model_type": "sasrec", "max_position_embeddings": 50}
@@ -75,11 +75,11 @@ def test_a_union_of_219_000_items_in_under_3_gigabytes(tmp_path):
     config = configured(
         tmp_path, tmp_path / "union.parquet", per_device_batch_size=512, eval_users=5000
     )
-    run = Run(config)
+    run = build_run(config)
     assert len(run.task.tokenizer) > 219_000
     read_peak = start_peak("cpu")
     summary = run.train()
-    state = 8 * run.num_parameters
+    state = 8 * run.learner.plain_model.num_parameters()
     assert read_peak() - state < 3 * 2**30
     assert summary["test"]["users"] == 5000
 
@@ -135,7 +135,7 @@ def test_a_catalogue_of_a_million_items_from_log_to_lists(tmp_path):
         eval_users=100,
         max_steps=3,
     )
-    summary = Run(config).train()
+    summary = build_run(config).train()
     assert summary["vocabulary"] == 1_000_002
     assert summary["test"]["items"] == 1_000_000
     command = ["scripts/recommend.py", config.output_dir, "--history", "3", "999999", "--k", "5"]
@@ -145,7 +145,7 @@ def test_a_catalogue_of_a_million_items_from_log_to_lists(tmp_path):
 
 READ_LOG = """
 import resource, sys
-from sce_lm.training.train_config import parse_config
+from sce_lm.training.command_line import parse_config
 from sce_lm.training.task_sources import build_task
 task = build_task(parse_config([sys.argv[1]]))
 print(task.describe()["events"], resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)

@@ -23,7 +23,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from sce_lm.training import checkpoint
 from sce_lm.training.loop import Run
 from sce_lm.training.metrics_file import read_metrics
+from sce_lm.training.run_building import build_run
 from sce_lm.training.run_evaluation import evaluate_run
+from sce_lm.training.run_folder import RunFolder
 from sce_lm.training.train_config import TrainConfig
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -39,7 +41,7 @@ def assert_equal(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) 
 
 
 def train(fields) -> Run:
-    run = Run(TrainConfig(**fields))
+    run = build_run(TrainConfig(**fields))
     run.train()
     return run
 
@@ -80,14 +82,16 @@ def test_a_run_leaves_a_stock_model_metrics_report_and_a_summary(corpus, tmp_pat
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     assert type(model).__name__ == "GPT2LMHeadModel"
     assert len(AutoTokenizer.from_pretrained(tmp_path / "model")) == model.config.vocab_size
-    assert evaluate_run(tmp_path, run.accelerator)["model"] == pytest.approx(summary["test"])
+    assert evaluate_run(RunFolder(tmp_path), run.accelerator)["model"] == pytest.approx(
+        summary["test"]
+    )
 
 
 def test_a_finished_run_is_not_trained_again(corpus, tmp_path):
     fields = lm_fields(corpus, output_dir=str(tmp_path), max_steps=2, checkpoint_every=0)
-    first = train(fields).folder / "summary.json"
+    first = train(fields).folder.summary
     written = first.stat().st_mtime_ns, figures(tmp_path)
-    assert Run(TrainConfig(**fields)).train() == json.loads(first.read_text())
+    assert build_run(TrainConfig(**fields)).train() == json.loads(first.read_text())
     assert written == (first.stat().st_mtime_ns, figures(tmp_path))
 
 
@@ -159,8 +163,8 @@ def test_lora_trains_adapters_resumes_and_leaves_a_stock_model(corpus, tmp_path,
     stopped, whole = tmp_path / "stopped", tmp_path / "whole"
     complete = checkpoint._complete
 
-    def stop_after_step_3(partial, folder, step, *more):
-        complete(partial, folder, step, *more)
+    def stop_after_step_3(*arguments):
+        complete(*arguments)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(checkpoint, "_complete", stop_after_step_3)
@@ -178,7 +182,7 @@ def test_lora_trains_adapters_resumes_and_leaves_a_stock_model(corpus, tmp_path,
     assert any("attn" in name for name in changed)
     assert not any("wte" in name or "lm_head" in name or "ln_" in name for name in changed)
     summary = json.loads((whole / "summary.json").read_text())
-    merged = evaluate_run(whole, run.accelerator)["model"]
+    merged = evaluate_run(RunFolder(whole), run.accelerator)["model"]
     assert merged["nll"] == pytest.approx(summary["test"]["nll"], rel=1e-5)
     assert summary["memory_estimate_mib"]["gradients"] == 0
 
@@ -188,12 +192,12 @@ def test_a_checkpoint_in_the_making_is_passed_over(corpus, tmp_path, monkeypatch
     broken, whole = tmp_path / "broken", tmp_path / "whole"
     complete = checkpoint._complete
 
-    def stop_at_step_4(partial, folder, step, *more):
-        if step == 4:
+    def stop_at_step_4(partial, folder, facts):
+        if facts["step"] == 4:
             raise KeyboardInterrupt
-        complete(partial, folder, step, *more)
+        complete(partial, folder, facts)
 
-    run = Run(TrainConfig(**{**fields, "output_dir": str(broken)}))
+    run = build_run(TrainConfig(**{**fields, "output_dir": str(broken)}))
     monkeypatch.setattr(checkpoint, "_complete", stop_at_step_4)
     with pytest.raises(KeyboardInterrupt):
         run.train()
@@ -205,7 +209,7 @@ def test_a_checkpoint_in_the_making_is_passed_over(corpus, tmp_path, monkeypatch
     killed.mkdir()
     (killed / "model.safetensors").write_bytes(b"the first half")
 
-    resumed = Run(TrainConfig(**{**fields, "output_dir": str(broken)}))
+    resumed = build_run(TrainConfig(**{**fields, "output_dir": str(broken)}))
     assert resumed.step == 2
     assert not list((broken / "checkpoints").glob(".*"))
     resumed.train()
@@ -225,15 +229,15 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_serves(corpus, tmp_
     content[len(content) // 2] ^= 1
     weights.write_bytes(content)
     with pytest.raises(ValueError, match=r"step-00000006 is damaged \(model.safetensors"):
-        Run(TrainConfig(**fields))
+        build_run(TrainConfig(**fields))
     weights.unlink()
     with pytest.raises(ValueError, match=r"step-00000006 is damaged \(model.safetensors"):
-        Run(TrainConfig(**fields))
+        build_run(TrainConfig(**fields))
 
     for file in newest.iterdir():
         file.unlink()
     newest.rmdir()
-    run = Run(TrainConfig(**fields))
+    run = build_run(TrainConfig(**fields))
     assert run.step == 4
     run.train()
     assert_equal(parameters(tmp_path), before)
@@ -257,7 +261,7 @@ def test_a_folder_with_another_run_is_refused(corpus, tmp_path, changes, message
     train(fields)
     before = figures(tmp_path)
     with pytest.raises(ValueError, match=message):
-        Run(TrainConfig(**{**fields, **changes}))
+        build_run(TrainConfig(**{**fields, **changes}))
     assert figures(tmp_path) == before
 
 
@@ -265,11 +269,11 @@ def test_a_refused_configuration_leaves_the_folder_free(corpus, tmp_path):
     fields = lm_fields(corpus, output_dir=str(tmp_path), max_steps=1)
     misspelt = {"tail_candidate": 3}
     with pytest.raises(ValueError, match="'body'"):
-        Run(TrainConfig(**{**fields, "text_column": "body"}))
+        build_run(TrainConfig(**{**fields, "text_column": "body"}))
     with pytest.raises(ValueError, match="tracker 'wandbb'"):
-        Run(TrainConfig(**{**fields, "trackers": ["wandbb"]}))
+        build_run(TrainConfig(**{**fields, "trackers": ["wandbb"]}))
     with pytest.raises(ValueError, match="tail_candidate"):
-        Run(TrainConfig(**{**fields, "objective": "sce", "objective_options": misspelt}))
+        build_run(TrainConfig(**{**fields, "objective": "sce", "objective_options": misspelt}))
     train(fields)
 
 
@@ -291,7 +295,9 @@ def test_the_script_says_what_is_wrong_in_one_line(corpus, tmp_path):
 
 
 def test_the_evaluation_script_prints_and_writes_what_the_run_ended_with(corpus, tmp_path):
-    summary = Run(TrainConfig(**lm_fields(corpus, output_dir=str(tmp_path), max_steps=2))).train()
+    summary = build_run(
+        TrainConfig(**lm_fields(corpus, output_dir=str(tmp_path), max_steps=2))
+    ).train()
     script = str(ROOT / "scripts" / "evaluate.py")
     command = [sys.executable, script, str(tmp_path)]
     done = subprocess.run(command, check=True, capture_output=True, text=True, env=ONE_THREAD)

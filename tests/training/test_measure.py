@@ -7,7 +7,7 @@ import statistics
 import pytest
 import torch
 
-from sce_lm.training.loss_cost import cost_of
+from sce_lm.benchmarks.loss_cost import cost_of
 from sce_lm.training.measure import in_process, start_peak, time_calls
 
 BUFFER = 64 * 2**20

@@ -7,9 +7,12 @@ import torch
 from support.models import tiny_model
 
 from sce_lm import objectives
+from sce_lm.benchmarks.loss_cost import save_inputs
+from sce_lm.benchmarks.side_by_side import measure_method
 from sce_lm.hf import apply_sce
 from sce_lm.ops.logits import LogitTransform
-from sce_lm.training import loss_cost, memory_prediction
+from sce_lm.training import memory_prediction
+from sce_lm.training.measure import in_process
 from sce_lm.training.memory_prediction import MIB, estimate_memory, loss_bytes
 
 POSITIONS, VOCAB_SIZE, WIDTH = 4096, 60_000, 64
@@ -36,10 +39,16 @@ def test_a_loss_takes_what_was_said_within_a_factor_of_two(tmp_path, method):
         "weight": torch.randn(VOCAB_SIZE, WIDTH) / 8,
         "labels": torch.randint(VOCAB_SIZE, (POSITIONS,)),
     }
-    path = tmp_path / "inputs.safetensors"
-    loss_cost.save_inputs(path, inputs, LogitTransform())
+    save_inputs(tmp_path / "inputs.safetensors", inputs, LogitTransform())
     objective = objectives.get(**method)
-    measured = loss_cost.measure(path, objective.to_dict()).peak_mib
+    measured = in_process(
+        measure_method,
+        folder=str(tmp_path),
+        specification=method,
+        trainable=True,
+        settings={"device": "cpu", "floors": False},
+        positions=POSITIONS,
+    )["peak_mib"]
     said = loss_bytes(objective, POSITIONS, VOCAB_SIZE, WIDTH) / MIB
     assert measured / 2 < said < 2 * measured
 

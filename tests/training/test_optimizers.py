@@ -25,6 +25,7 @@ from sce_lm.training.optimizers import (
     clip_grad_norm_,
     make_row_sparse,
 )
+from sce_lm.training.run_building import build_run
 from sce_lm.training.train_config import TrainConfig
 
 SPARSE = ("sparse_adam", "rowwise_adagrad")
@@ -33,7 +34,7 @@ EVERYTHING = {"num_buckets": 0, "tail_candidates": 10**6, "control_variate": Fal
 
 
 def train(fields) -> Run:
-    run = Run(TrainConfig(**fields))
+    run = build_run(TrainConfig(**fields))
     run.train()
     return run
 
@@ -247,7 +248,7 @@ def test_a_run_resumes_bit_for_bit(corpus, tmp_path, optimizer):
     (stopped / "checkpoints" / "step-00000006").rmdir()
     (stopped / "summary.json").unlink()
 
-    resumed = Run(TrainConfig(**{**fields, "output_dir": str(stopped)}))
+    resumed = build_run(TrainConfig(**{**fields, "output_dir": str(stopped)}))
     assert resumed.step == 3
     resumed.train()
     assert figures(stopped) == figures(whole)
@@ -273,7 +274,7 @@ def test_nothing_in_a_step_is_as_large_as_the_item_matrix(corpus, tmp_path, opti
         optimizer=optimizer,
         gradient_accumulation_steps=2,
     )
-    run = Run(TrainConfig(**fields))
+    run = build_run(TrainConfig(**fields))
     matrix = 50_000 * 32 * 4
     # The watcher sees the state that the first step makes.
     assert (largest_allocation(run) >= matrix) == (optimizer == "sparse_adam")
@@ -284,7 +285,7 @@ def test_nothing_in_a_step_is_as_large_as_the_item_matrix(corpus, tmp_path, opti
 def largest_allocation(run: Run) -> int:
     """Bytes of the largest piece of memory that one optimiser step asks for."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as watcher:
-        run._optimizer_step()
+        run.learner.step(run._next_batches())
     assert watcher.profiler is not None
     assert watcher.profiler.kineto_results is not None
     events = watcher.profiler.kineto_results.events()
@@ -308,7 +309,7 @@ def test_an_optimizer_that_does_not_fit_the_objective_is_refused(
     fields = lm_fields(corpus, output_dir=str(tmp_path / "run"), optimizer=optimizer)
     config = TrainConfig(**{**fields, "objective": objective, "objective_options": options})
     with pytest.raises(ValueError, match=message) as caught:
-        Run(config)
+        build_run(config)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "run").exists()
 

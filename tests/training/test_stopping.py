@@ -17,9 +17,10 @@ from support.launch import ONE_THREAD
 from support.training import figures, lm_fields, write_config
 
 from sce_lm.training.lock import RunLock
-from sce_lm.training.loop import Run
 from sce_lm.training.metrics_file import read_metrics
 from sce_lm.training.processes import check_processes
+from sce_lm.training.run_building import build_run
+from sce_lm.training.run_folder import RunFolder
 from sce_lm.training.train_config import TrainConfig
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -53,7 +54,7 @@ def test_a_second_process_is_refused_and_ctrl_c_says_how_to_go_on(corpus, tmp_pa
         assert said.startswith(f"train.py: {folder} is in use by process {first.pid} on ")
         assert said.endswith("; wait until it has ended, or choose another output_dir.")
         with pytest.raises(ValueError, match=f"is in use by process {first.pid} on"):
-            Run(TrainConfig(**fields))
+            build_run(TrainConfig(**fields))
         assert first.poll() is None
 
         first.send_signal(signal.SIGINT)
@@ -66,19 +67,20 @@ def test_a_second_process_is_refused_and_ctrl_c_says_how_to_go_on(corpus, tmp_pa
     assert said.endswith(f"; {newest} is complete; the same command goes on from there.")
     assert not list(folder.glob(".*"))
     assert not list((folder / "checkpoints").glob(".*"))
-    assert Run(TrainConfig(**fields)).step == int(newest.name.removeprefix("step-"))
+    assert build_run(TrainConfig(**fields)).step == int(newest.name.removeprefix("step-"))
 
 
 def test_a_killed_process_keeps_nobody_out(corpus, tmp_path):
     folder = tmp_path / "run"
     program = (
-        "import os, signal; from pathlib import Path; from sce_lm.training.lock import RunLock;"
-        f"RunLock(Path({str(folder)!r})).acquire(); os.kill(os.getpid(), signal.SIGKILL)"
+        "import os, signal; from sce_lm.training.lock import RunLock;"
+        "from sce_lm.training.run_folder import RunFolder;"
+        f"RunLock(RunFolder({str(folder)!r})).acquire(); os.kill(os.getpid(), signal.SIGKILL)"
     )
     killed = subprocess.run([sys.executable, "-c", program], env=ONE_THREAD)
     assert killed.returncode == -signal.SIGKILL
     assert (folder / ".lock").exists()
-    lock = RunLock(folder)
+    lock = RunLock(RunFolder(folder))
     lock.acquire()
     lock.release()
     assert list(folder.iterdir()) == []
@@ -87,8 +89,8 @@ def test_a_killed_process_keeps_nobody_out(corpus, tmp_path):
 def test_one_process_may_take_its_lock_again(corpus, tmp_path):
     """As in a notebook whose cell is run twice."""
     fields = lm_fields(corpus, output_dir=str(tmp_path / "run"), max_steps=1)
-    first = Run(TrainConfig(**fields))
-    assert Run(TrainConfig(**fields)).train()["steps"] == 1
+    first = build_run(TrainConfig(**fields))
+    assert build_run(TrainConfig(**fields)).train()["steps"] == 1
     assert first.step == 0
     assert not (tmp_path / "run" / ".lock").exists()
 
@@ -97,7 +99,7 @@ def test_a_full_disk_at_a_checkpoint(corpus, tmp_path):
     """The largest file that the second process may write is smaller than the optimiser's state."""
     folder = tmp_path / "run"
     fields = lm_fields(corpus, output_dir=str(folder), max_steps=4)
-    Run(TrainConfig(**fields)).train()
+    build_run(TrainConfig(**fields)).train()
     written = figures(folder)
     config = write_config(tmp_path / "config.json", {**fields, "max_steps": 8})
     newest = folder / "checkpoints" / "step-00000004"
@@ -139,7 +141,7 @@ def test_processes_that_do_not_know_of_each_other_are_refused(corpus, tmp_path, 
     monkeypatch.setenv("WORLD_SIZE", "2")
     fields = lm_fields(corpus, output_dir=str(tmp_path / "run"))
     with pytest.raises(ValueError, match=r"2 processes were started \(WORLD_SIZE\) and accelerate"):
-        Run(TrainConfig(**fields))
+        build_run(TrainConfig(**fields))
     assert not (tmp_path / "run").exists()
 
 

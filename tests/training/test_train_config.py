@@ -4,7 +4,8 @@ import dataclasses
 
 import pytest
 
-from sce_lm.training.train_config import TrainConfig, as_arguments, parse_config
+from sce_lm.training.command_line import as_arguments, parse_config
+from sce_lm.training.train_config import TrainConfig
 
 MODEL = "model_config: {model_type: llama, hidden_size: 64}\n"
 
@@ -56,6 +57,7 @@ def test_the_dictionary_form_builds_the_same_configuration(tmp_path):
         ("objective_options: {uniform_floor: 5e-2}", "objective_options", {"uniform_floor": 0.05}),
         ("objective_options: {rounds: 2e0}\nobjective: rece", "objective_options", {"rounds": 2}),
         ("data_options: {packages: [no, 12:30]}", "data_options", {"packages": ["no", "12:30"]}),
+        ('data_options: {"\\ud83d\\ude00": 1}', "data_options", {"\U0001f600": 1}),
     ],
 )  # fmt: skip
 def test_yaml_is_read_as_it_is_meant(tmp_path, text, field, value):

@@ -40,7 +40,7 @@ def backward_pass(
     hidden: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
-    labels: torch.Tensor,
+    labels: torch.Tensor | None,
     post: LogitTransform,
     lists: list[tuple[CandidateList, RowTarget | None]],
     loss: LossGradient,
@@ -53,6 +53,7 @@ def backward_pass(
     """Fill the row targets, and return the gradient of the hidden states if it is needed.
 
     Args:
+        labels: ``[N]`` int64, whose gradient goes another way; None: there are none.
         lists: each with the target of its rows.
         loss: the loss as a function of the logits.
         factor: 0-dim fp32 on the gradient of the hidden states.

@@ -9,8 +9,9 @@ are kept in range by a running maximum (online log-sum-exp):
 
 For a tail with control variate also ``A0 = sum_j exp(c_j)`` and
 ``A1 = sum_j exp(c_j) x_tj`` and, where a soft cap makes a clamp possible,
-``seen = sum_j exp(s_tj - top)``. With ``best`` the label's column stays in, and the class of the
-largest logit is kept, the first one if several tie.
+``seen = sum_j exp(s_tj - top)``. Of the whole catalogue, where no label is left out, whatever else
+is read off logits: the largest one and its class, the first one if several tie,
+``moment = sum_j (s_tj - top) exp(s_tj - top)`` for means under the softmax, and ``sum_j s_tj``.
 
 Each (split of the columns, position) is written by one program, so the result does not depend on
 the order of programs.
@@ -45,6 +46,10 @@ class ListSums(NamedTuple):
     """Largest logit."""
     best_item: torch.Tensor | None = None
     """int32, its class."""
+    moment: torch.Tensor | None = None
+    """sum_j (s_j - top) exp(s_j - top)."""
+    logit_sum: torch.Tensor | None = None
+    """sum_j s_j."""
 
 
 @triton.jit
@@ -67,6 +72,8 @@ def forward_kernel(
     seen_out,
     best_out,
     best_item_out,
+    moment_out,
+    logit_sum_out,
     num_positions,
     num_columns,
     num_tiles,
@@ -91,7 +98,8 @@ def forward_kernel(
     place = start + tl.arange(0, BLOCK_POSITIONS)
     is_position = place < end
     position = tl.load(order + place, mask=is_position, other=0)
-    label = tl.load(labels + position).to(tl.int32)
+    if labels is not None:
+        label = tl.load(labels + position).to(tl.int32)
 
     top = tl.full([BLOCK_POSITIONS], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_POSITIONS], tl.float32)
@@ -100,6 +108,8 @@ def forward_kernel(
     seen = tl.zeros([BLOCK_POSITIONS], tl.float32)
     best = tl.full([BLOCK_POSITIONS], float("-inf"), tl.float32)
     best_item = tl.zeros([BLOCK_POSITIONS], tl.int32)
+    moment = tl.zeros([BLOCK_POSITIONS], tl.float32)
+    logit_sum = tl.zeros([BLOCK_POSITIONS], tl.float32)
 
     first = split * tiles_per_split
     last = tl.minimum(first + tiles_per_split, tl.cdiv(num_columns, BLOCK_COLUMNS))
@@ -140,14 +150,21 @@ def forward_kernel(
             better = in_tile > best
             best = tl.where(better, in_tile, best)
             best_item = tl.where(better, column_tile * BLOCK_COLUMNS + where, best_item)
-        else:
+        if logit_sum_out is not None:
+            logit_sum += tl.sum(tl.where(present, s, 0.0), axis=1)
+        if labels is not None:
             present &= label[:, None] != item.to(tl.int32)[None, :]
 
         t = tl.where(present, t, float("-inf"))
         new_top = tl.maximum(top, tl.max(t, axis=1))
         shift = tl.where(new_top > float("-inf"), new_top, 0.0)
         shrink = tl.exp(top - shift)
-        total = total * shrink + tl.sum(tl.exp(t - shift[:, None]), axis=1)
+        e = tl.exp(t - shift[:, None])
+        if moment_out is not None:
+            # exp is 0 below -1e4, and 0 times -inf is not.
+            moment = (moment + tl.maximum(top - shift, -1e4) * total) * shrink
+            moment += tl.sum(e * tl.maximum(t - shift[:, None], -1e4), axis=1)
+        total = total * shrink + tl.sum(e, axis=1)
         top = new_top
         if a0_out is not None:
             inverse = tl.where(present, tl.exp(c), 0.0)
@@ -168,27 +185,34 @@ def forward_kernel(
     if best_out is not None:
         tl.store(best_out + at, best, mask=is_position)
         tl.store(best_item_out + at, best_item, mask=is_position)
+    if moment_out is not None:
+        tl.store(moment_out + at, moment, mask=is_position)
+    if logit_sum_out is not None:
+        tl.store(logit_sum_out + at, logit_sum, mask=is_position)
 
 
 def list_sums(
     hidden: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
-    labels: torch.Tensor,
+    labels: torch.Tensor | None,
     members: CandidateList,
     post: LogitTransform,
     *,
     control: bool = False,
     best: bool = False,
+    moment: bool = False,
+    logit_sum: bool = False,
 ) -> ListSums:
     """Launch the kernel on one list.
 
     Args:
         hidden: ``[N, d]``; weight: ``[V, d]`` of the same dtype; both with unit stride along d.
         bias: ``[V]`` or None.
-        labels: ``[N]`` int64.
+        labels: ``[N]`` int64, whose columns are left out; None: no column is.
         control: also what the control variate needs of this list.
-        best: keep the label's column, and also return the largest logit and its class.
+        best: also the largest logit and its class.
+        moment, logit_sum: also these.
     """
     num_positions, width = hidden.shape
     blocks = configuration(_kind(members), hidden, weight)
@@ -209,6 +233,8 @@ def list_sums(
         seen=new(of_tail and post.soft_cap is not None),
         best=new(best),
         best_item=new(best, torch.int32),
+        moment=new(moment),
+        logit_sum=new(logit_sum),
     )
     blocks.launch(
         forward_kernel,

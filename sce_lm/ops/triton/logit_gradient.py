@@ -6,8 +6,12 @@ The logits are computed again, a tile on chip, and leave as
 
 with ``r_t`` the weight of the position's loss, and ``pull_t = e0·g'(m)/Zhat`` for the control
 variate's tail (0 elsewhere). A position whose control variate was clamped takes its tail with
-``c = 0``. The label's column is 0, because its gradient has other terms and goes another way, or,
-for the whole catalogue, ``softmax - 1``.
+``c = 0``. The label's column is 0, because its gradient has other terms and goes another way.
+
+Of the whole catalogue no label is left out, and the loss may be any of what is read off logits
+(:class:`sce_lm.ops.logit_stream.LogitGradient`):
+
+    G_tj = ( p_tj (r_t + b_t log p_tj) + c_t + sum_k [ids_tk = j] e_tk )·g'(x_tj)
 
 G is a workspace in the dtype of the operands of the two products that read it; in it, row i is the
 i-th position of the list's order.
@@ -38,8 +42,14 @@ class LossGradient(NamedTuple):
     """fp32, with a control variate."""
     clamped: torch.Tensor | None = None
     """int8, with a control variate and a soft cap."""
-    keep_label: bool = False
-    """Take the label's column as softmax - 1 instead of 0."""
+    log_ratio: torch.Tensor | None = None
+    """fp32 b."""
+    constant: torch.Tensor | None = None
+    """fp32 c."""
+    ids: torch.Tensor | None = None
+    """``[N, K]`` int64, contiguous, perhaps repeated."""
+    at_ids: torch.Tensor | None = None
+    """``[N, K]`` fp32, contiguous: e."""
 
 
 @triton.jit
@@ -59,6 +69,10 @@ def logit_gradient_kernel(
     ratio,
     pull,
     clamped,
+    log_ratio,
+    constant,
+    single,
+    at_single,
     out,
     first_column,
     end_column,
@@ -71,7 +85,7 @@ def logit_gradient_kernel(
     stride_out,
     scale,
     soft_cap,
-    KEEP_LABEL: tl.constexpr,
+    num_single,
     EVEN_WIDTH: tl.constexpr,
     BLOCK_POSITIONS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
@@ -107,8 +121,6 @@ def logit_gradient_kernel(
         BLOCK_WIDTH,
     )
     s = transform(x, scale, soft_cap)
-    label = tl.load(labels + position).to(tl.int32)
-    is_label = label[:, None] == item.to(tl.int32)[None, :]
     present = is_position[:, None] & is_column[None, :]
     t = s - tl.load(log_partition + position)[:, None]
     if log_weights is not None:
@@ -123,14 +135,26 @@ def logit_gradient_kernel(
         t += c
     # A masked lane's exponent may be anything: it must not overflow before it is dropped.
     gradient = tl.exp(tl.where(present, t, float("-inf")))
-    if KEEP_LABEL:
-        gradient -= tl.where(is_label, 1.0, 0.0)
+    r = tl.load(ratio + position)[:, None]
+    if log_ratio is not None:
+        # exp is 0 below -1e4, and 0 times -inf is not.
+        gradient *= r + tl.load(log_ratio + position)[:, None] * tl.maximum(t, -1e4)
+    else:
+        gradient *= r
+    if constant is not None:
+        gradient += tl.load(constant + position)[:, None]
+    if single is not None:
+        for k in range(num_single):
+            at = position * num_single + k
+            is_single = tl.load(single + at).to(tl.int32)[:, None] == item.to(tl.int32)[None, :]
+            gradient += tl.where(is_single, tl.load(at_single + at)[:, None], 0.0)
     gradient *= slope(s, scale, soft_cap)
     if pull is not None:
-        gradient -= tl.exp(c) * tl.load(pull + position)[:, None]
-    if not KEEP_LABEL:
+        gradient -= tl.exp(c) * tl.load(pull + position)[:, None] * r
+    if labels is not None:
+        label = tl.load(labels + position).to(tl.int32)
+        is_label = label[:, None] == item.to(tl.int32)[None, :]
         present &= ~is_label
-    gradient *= tl.load(ratio + position)[:, None]
     gradient = tl.where(present, gradient, 0.0)
     # Columns past the end hold 0: the workspace is padded to whole tiles.
     at = place[:, None] * stride_out + (column - first_column)[None, :]
@@ -141,7 +165,7 @@ def logit_gradient(
     hidden: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
-    labels: torch.Tensor,
+    labels: torch.Tensor | None,
     members: CandidateList,
     post: LogitTransform,
     columns: range,
@@ -151,6 +175,7 @@ def logit_gradient(
     """Fill ``out`` with the gradient at some columns of a list.
 
     Args:
+        labels: ``[N]`` int64, whose columns are 0; None: no column is.
         columns: which columns.
         out: ``[N, C]`` workspace of the dtype of ``hidden``; C is at least the number of columns
             rounded up to a multiple of :func:`column_block`.
@@ -178,6 +203,10 @@ def logit_gradient(
         loss.ratio,
         loss.pull if members.kind == "tail" else None,
         loss.clamped if members.kind == "tail" else None,
+        loss.log_ratio,
+        loss.constant,
+        loss.ids,
+        loss.at_ids,
         out,
         columns.start,
         columns.stop,
@@ -190,7 +219,7 @@ def logit_gradient(
         out.stride(0),
         post.scale,
         post.soft_cap,
-        KEEP_LABEL=loss.keep_label,
+        0 if loss.ids is None else loss.ids.shape[1],
         EVEN_WIDTH=width % blocks.block_width == 0,
     )
 

@@ -91,7 +91,7 @@ def embedded_interactions(
                 "code, or lower min_calls"
             )
         with new_folder(folder) as unfinished:
-            _write(sequences, unfinished)
+            _write_log(sequences, unfinished)
     statistics = json.loads((folder / "statistics.json").read_text())
     return EmbeddedInteractions(folder / "interactions.parquet", **statistics)
 
@@ -120,7 +120,7 @@ def _select(
     return dict(sorted(sequences.items()))
 
 
-def _write(sequences: dict[str, list[str]], folder: Path) -> None:
+def _write_log(sequences: dict[str, list[str]], folder: Path) -> None:
     lengths = [len(items) for items in sequences.values()]
     events = pl.DataFrame(
         {

@@ -37,9 +37,8 @@ class _Scope:
         self.parent = parent
         self.origins: dict[str, str] = {}  # name -> dotted origin
         self.variables: set[str] = set()
-        self.calls: list[
-            tuple[int, int, ast.expr]
-        ] = []  # (line, column) where the called name ends
+        # Line and column where the called name ends.
+        self.calls: list[tuple[int, int, ast.expr]] = []
 
     def origin(self, name: str) -> str | None:
         """Dotted origin of a name seen from here; None for variables, builtins, unknown names."""
@@ -95,13 +94,7 @@ class _Reader:
             for alias in node.names:
                 scope.origins[alias.asname or alias.name] = f"{origin}.{alias.name}"
             return
-        for value in node.__dict__.values():
-            if isinstance(value, list):
-                for child in value:
-                    if isinstance(child, ast.AST):
-                        self._visit(child, scope, prefix)
-            elif isinstance(value, ast.AST):
-                self._visit(value, scope, prefix)
+        self._visit_all(ast.iter_child_nodes(node), scope, prefix)
 
     def _bind_definition(self, name: str, scope: _Scope, prefix: str) -> None:
         """At the top it has an origin, unless imported too; in a function it is a variable."""
@@ -116,11 +109,9 @@ class _Reader:
         self._visit_all(arguments.defaults, scope, prefix)
         self._visit_all([default for default in arguments.kw_defaults if default], scope, prefix)
         inner = _Scope(f"{prefix}{node.name}", scope)
-        for argument in (*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs):
-            inner.variables.add(argument.arg)
-        for argument in (arguments.vararg, arguments.kwarg):
-            if argument is not None:
-                inner.variables.add(argument.arg)
+        inner.variables |= {
+            n.arg for n in ast.iter_child_nodes(arguments) if isinstance(n, ast.arg)
+        }
         self.scopes.append(inner)
         self._visit_all(node.body, inner, f"{prefix}{node.name}.<locals>.")
 

@@ -25,34 +25,14 @@ from typing import Any
 
 STANDARD_LIBRARY = "stdlib"
 DEFAULT_PACKAGES = (
-    STANDARD_LIBRARY,
-    "torch",
-    "transformers",
-    "datasets",
-    "accelerate",
-    "peft",
-    "huggingface_hub",
-    "numpy",
-    "pandas",
-    "pyarrow",
-    "sympy",
-    "mpmath",
-    "networkx",
-    "fsspec",
-    "jinja2",
-    "matplotlib",
-)
+    STANDARD_LIBRARY, "torch", "transformers", "datasets", "accelerate", "peft", "huggingface_hub",
+    "numpy", "pandas", "pyarrow", "sympy", "mpmath", "networkx", "fsspec", "jinja2", "matplotlib",
+)  # fmt: skip
 # Tests call little but assertions; the others are tools and site packages in the library's folder.
 SKIPPED_FOLDERS = {
-    "test",
-    "tests",
-    "idlelib",
-    "lib2to3",
-    "turtledemo",
-    "site-packages",
-    "dist-packages",
-    "__pycache__",
-}
+    "test", "tests", "idlelib", "lib2to3", "turtledemo",
+    "site-packages", "dist-packages", "__pycache__",
+}  # fmt: skip
 
 
 def find_sources(packages: Iterable[str]) -> list[tuple[str, str]]:
@@ -140,7 +120,7 @@ def fingerprint(
     code = [path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py"))]
     known = {
         "python": platform.python_version(),
-        "packages": {package: _version(package) for package in packages},
+        "packages": {package: _version_of(package) for package in packages},
         "files": [(module, os.path.getsize(path)) for module, path in sources],
         "options": options,
         "code": hashlib.sha256(b"".join(code)).hexdigest(),
@@ -148,7 +128,7 @@ def fingerprint(
     return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _version(package: str) -> str | None:
+def _version_of(package: str) -> str | None:
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

@@ -37,9 +37,8 @@ from sce_lm.training.embedded.sources import (
 
 END_OF_TEXT = "<|endoftext|>"
 DOCUMENT_CHARACTERS = 20_000
-TELLING_LINE = (
-    20  # shorter lines ("Returns:", "Example:") say nothing about whether a text is a copy
-)
+TELLING_LINE = 20
+"""Shorter lines ("Returns:", "Example:") do not say whether a text is a copy."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,9 +158,8 @@ def _documents(modules: Iterable[list[tuple[str, str]]], min_characters: int) ->
             if len(text) < min_characters or key in seen_texts:
                 continue
             seen_texts.add(key)
-            lines = [
-                line for line in map(str.strip, text.splitlines()) if len(line) >= TELLING_LINE
-            ]
+            stripped = map(str.strip, text.splitlines())
+            lines = [line for line in stripped if len(line) >= TELLING_LINE]
             copied = sum(len(line) for line in lines if line in seen_lines)
             seen_lines.update(lines)
             if 2 * copied > sum(map(len, lines)):
@@ -178,14 +176,8 @@ def _documents(modules: Iterable[list[tuple[str, str]]], min_characters: int) ->
 def _up_to(max_bytes: int, documents: Iterable[str], progress: bool) -> list[str]:
     taken: list[str] = []
     size = 0
-    bar = tqdm(
-        total=max_bytes,
-        desc="reading documentation",
-        unit="B",
-        unit_scale=True,
-        disable=not progress,
-    )
-    with bar:
+    units = {"unit": "B", "unit_scale": True}
+    with tqdm(None, "reading documentation", max_bytes, disable=not progress, **units) as bar:
         for document in documents:
             taken.append(document)
             size += len(document.encode())

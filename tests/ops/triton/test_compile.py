@@ -32,7 +32,13 @@ def faults(launches, dtype) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES.values(), ids=lambda a: a.name)
+@pytest.mark.parametrize(
+    "architecture",
+    [
+        pytest.param(a, id=a.name, marks=() if a.name == "sm_90" else pytest.mark.slow)
+        for a in ARCHITECTURES.values()
+    ],
+)
 def test_each_kernel_compiles(architecture):
     """One configuration a kernel and architecture, bf16."""
     launches = kernels.launches(architecture, BF16, kernels.FULL[0])

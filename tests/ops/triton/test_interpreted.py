@@ -1,4 +1,4 @@
-"""Runs every file of ``interpreted/`` in a process of its own, under ``TRITON_INTERPRET=1``."""
+"""Runs the files of ``interpreted/`` in processes of their own, under ``TRITON_INTERPRET=1``."""
 
 import os
 import subprocess
@@ -7,16 +7,19 @@ from pathlib import Path
 
 import pytest
 
-FILES = sorted((Path(__file__).parent / "interpreted").glob("test_*.py"))
+FOLDER = Path(__file__).parent / "interpreted"
 ROOT = Path(__file__).parents[3]
+LONG = ("masks", "planted_errors", "priority_sample", "races", "training")
+"""What takes a minute or more each."""
+SHORT = [
+    path for path in sorted(FOLDER.glob("test_*.py")) if path.stem.removeprefix("test_") not in LONG
+]
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
-def test_in_the_interpreter(path, request):
-    markers = request.config.option.markexpr
-    chosen = ["-m", markers] if markers else []
+def run_interpreted(request: pytest.FixtureRequest, *paths: Path) -> None:
+    fast_only = ["-m", "not slow"] if request.config.option.markexpr == "not slow" else []
     result = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *chosen, path],
+        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *fast_only, *paths],
         cwd=ROOT,
         env={**os.environ, "TRITON_INTERPRET": "1"},
         capture_output=True,
@@ -25,5 +28,12 @@ def test_in_the_interpreter(path, request):
     assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]
 
 
-def test_there_are_such_files():
-    assert len(FILES) >= 5
+def test_in_the_interpreter(request):
+    assert len(SHORT) >= 4
+    run_interpreted(request, *SHORT)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LONG)
+def test_in_the_interpreter_at_length(name, request):
+    run_interpreted(request, FOLDER / f"test_{name}.py")

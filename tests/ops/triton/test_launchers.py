@@ -16,11 +16,13 @@ from sce_lm.ops.candidate_cross_entropy import Candidates
 from sce_lm.ops.head import Head
 from sce_lm.ops.logits import LogitTransform
 from sce_lm.ops.positions import Positions
+from sce_lm.ops.row_reductions import Asked
 from sce_lm.ops.triton import candidate_cross_entropy as candidate
 from sce_lm.ops.triton import catalogue_scan, priority_sample
-from sce_lm.ops.triton import exact_cross_entropy as exact
+from sce_lm.ops.triton import row_reductions as reductions
 from sce_lm.ops.triton.compile_offline import POINTERS
 from sce_lm.ops.triton.configurations import ARCHITECTURES, compiling_for, configuration
+from sce_lm.ops.triton.exact_cross_entropy import exact_cross_entropy
 
 N, V, D = 700, 3000, 96
 CAP = LogitTransform(2.0, 30.0)
@@ -33,6 +35,9 @@ class Context:
         self.saved_tensors = tensors
 
     def mark_non_differentiable(self, *tensors):
+        pass
+
+    def set_materialize_grads(self, value):
         pass
 
 
@@ -126,16 +131,24 @@ def test_candidate_cross_entropy(a_card, buckets, control, every):
 
 @pytest.mark.parametrize("every", [1, 2], ids=["dense", "strided"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_exact_cross_entropy(a_card, dtype, every):
+@pytest.mark.parametrize("everything", [False, True])
+def test_exact_cross_entropy_and_row_reductions(a_card, everything, dtype, every):
     launches = a_card
     head, positions = problem(dtype, every)
-    context, kept = Context(), exact._forward._init_fn
-    with mock.patch.object(exact, "_forward", wraps=kept) as forward:
-        exact.exact_cross_entropy(head, positions)
+    context, kept = Context(), reductions._forward._init_fn
+    with mock.patch.object(reductions, "_forward", wraps=kept) as forward:
+        if everything:
+            ids = on_card(N, 3, every=every)
+            asked = Asked(True, True, True, 1)
+            reductions.row_reductions(head, positions.hidden, ids, asked)
+        else:
+            exact_cross_entropy(head, positions)
     inputs = forward.call_args.args
-    exact._save(context, inputs, kept(*inputs))
+    outputs = kept(*inputs)
+    reductions._save(context, inputs, outputs)
     context.needs_input_grad = (True, True, True)
-    gradients = exact._differentiate(context, on_card(N, dtype=torch.float32))
+    factors = [on_card(*x.shape, dtype=torch.float32) for x in outputs[:6]]
+    gradients = reductions._differentiate(context, *factors, None)
     assert [x.shape for x in gradients[:3]] == [(N, D), (V, D), (V,)]
     assert_can_be_launched(launches)
 
@@ -144,10 +157,11 @@ def test_few_positions_and_very_many_classes(a_card):
     """Whose columns fill more programs than a grid's second dimension has."""
     launches = a_card
     weight = on_card(2**24, 16, dtype=torch.float32)
-    hidden, labels = on_card(2, 16, dtype=torch.float32), on_card(2)
-    outputs = exact._forward(hidden, weight, None, labels, 1.0, None)
-    factor = on_card(2, dtype=torch.float32)
-    exact._backward(factor, outputs[3], hidden, weight, None, labels, 1.0, None, True, True)
+    hidden, ids = on_card(2, 16, dtype=torch.float32), on_card(2, 1)
+    log_z, *_ = reductions._forward(hidden, weight, None, ids, 1.0, None, False, False, True)
+    factor, at = on_card(2, dtype=torch.float32), on_card(2, 1, dtype=torch.float32)
+    inputs = (hidden, weight, None, 1.0, None, True, True)
+    reductions._backward(factor, None, None, ids, at, log_z, *inputs)
     assert_can_be_launched(launches)
     assert max(grid[0] for name, _, grid in launches if name == "row_gradient_kernel") > 65535
 

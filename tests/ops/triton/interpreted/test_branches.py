@@ -10,6 +10,7 @@ from support.triton_interpreter import Launch, watched
 from triton.runtime.interpreter import InterpretedFunction
 
 from sce_lm.ops.head import Head
+from sce_lm.ops.row_reductions import Asked
 from sce_lm.ops.triton import (
     candidate_forward,
     catalogue_scan,
@@ -24,6 +25,7 @@ from sce_lm.ops.triton import (
 )
 from sce_lm.ops.triton.candidate_cross_entropy import candidate_cross_entropy
 from sce_lm.ops.triton.exact_cross_entropy import exact_cross_entropy
+from sce_lm.ops.triton.row_reductions import row_reductions
 
 MODULES = (
     candidate_forward,
@@ -62,6 +64,9 @@ def launched() -> list[Launch]:
             torch.autograd.grad(loss.sum(), inputs)
             exact = exact_cross_entropy(head, positions)
             torch.autograd.grad(exact.loss.sum(), inputs)
+            ids = torch.zeros(len(positions), 3, dtype=torch.int64)
+            read = row_reductions(head, positions.hidden, ids, Asked(True, True, True, 0))
+            torch.autograd.grad(sum(part.sum() for part in read[:5]), inputs)
         launches += found
     problem = draw(CASES[2]).problem
     q, w = problem.hidden.detach(), problem.weight.detach()

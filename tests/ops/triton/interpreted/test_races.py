@@ -8,10 +8,12 @@ from support.triton_interpreter import planted, program_order, watched
 
 import sce_lm.ops.triton.row_gradient as row_gradient
 from sce_lm.ops.head import Head
+from sce_lm.ops.row_reductions import Asked
 from sce_lm.ops.triton.candidate_cross_entropy import candidate_cross_entropy
 from sce_lm.ops.triton.catalogue_scan import catalogue_topk
 from sce_lm.ops.triton.exact_cross_entropy import exact_cross_entropy
 from sce_lm.ops.triton.priority_sample import priority_sample
+from sce_lm.ops.triton.row_reductions import row_reductions
 
 CASE = Case("races", bias=True, buckets=2, control=True, vocab=80, shared=20, tail=20, width=35)
 
@@ -28,6 +30,14 @@ def exact_results():
     return [*result, *torch.autograd.grad(result.loss.sum(), problem.parameters)]
 
 
+def reduction_results():
+    problem = draw(CASE).problem
+    ids = torch.stack([problem.labels, problem.labels, problem.labels.flip(0)], dim=1)
+    found = row_reductions(problem.head(), problem.hidden, ids, Asked(True, True, True, 1))
+    total = sum(part.sum() for part in (*found[:5], found.top.values))
+    return [*found[:5], *found.top, *torch.autograd.grad(total, problem.parameters)]
+
+
 def scan_results():
     problem = draw(CASE).problem
     hidden, head = problem.hidden.detach()[:20], Head(problem.weight.detach())
@@ -35,7 +45,7 @@ def scan_results():
     return [catalogue_topk(hidden, head, 5), *drawn]
 
 
-RESULTS = [candidate_results, exact_results, scan_results]
+RESULTS = [candidate_results, exact_results, reduction_results, scan_results]
 
 
 @pytest.mark.parametrize("results", RESULTS, ids=lambda f: f.__name__)
