@@ -54,7 +54,6 @@ from sce_lm.ops.catalogue_scan import catalogue_topk
 from sce_lm.ops.dtypes import compute_dtype
 from sce_lm.ops.head import Head
 from sce_lm.ops.positions import Positions
-from sce_lm.ops.static_shapes import needs_static_shapes
 
 LARGE_CATALOGUE = 2**18
 """Classes above which a tail by labels, or uniform, is a Poisson sample, drawn in time that does
@@ -143,7 +142,7 @@ class SCE(SampledObjective):
         run."""
         config, sizes = self.config, proposal.sizes
         head, call = proposal.head, proposal.call
-        is_static = needs_static_shapes(call.labels.device)
+        is_static = call.is_valid is not None
         labels, listed = call.labels, [call.labels[:0]]
         if sizes.shared_frequent:
             frequent = self.state.most_frequent(
@@ -160,9 +159,11 @@ class SCE(SampledObjective):
                 is_there = pad(call.is_valid, (num_frequent, 0), value=True)
             found = distinct(torch.cat(listed), head.vocab_size, is_there)
             shared = found.ids
-            if found.is_spare is not None:
+            if found.is_spare is not None and is_static:
                 last = torch.argsort(found.is_spare, stable=True)
                 shared = shared.masked_fill(found.is_spare, -1)[last]
+            elif found.is_spare is not None:  # on a device, for what takes no empty places
+                shared = shared[~found.is_spare]
         if head.masked is not None:
             shared = shared[~torch.isin(shared, head.masked)]
         is_whole = len(shared) == head.num_classes and not is_static
@@ -181,7 +182,7 @@ class SCE(SampledObjective):
                 uniform_floor=1.0 if config.prior == "uniform" else sizes.uniform_floor,
             )
             return shared, tail, log_weights
-        density = proposal.log_density().index_fill_(0, _ids(shared), -torch.inf)
+        density = proposal.log_density().index_fill_(0, _ids(shared, call), -torch.inf)
         tail, log_weights = priority_sample(
             density, sizes.tail_candidates, noise, backend=call.backend
         )
@@ -196,7 +197,7 @@ class SCE(SampledObjective):
         centers = items = bucket_of = bucket_weights = None
         rest = head.num_classes - len(shared)  # at least: places may be empty
         own = min(sizes.bucket_candidates, rest)
-        rest = head.num_classes if needs_static_shapes(shared.device) else rest
+        rest = rest if call.is_valid is None else head.num_classes
         self.covered = head.num_classes if max(own, sizes.tail_candidates) >= rest else 0
         if own > 0:
             centers, bucket_of = kmeans_buckets(
@@ -206,11 +207,11 @@ class SCE(SampledObjective):
                 proposal.positions.is_valid,
             )
             if config.bucket_sampling == "priority":
-                prior = proposal.log_density().index_fill_(0, _ids(shared), -torch.inf)
+                prior = proposal.log_density().index_fill_(0, shared, -torch.inf)
                 noise = call.stream("tail")
                 items, bucket_weights = bucket_samples(centers, head, prior, own, noise)
             else:
-                excluded = _with_masked(_ids(shared), head)
+                excluded = _with_masked(_ids(shared, call), head)
                 items = catalogue_topk(centers, head, own, excluded=excluded, backend=call.backend)
         has_control = sizes.control_variate and len(tail) > 0
         return centers, Candidates(
@@ -287,9 +288,9 @@ def _expected(
     )
 
 
-def _ids(shared: torch.Tensor) -> torch.Tensor:
+def _ids(shared: torch.Tensor, call: Call) -> torch.Tensor:
     """``[S]`` ids of a shared list, where some repeat if places are empty."""
-    if len(shared) and needs_static_shapes(shared.device):
+    if len(shared) and call.is_valid is not None:
         return shared.cummax(dim=0).values.clamp_min_(0)
     return shared
 

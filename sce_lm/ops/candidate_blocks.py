@@ -117,7 +117,15 @@ class Lists:
     """What a call's blocks of positions share: the lists, their rows and weights, and where the
     labels stand in them. Without buckets there is one, and it is empty."""
 
-    def __init__(self, head: Head, positions: Positions, candidates: Candidates) -> None:
+    def __init__(
+        self,
+        head: Head,
+        positions: Positions,
+        candidates: Candidates,
+        *,
+        is_static: bool = False,
+    ) -> None:
+        """Args: is_static: no shape depends on data, and blocks have empty places."""
         self.head, self.positions = head, positions
         self.dtype = dtype = compute_dtype(positions.hidden, head.weight)
         labels = positions.labels
@@ -126,7 +134,7 @@ class Lists:
             candidates.tail,
             candidates.tail_log_weights,
         )
-        self.is_static = needs_static_shapes(labels.device)
+        self.is_static = is_static
         is_there = log_weights > -torch.inf
         if self.is_static:
             is_there = torch.cat([shared >= 0, is_there])

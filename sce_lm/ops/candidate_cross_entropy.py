@@ -63,6 +63,7 @@ from sce_lm.ops.dispatch import Backend, kernels
 from sce_lm.ops.head import NOTHING, Head, Needs
 from sce_lm.ops.head_loss import Found, Pass, head_loss
 from sce_lm.ops.positions import Positions
+from sce_lm.ops.static_shapes import needs_static_shapes
 
 
 class CandidateLoss(NamedTuple):
@@ -138,7 +139,8 @@ class CandidatePass(Pass):
             whole: ``[N]`` log Zhat of all ranks, if these rows are not all there are.
         """
         candidates, post, terms = self.candidates, head.post, positions.terms
-        lists = Lists(head, positions, candidates)
+        is_static = needs_static_shapes(positions.labels.device)
+        lists = Lists(head, positions, candidates, is_static=is_static)
         rest = Rest(lists, candidates.row_sum) if candidates.control_variate else None
         spans = lists.spans()
         gradients = CandidateGradients(lists, rest, needs, sparse=candidates.sparse_grad)
@@ -234,7 +236,8 @@ def candidate_variance(
     Returns:
         Two ``[P]`` tensors.
     """
-    lists, post = Lists(head, positions, candidates), head.post
+    is_static = needs_static_shapes(positions.labels.device)
+    lists, post = Lists(head, positions, candidates, is_static=is_static), head.post
     if chosen is None:
         chosen = torch.arange(len(positions), device=log_partition.device)
     plain = lists.dense_rows.new_zeros(len(chosen))

@@ -137,7 +137,8 @@ class _Binary(NamedTuple):
 
 
 class _Touched:
-    """A call's distinct rows of W (or with static shapes all of them, or some repeated), and where each position's label and candidates lie in them."""
+    """A call's distinct rows of W (with static shapes all of them, or some repeated), and where
+    each position's label and candidates lie in them."""
 
     def __init__(self, head: Head, positions: Positions, candidates: PositionCandidates) -> None:
         self.head, self.hidden, labels = head, positions.hidden, positions.labels
