@@ -34,7 +34,8 @@ def distinct(ids: torch.Tensor, vocab_size: int, is_there: torch.Tensor | None =
         is_there: ``[n]`` bool: which places hold a class; None: all. Only with static shapes.
     """
     if not needs_static_shapes(ids.device):
-        return Distinct(*torch.unique(ids, return_counts=True), None)
+        found, occurrences = torch.unique(ids, return_counts=True)
+        return Distinct(found, occurrences, None)
     if len(ids) >= vocab_size:
         one = torch.ones_like(ids) if is_there is None else is_there.to(ids.dtype)
         occurrences = ids.new_zeros(vocab_size).index_add_(0, ids, one)

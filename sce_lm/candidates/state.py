@@ -215,8 +215,9 @@ class SCEState:
         """The catalogue sorted by ``counts``, those of :meth:`begin_call` or of earlier calls."""
         if counts is not self.counts and self.is_new:
             return WeightClasses.build(counts, 0)
-        if self._classes is None or self._classes.is_due(self.num_labels):
-            self._classes = WeightClasses.build(counts, self.num_labels)
+        num_labels = int(self.num_labels)
+        if self._classes is None or self._classes.is_due(num_labels):
+            self._classes = WeightClasses.build(counts, num_labels)
         if self._classes.order.device != counts.device:  # loaded from a file
             order = self._classes.order.to(counts.device)
             self._classes = replace(self._classes, order=order)

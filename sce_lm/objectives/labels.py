@@ -64,10 +64,12 @@ def valid_mask(
     is_valid = labels != ignore_index
     is_label = (labels >= 0) & (labels < vocab_size) | ~is_valid
     rule = LABEL_RULE.format(vocab_size=vocab_size, ignore_index=ignore_index)
-    torch._assert_async(is_label.all(), f"labels holds an id {rule}")
+    torch.ops.aten._assert_async.msg(is_label.all(), f"labels holds an id {rule}")
     if weights is not None:
         is_weight = _is_weight(weights) | ~is_valid
-        torch._assert_async(is_weight.all(), f"token_weights holds another; {WEIGHT_RULE}")
+        torch.ops.aten._assert_async.msg(
+            is_weight.all(), f"token_weights holds another; {WEIGHT_RULE}"
+        )
     return is_valid
 
 

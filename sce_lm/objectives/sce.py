@@ -179,7 +179,7 @@ class SCE(SampledObjective):
                 _with_masked(shared, head),
                 noise,
                 power=config.prior_power,
-                uniform_floor=1.0 if config.prior == "uniform" else sizes.uniform_floor,
+                uniform_floor=1.0 if config.prior == "uniform" else float(sizes.uniform_floor),
             )
             return shared, tail, log_weights
         density = proposal.log_density().index_fill_(0, _ids(shared, call), -torch.inf)

@@ -293,7 +293,7 @@ class Lists:
         if self.order is not None:
             at = self.order[at]
         read, is_empty = at, None
-        if self.bucket_of_part is not None:
+        if self.bucket_of_part is not None and isinstance(at, torch.Tensor):
             last = len(self.positions) - 1
             read, is_empty = at.clamp_max(last), at > last
         h = self.head.extend(self.positions.hidden[read], self.dtype)
