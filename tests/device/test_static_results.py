@@ -37,6 +37,8 @@ BUCKETS = {**TAIL, "num_buckets": 3, "bucket_candidates": 8}
 BY_POSITION = {
     "own": lambda: objectives.get("sampled_softmax", num_negatives=2, shared=False),
     "own, many": lambda: objectives.get("sampled_softmax", num_negatives=7, shared=False),
+    "bir": lambda: objectives.get("bir", num_negatives=5),
+    "bir, importance": lambda: objectives.get("bir", num_negatives=5, correction="importance"),
     "bce": lambda: objectives.get("bce", num_negatives=2),
     "control": lambda: objectives.get("sce", **BUCKETS, control_variate=True),
     "published": lambda: objectives.get("sce", published=True, bucket_candidates=9),
