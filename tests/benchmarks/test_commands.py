@@ -85,6 +85,7 @@ def test_of_a_shared_machine_no_seconds_are_kept(tmp_path):
     assert "forward s" not in shown
 
 
+@pytest.mark.slow
 def test_estimators(tmp_path):
     write_text(tmp_path)
     model = tiny_model("llama", vocab_size=600)
@@ -109,6 +110,7 @@ def test_estimators(tmp_path):
     assert (tmp_path / "found.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_step(tmp_path):
     write_text(tmp_path)
     tiny_model("llama", vocab_size=600).save_pretrained(tmp_path / "model")
@@ -156,6 +158,7 @@ def test_train(tmp_path):
     assert (tmp_path / "runs" / "tiny" / "curves.png").exists()
 
 
+@pytest.mark.slow
 def test_scale(tmp_path):
     benchmark(
         *("scale", "--dim", 8, "--tokens", 32, "--vocab", 600, "--vocabs", 500, 1000),
@@ -221,6 +224,7 @@ def test_logits_that_do_not_fit_are_not_tried():
     assert replace(stock, devices=("cuda",)).unavailable(1, "cpu") == "runs on cuda only"
 
 
+@pytest.mark.slow
 def test_stock_that_does_not_fit_is_measured_on_part_of_the_positions(tmp_path, monkeypatch):
     problem = random_problem(tmp_path, 64, 200, 8, "float32")
     fits = 20 * 200

@@ -51,6 +51,7 @@ def test_the_problem_of_a_batch_reproduces_the_models_loss(tmp_path):
         assert found["peak_mib"] >= 0
 
 
+@pytest.mark.slow
 def test_peak_memory_is_that_of_the_logits(tmp_path):
     """Stock keeps [N, V] logits, exact and SCE do not: the numbers must tell them apart."""
     n, v, d = 2048, 16_384, 16
@@ -72,6 +73,7 @@ def test_peak_memory_is_that_of_the_logits(tmp_path):
         cost(tmp_path, {"name": "sce", "tails": 3}, n)
 
 
+@pytest.mark.slow
 def test_compare_trains_each_and_writes_the_figures(tmp_path, capsys, monkeypatch):
     config = parse_config(
         [

@@ -83,8 +83,9 @@ def test_two_processes_give_the_losses_of_one_with_twice_the_batch(corpus, tmp_p
 @pytest.mark.distributed
 @pytest.mark.parametrize(
     ("optimizer", "tied"),
-    [("sparse_adam", True), pytest.param("rowwise_adagrad", False, marks=pytest.mark.slow)],
+    [("sparse_adam", True), ("rowwise_adagrad", False)],
 )
+@pytest.mark.slow
 def test_two_processes_train_by_rows_as_one_with_twice_the_batch(corpus, tmp_path, optimizer, tied):
     """Every class is a candidate, so that the loss is exact; each process meets inputs of its own,
     and the rest of the gradients must agree for the model to."""

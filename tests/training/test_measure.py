@@ -55,6 +55,7 @@ def test_calls_are_counted_and_bounded():
     assert len(time_calls(lambda: None, "cpu", 9, budget=0.0)) == 1
 
 
+@pytest.mark.slow
 def test_a_process_has_as_many_threads_as_its_caller():
     threads = torch.get_num_threads()
     try:
