@@ -37,6 +37,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+import torch
+
 from sce_lm.ops.dispatch import Backend
 from sce_lm.ops.positions import LossTerms
 
@@ -338,7 +340,7 @@ class SCEConfig(LikelihoodConfig):
         num_positions: int,
         vocab_size: int,
         prefer_control_variate: bool = True,
-        num_labels: int = 0,
+        num_labels: int | torch.Tensor = 0,
         rows: int | None = None,
     ) -> SCESizes:
         """A number for every "auto", and no list longer than there are positions or classes.
@@ -347,7 +349,8 @@ class SCEConfig(LikelihoodConfig):
             num_positions: N, positions with a label in this call.
             vocab_size: V.
             prefer_control_variate: what past draws say for ``control_variate="auto"``.
-            num_labels: labels seen so far, for ``uniform_floor="auto"``.
+            num_labels: labels seen so far, for ``uniform_floor="auto"``; may be a 0-dim tensor,
+                and the floor is one then.
             rows: those of the V that this rank holds, if the head is cut by rows: each list is cut
                 in proportion, and ``num_labels`` are the labels among them. None: all of them.
         """
@@ -371,7 +374,11 @@ class SCEConfig(LikelihoodConfig):
         auto_frequent, auto_tail = (1024, 2048) if num_buckets else (2048, 4096)
         tail = here(_pick(self.tail_candidates, auto_tail if has_tail else 0))
         control = prefer_control_variate if self.control_variate == "auto" else self.control_variate
-        labels_share = self.prior_shares().get("labels", 0.0)
+        floor = self.uniform_floor
+        if floor == "auto":
+            floor = self.prior_shares().get("labels", 0.0) * rows / (rows + num_labels)
+            is_there = isinstance(floor, torch.Tensor)
+            floor = floor.clamp_min(MIN_FLOOR) if is_there else max(MIN_FLOOR, floor)
         return SCESizes(
             num_buckets=num_buckets,
             bucket_positions=bucket_positions,
@@ -381,11 +388,7 @@ class SCEConfig(LikelihoodConfig):
             shared_frequent=here(_pick(self.shared_frequent, auto_frequent)),
             tail_candidates=tail,
             control_variate=control and tail > 0,
-            uniform_floor=(
-                max(MIN_FLOOR, labels_share * rows / (rows + num_labels))
-                if self.uniform_floor == "auto"
-                else self.uniform_floor
-            ),
+            uniform_floor=floor,
         )
 
     def __str__(self) -> str:
@@ -408,7 +411,7 @@ class SCESizes:
     """Size of the priority sample."""
     control_variate: bool
     """Whether the tail uses the control variate."""
-    uniform_floor: float
+    uniform_floor: float | torch.Tensor
     """Share of the tail's proposal that is spread evenly."""
 
     def labels_alone(self) -> SCESizes:

@@ -30,11 +30,11 @@ from sce_lm.objectives.base import (
     check_inputs,
     connected_zero,
     scatter_to,
-    valid_positions,
 )
 from sce_lm.objectives.call import Call
 from sce_lm.objectives.compile_operator import outside_graphs
 from sce_lm.objectives.distilled_candidates import distilled_candidates, refuse_unsuited
+from sce_lm.objectives.labels import valid_positions
 from sce_lm.ops.candidate_divergence import candidate_divergence
 from sce_lm.ops.divergence import Divergence, Kind
 from sce_lm.ops.dtypes import compute_dtype

@@ -262,10 +262,12 @@ class VocabParallel(Objective):
         return self.shard.reduce(x, dist.ReduceOp.MAX)
 
     def begin(
-        self, call: Call, head: Head, labels: torch.Tensor, generator: torch.Generator | None
+        self, call: Call, head: Head, positions: Positions, generator: torch.Generator | None
     ) -> Call:
-        own = self.shard.own_labels(labels)
-        return super().begin(call, head, own[own >= 0], generator)
+        if self.state is None:
+            return call
+        own = self.shard.own_labels(positions.labels)
+        return call.begin(self.state, own[own >= 0], head.vocab_size, generator)
 
     def compute(
         self, head: Head, positions: Positions, call: Call

@@ -10,7 +10,10 @@ KMEANS_POSITIONS_PER_BUCKET = 64
 
 
 def kmeans_buckets(
-    hidden: torch.Tensor, num_buckets: int, generator: torch.Generator
+    hidden: torch.Tensor,
+    num_buckets: int,
+    generator: torch.Generator,
+    is_valid: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """One bucket for each position: a few Lloyd steps on this batch's hidden states.
 
@@ -18,17 +21,22 @@ def kmeans_buckets(
         hidden: ``[N, d]`` fp32 or fp64, N >= num_buckets.
         num_buckets: n_b.
         generator: picks the positions that the centres start from.
+        is_valid: ``[N]`` bool: which positions the centres are fitted on, the others have hidden
+            states of 0; None: all.
 
     Returns:
         Centres ``[n_b, d]`` and each position's bucket, ``[N]`` int64.
     """
     order = torch.randperm(len(hidden), generator=generator, device=hidden.device)
-    sample = hidden[order[: num_buckets * KMEANS_POSITIONS_PER_BUCKET]]
+    if is_valid is not None:
+        order = order[torch.argsort(is_valid[order], descending=True, stable=True)]
+    some = order[: num_buckets * KMEANS_POSITIONS_PER_BUCKET]
+    sample, is_there = hidden[some], None if is_valid is None else is_valid[some]
     centers = sample[:num_buckets].clone()
     for _ in range(KMEANS_STEPS):
-        centers = _bucket_means(sample, _nearest(sample, centers), centers)
+        centers = _bucket_means(sample, _nearest(sample, centers), centers, is_there)
     bucket = _nearest(hidden, centers)
-    return _bucket_means(hidden, bucket, centers), bucket
+    return _bucket_means(hidden, bucket, centers, is_valid), bucket
 
 
 def _nearest(hidden: torch.Tensor, centers: torch.Tensor) -> torch.Tensor:
@@ -37,9 +45,9 @@ def _nearest(hidden: torch.Tensor, centers: torch.Tensor) -> torch.Tensor:
     return torch.addmm(offset, hidden, centers.T).argmax(dim=1)
 
 
-def _bucket_means(hidden, bucket, centers):
+def _bucket_means(hidden, bucket, centers, is_valid=None):
     """Mean of each bucket; an empty one keeps its centre."""
-    one = hidden.new_ones(1).expand(len(hidden))
+    one = hidden.new_ones(1).expand(len(hidden)) if is_valid is None else is_valid.to(hidden.dtype)
     count = hidden.new_zeros(len(centers)).index_add_(0, bucket, one).unsqueeze(1)
     total = torch.zeros_like(centers).index_add_(0, bucket, hidden)
     return torch.where(count > 0, total / count.clamp_min(1), centers)

@@ -20,6 +20,7 @@ from collections.abc import Callable
 
 import torch
 
+from sce_lm.ops.head import Head
 from sce_lm.ops.logits import LogitTransform
 
 FAR_BELOW = 500.0
@@ -50,6 +51,11 @@ def is_masked(
     # A largest bias of +inf is no measure for the others.
     least = torch.where(top < torch.inf, top - FAR_BELOW, -torch.inf)
     return (s < least) | (s == -torch.inf)
+
+
+def may_mask(head: Head) -> bool:
+    """Whether there may be masked classes."""
+    return head.bias is not None and head.post.soft_cap is None
 
 
 def within_reach(bias: torch.Tensor, post: LogitTransform) -> torch.Tensor:

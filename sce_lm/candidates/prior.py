@@ -24,7 +24,7 @@ def label_prior(counts: torch.Tensor, power: float) -> torch.Tensor:
 
 
 def log_with_floor(
-    prior: torch.Tensor, uniform_floor: float, left_out: torch.Tensor | None = None
+    prior: torch.Tensor, uniform_floor: float | torch.Tensor, left_out: torch.Tensor | None = None
 ) -> torch.Tensor:
     """``log((1 - floor) · prior_j + floor / V)``; the floor bounds the weights at
     ``V / (floor · m)``. Classes of the ids ``left_out`` get -inf, and V does not count them."""

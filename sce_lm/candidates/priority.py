@@ -12,8 +12,10 @@ is just as unbiased: large catalogues are sampled a tile at a time.
 from __future__ import annotations
 
 import torch
+from torch.nn.functional import pad
 
 from sce_lm.ops.dispatch import Backend, kernels
+from sce_lm.ops.static_shapes import needs_static_shapes
 
 TILE = 2**18
 """Classes whose noise is held at a time (2 MiB of fp64)."""
@@ -36,9 +38,9 @@ def priority_sample(
             proposal and at least 1, so that the total may differ from m by the number of tiles.
         generator: source of u, on the device of ``log_proposal``. The uniforms have 53 bits, and
             class j takes the j-th, so that a draw does not depend on which classes are left out.
-        tile: classes a tile.
+        tile: classes a tile, on a CPU.
         backend: :data:`~sce_lm.ops.dispatch.Backend`. The kernel has tiles and random numbers of
-            its own, and may leave places empty, with ``c = -inf`` and any id.
+            its own. It, and static shapes, may leave places empty, with ``c = -inf`` and any id.
 
     Returns:
         ``[m]`` int64 ids and ``[m]`` log-weights c >= 0, in fp64 (from the kernel in fp32).
@@ -49,6 +51,8 @@ def priority_sample(
     run = kernels("priority_sample", backend, log_proposal.device, log_proposal)
     if run is not None:
         return run(log_proposal, size, generator)
+    if needs_static_shapes(log_proposal.device):
+        return _sample_in_place(log_proposal, min(size, len(log_proposal)), generator)
     available = torch.isfinite(log_proposal)
     if size >= int(available.sum()):
         ids = available.nonzero().squeeze(1)
@@ -64,14 +68,29 @@ def priority_sample(
 
 
 def _sample_tile(log_proposal, size, generator):
-    uniform = torch.rand(
-        log_proposal.shape, generator=generator, dtype=torch.float64, device=log_proposal.device
-    )
+    rank = _ranks(log_proposal, generator)
     finite = torch.isfinite(log_proposal)
     available = int(finite.sum())
     if size >= available:
         return finite.nonzero().squeeze(1), log_proposal.new_zeros(available)
-    rank = log_proposal - torch.log1p(-uniform)  # 1 - uniform lies in (0, 1]
     top = torch.topk(rank, size + 1)
     ids, threshold = top.indices[:size], top.values[size]
     return ids, (threshold - log_proposal[ids]).clamp_min_(0.0)
+
+
+def _sample_in_place(log_proposal, size, generator):
+    """One tile whose number of classes with a finite ``a`` is not looked at: there may be fewer
+    than places."""
+    rank = pad(_ranks(log_proposal, generator), (0, 1), value=-torch.inf)
+    top = torch.topk(rank, size + 1)
+    found, threshold = top.values[:size] > -torch.inf, top.values[size]
+    ids = top.indices[:size].clamp_max_(len(log_proposal) - 1)
+    c = (threshold - log_proposal[ids]).clamp_min_(0.0)
+    return ids, torch.where(found, c, -torch.inf)
+
+
+def _ranks(log_proposal, generator):
+    uniform = torch.rand(
+        log_proposal.shape, generator=generator, dtype=torch.float64, device=log_proposal.device
+    )
+    return log_proposal - torch.log1p(-uniform)  # 1 - uniform lies in (0, 1]

@@ -16,6 +16,8 @@ from abc import ABC, abstractmethod
 
 import torch
 
+from sce_lm.candidates.distinct import distinct
+
 
 class Proposal(ABC):
     """A distribution q over ``vocab_size`` classes."""
@@ -84,17 +86,20 @@ class Categorical(Proposal):
 def draw_with_replacement(
     proposal: Proposal, size: int, generator: torch.Generator
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """``size`` draws as ``[K]`` distinct ids, ascending, and their ``[K]`` log-weights."""
-    ids, drawn = torch.unique(proposal.draw((size,), generator), return_counts=True)
-    return ids, torch.log(drawn.to(torch.float64) / size) - proposal.log_prob(ids)
+    """``size`` draws as ``[K]`` ids, ascending, and their ``[K]`` log-weights. Ids are distinct;
+    with static shapes K is ``size``, and places left over have the weight -inf."""
+    drawn = distinct(proposal.draw((size,), generator), proposal.vocab_size)
+    log_weights = torch.log(drawn.occurrences.to(torch.float64) / size)
+    return drawn.ids, drawn.once(log_weights - proposal.log_prob(drawn.ids))
 
 
 def draw_distinct(
     proposal: Proposal, tries: int, generator: torch.Generator
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The ``[K]`` distinct ids among ``tries`` draws, ascending, and their ``[K]`` log-weights."""
-    ids = torch.unique(proposal.draw((tries,), generator))
-    return ids, -log_inclusion(proposal.log_prob(ids), tries)
+    """The ``[K]`` distinct ids among ``tries`` draws, ascending, and their ``[K]`` log-weights;
+    with static shapes as above."""
+    drawn = distinct(proposal.draw((tries,), generator), proposal.vocab_size)
+    return drawn.ids, drawn.once(-log_inclusion(proposal.log_prob(drawn.ids), tries))
 
 
 def draw_rows(

@@ -29,6 +29,7 @@ from torch import nn
 from sce_lm.candidates.tracked_row_sum import RowSum
 from sce_lm.candidates.weight_classes import WeightClasses
 from sce_lm.files import replacing
+from sce_lm.ops.static_shapes import needs_static_shapes
 
 REMEMBERED_CALLS = 64
 """Calls that can be replayed: a backward pass comes at most this many calls after its forward."""
@@ -52,6 +53,7 @@ T = TypeVar("T")
 @dataclass(frozen=True)
 class _Call:
     labels: torch.Tensor
+    is_valid: torch.Tensor | None
     prefer_control_variate: bool
     counted: bool
     read: dict[str, object] = field(default_factory=dict)
@@ -68,18 +70,19 @@ class SCEState:
         """``[V]`` int64: how often each class was a label."""
         self.step = 0
         """Calls that counted."""
-        self.averages: dict[str, float] = {}
-        """Running averages over those calls."""
+        self.averages: dict[str, float | torch.Tensor] = {}
+        """Running averages over those calls; of a device, numbers that wait there to be read."""
         self.averaged: dict[str, int] = {}
         """How many values each of them has taken in."""
         self.memory: dict[str, torch.Tensor] = {}
         """What a method learns besides, by name, for instance how often each class was drawn."""
         self.row_sum = RowSum()
         """The sum of the head's rows, for heads that are frozen or trained row by row."""
-        self.num_labels = 0
-        """Labels counted, the sum of ``counts``."""
+        self.num_labels: int | torch.Tensor = 0
+        """Labels counted, the sum of ``counts``; 0-dim on the device where only it knows."""
         self.tail_candidates = 0
         """Size of the next tail where a target sets it; 0: the configuration's."""
+        self._prefers_control = True
         self._frequent: torch.Tensor | None = None
         self._classes: WeightClasses | None = None
         self._recent: OrderedDict[int, _Call] = OrderedDict()
@@ -91,9 +94,12 @@ class SCEState:
 
     @property
     def prefer_control_variate(self) -> bool:
-        """Whether the control variate has had the smaller variance so far (True at the start)."""
+        """Whether the control variate has had the smaller variance so far (True at the start); by
+        averages that wait on a device, when :meth:`summary` last read them."""
         plain, control = (self.averages.get(name) for name in _AVERAGES[:2])
-        return plain is None or control is None or control <= plain
+        if isinstance(plain, float) and isinstance(control, float):
+            self._prefers_control = control <= plain
+        return self._prefers_control
 
     def resize(self, vocab_size: int) -> None:
         """Go on after classes were added at the end of the vocabulary, or cut off there.
@@ -118,10 +124,18 @@ class SCEState:
         self._recent.clear()
 
     def begin_call(
-        self, labels: torch.Tensor, vocab_size: int, seed: int
+        self,
+        labels: torch.Tensor,
+        vocab_size: int,
+        seed: int,
+        is_valid: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, bool, bool]:
         """Counts ``[V]`` with this call's labels in, the control-variate choice, and whether the
         call is counted (False for a replay and under ``no_grad``).
+
+        Args:
+            labels: ``[n]`` int64 in ``[0, vocab_size)``.
+            is_valid: ``[n]`` bool: which of them count; None: all.
 
         Raises:
             ValueError: the state belongs to another vocabulary.
@@ -141,11 +155,10 @@ class SCEState:
         counted = torch.is_grad_enabled() and not _inside_backward()
         if counted:
             self.step += 1
-            self.num_labels += len(labels)
-            current = _add(self.counts, labels, 1)
-        else:
-            current = _add(self.counts.clone(), labels, 1)
-        self._recent[seed] = _Call(labels.clone(), prefer, counted)
+            self.num_labels += len(labels) if is_valid is None else is_valid.sum()
+        call = _Call(labels.clone(), is_valid, prefer, counted)
+        current = _add(self.counts if counted else self.counts.clone(), call, 1)
+        self._recent[seed] = call
         if len(self._recent) > REMEMBERED_CALLS:
             self._recent.popitem(last=False)
         return current, prefer, counted
@@ -158,9 +171,9 @@ class SCEState:
             if other == seed:
                 break
             if self._recent[other].counted:
-                _add(counts, self._recent[other].labels, -1)
+                _add(counts, self._recent[other], -1)
         if not call.counted:
-            _add(counts, call.labels, 1)
+            _add(counts, call, 1)
         return counts, call.prefer_control_variate
 
     def once(self, seed: int, name: str, read: Callable[[], T]) -> T:
@@ -187,6 +200,8 @@ class SCEState:
         """
         known = self._frequent
         ranked = counts if left_out is None else counts.index_fill(0, left_out, -1)
+        if needs_static_shapes(counts.device):  # which has no distinct classes to look among
+            return torch.topk(ranked, size).indices
         if known is None or len(known) != size:
             found = torch.topk(ranked, size).indices
         else:
@@ -200,17 +215,21 @@ class SCEState:
         """The catalogue sorted by ``counts``, those of :meth:`begin_call` or of earlier calls."""
         if counts is not self.counts and self.is_new:
             return WeightClasses.build(counts, 0)
-        if self._classes is None or self._classes.is_due(self.num_labels):
-            self._classes = WeightClasses.build(counts, self.num_labels)
+        num_labels = int(self.num_labels)
+        if self._classes is None or self._classes.is_due(num_labels):
+            self._classes = WeightClasses.build(counts, num_labels)
         if self._classes.order.device != counts.device:  # loaded from a file
             order = self._classes.order.to(counts.device)
             self._classes = replace(self._classes, order=order)
         return self._classes
 
-    def average(self, **values: float) -> None:
+    def average(self, **values: float | torch.Tensor) -> None:
         """Fold one call's figures into the running averages. The n-th value of a name weighs 1/n,
-        as in a mean, until that is less than what it weighs from then on."""
+        as in a mean, until that is less than what it weighs from then on. A 0-dim tensor of a
+        device stays there, and so does its average."""
         for name, value in values.items():
+            if torch.is_tensor(value) and not needs_static_shapes(value.device):
+                value = float(value)
             count = self.averaged.get(name, 0) + 1
             past, share = self.averages.get(name, 0.0), max(1.0 / count, 1.0 - AVERAGE_DECAY)
             self.averages[name] = past + share * (value - past)
@@ -221,10 +240,11 @@ class SCEState:
 
         Coverage; candidates and products per position (the latter with all that choosing them
         costs); relative error, the standard deviation of Zhat over Zhat with the estimator in use,
-        its root mean square and its 95 % quantile over positions.
+        its root mean square and its 95 % quantile over positions. Waits for a device.
         """
-        figures = {k: self.averages[k] for k in _AVERAGES[2:] if k in self.averages}
-        variances = [self.averages[k] for k in _AVERAGES[:2] if k in self.averages]
+        self.averages = {k: float(value) for k, value in self.averages.items()}
+        figures = {k: float(self.averages[k]) for k in _AVERAGES[2:] if k in self.averages}
+        variances = [float(self.averages[k]) for k in _AVERAGES[:2] if k in self.averages]
         if variances:
             figures["relative_error"] = min(variances) ** 0.5
         return figures
@@ -237,7 +257,7 @@ class SCEState:
         """
         self.row_sum.forget()
         counts = torch.zeros(0, dtype=torch.int64) if self.counts is None else self.counts
-        averages = [self.averages.get(name, float("nan")) for name in _AVERAGES]
+        averages = [float(self.averages.get(name, "nan")) for name in _AVERAGES]
         return {
             "counts": counts.cpu().contiguous(),
             "step": torch.tensor(self.step),
@@ -305,6 +325,7 @@ class SCEState:
         self.step = step
         self.tail_candidates = int(saved.get("tail_candidates", 0))
         self.averages = {k: v for k, v in zip(_AVERAGES, averages) if v == v}
+        self._prefers_control = True
         self.averaged = dict(zip(_AVERAGES, saved["averaged"].tolist()))
         self.memory = {
             name.removeprefix(_MEMORY): t for name, t in saved.items() if name.startswith(_MEMORY)
@@ -319,8 +340,10 @@ class SCEState:
         self._recent.clear()
 
 
-def _add(counts: torch.Tensor, labels: torch.Tensor, amount: int) -> torch.Tensor:
-    return counts.index_add_(0, labels, torch.full_like(labels, amount))
+def _add(counts: torch.Tensor, call: _Call, amount: int) -> torch.Tensor:
+    labels, is_valid = call.labels, call.is_valid
+    one = torch.ones_like(labels) if is_valid is None else is_valid.to(labels.dtype)
+    return counts.index_add_(0, labels, one, alpha=amount)
 
 
 def _inside_backward() -> bool:

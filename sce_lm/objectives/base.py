@@ -15,11 +15,13 @@ from sce_lm.candidates.state import SCEState
 from sce_lm.config import ObjectiveConfig
 from sce_lm.objectives.call import Call
 from sce_lm.objectives.compile_operator import can_trace, head_loss, outside_graphs, register
+from sce_lm.objectives.labels import valid_mask, valid_positions
 from sce_lm.ops.dtypes import compute_dtype
 from sce_lm.ops.head import Head
 from sce_lm.ops.logits import LogitTransform
 from sce_lm.ops.mean_logits import mean_logits
 from sce_lm.ops.positions import Positions
+from sce_lm.ops.static_shapes import needs_static_shapes
 
 Reduction = Literal["mean", "sum", "none"]
 
@@ -52,7 +54,8 @@ class Statistics:
 class Objective(ABC):
     """A training loss over a linear head, called as :func:`sce_lm.sce_loss` is.
 
-    A subclass implements :meth:`compute` on positions that all have a label.
+    A subclass implements :meth:`compute`, on positions that all have a label unless it says that
+    its shapes can be static.
     """
 
     name: str
@@ -90,13 +93,18 @@ class Objective(ABC):
         return connected_zero(head, positions.hidden, is_sparse)
 
     def begin(
-        self, call: Call, head: Head, labels: torch.Tensor, generator: torch.Generator | None
+        self, call: Call, head: Head, positions: Positions, generator: torch.Generator | None
     ) -> Call:
-        """The call once its labels ``[N]`` are known: with a seed, and counted, if there is a
-        state."""
+        """The call once its labels are known: with a seed, and counted, if there is a state."""
         if self.state is None:
             return call
-        return call.begin(self.state, labels, head.vocab_size, generator)
+        labels, is_valid = positions.labels, positions.is_valid
+        return call.begin(self.state, labels, head.vocab_size, generator, is_valid)
+
+    def has_static_shapes(self, head: Head) -> bool:
+        """Whether :meth:`compute` can depend on data in no shape and no branch, and takes positions
+        some of which have no label; else they are left out, and a device is waited for."""
+        return False
 
     def to_dict(self) -> dict[str, Any]:
         """Name and options as JSON-able values; ``objectives.from_dict(d)`` builds it again."""
@@ -205,36 +213,43 @@ class Objective(ABC):
         factors = None
         if token_weights is not None:
             factors = token_weights.detach().reshape(-1).to(dtype)
-        valid, num_masked = valid_positions(flat_labels, ignore_index, vocab_size, is_out, factors)
-        num_valid = valid.numel()
         hidden = hidden_states.reshape(-1, hidden_states.shape[-1])
         call = Call(self.config.backend, return_stats)
-        if num_valid == 0:
-            loss = self.nothing(head, Positions(hidden[:0], valid), call).to(dtype)
-            if reduction == "none":
-                loss = loss + hidden_states.new_zeros(labels.shape, dtype=dtype)
-            return (loss, Statistics(num_valid=0)) if return_stats else loss
+        is_static = needs_static_shapes(hidden.device) and self.has_static_shapes(head)
+        is_valid, num_masked = None, 0
+        if is_static and len(flat_labels):
+            is_valid = valid_mask(flat_labels, ignore_index, vocab_size, factors)
+            hidden = hidden.masked_fill(~is_valid.unsqueeze(1), 0)
+            flat_labels = flat_labels.masked_fill(~is_valid, 0)
+            num_valid, place = is_valid.sum(), is_valid
+        else:
+            place, num_masked = valid_positions(
+                flat_labels, ignore_index, vocab_size, is_out, factors
+            )
+            num_valid = place.numel()
+            if num_valid == 0:
+                loss = self.nothing(head, Positions(hidden[:0], place), call).to(dtype)
+                if reduction == "none":
+                    loss = loss + hidden_states.new_zeros(labels.shape, dtype=dtype)
+                return (loss, Statistics(num_valid=0)) if return_stats else loss
+            if num_valid < flat_labels.numel():
+                hidden, flat_labels = hidden[place], flat_labels[place]
+                factors = None if factors is None else factors[place]
 
-        if num_valid < flat_labels.numel():
-            hidden, flat_labels = hidden[valid], flat_labels[valid]
-            factors = None if factors is None else factors[valid]
-        position_weight = None
+        positions = Positions(hidden, flat_labels, None, self.config.terms(), is_valid)
+        factors = None if factors is None else positions.valid(factors)
         if reduction != "none":
-            denominator = num_valid if reduction == "mean" else 1
+            denominator = 1 if reduction == "sum" else num_valid
             if num_items_in_batch is not None:
                 denominator = num_items_in_batch
-            if torch.is_tensor(denominator):
-                denominator = denominator.to(hidden.device, dtype)
-            position_weight = hidden.new_ones((), dtype=dtype) / denominator
-            if factors is not None:
-                position_weight = factors * position_weight
+            of_each = weight_of_each(positions, denominator, factors, dtype)
+            positions = replace(positions, weight=of_each)
         # A head whose classes are all masked has a loss of NaN, and is left to it.
         if is_out is not None and 0 < num_masked < vocab_size:
             order = torch.argsort(is_out, stable=True)
             kept, masked = order.tensor_split([len(order) - num_masked])
             head = head._replace(masked=masked, kept=kept)
-        positions = Positions(hidden, flat_labels, position_weight, self.config.terms())
-        call = self.begin(call, head, flat_labels, generator)
+        call = self.begin(call, head, positions, generator)
         # Autocast would round the logits; the losses choose their own dtype.
         with torch.autocast(hidden.device.type, enabled=False):
             loss, statistics = self.compute(head, positions, call)
@@ -244,15 +259,15 @@ class Objective(ABC):
                 loss = loss - smoothing * positions.reduce(mean)
         if reduction == "none":
             loss = loss if factors is None else loss * factors
-            loss = scatter_to(labels, valid, loss)
+            loss = scatter_to(labels, place, loss)
         if not return_stats:
             return loss
         fields = {
-            name: None if value is None else scatter_to(labels, valid, value)
+            name: None if value is None else scatter_to(labels, place, positions.valid(value))
             for name in ("covered", "relative_error", "correct", "confidence")
             for value in (getattr(statistics, name),)
         }
-        return loss, replace(statistics, **fields)
+        return loss, replace(statistics, num_valid=int(num_valid), **fields)
 
 
 @torch.compiler.assume_constant_result
@@ -260,12 +275,30 @@ def _number_of(objective: Objective) -> int:
     return register(weakref.ref(objective))
 
 
-def scatter_to(labels: torch.Tensor, valid: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+def weight_of_each(
+    positions: Positions,
+    denominator: torch.Tensor | int,
+    factors: torch.Tensor | None,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """What the positions' losses weigh in a sum over ``denominator``, times ``[N]`` factors: 0-dim,
+    or ``[N]`` where they do not weigh the same."""
+    hidden = positions.hidden
+    if torch.is_tensor(denominator):
+        denominator = denominator.to(hidden.device, dtype)
+    weight = hidden.new_ones((), dtype=dtype) / denominator
+    weight = weight if factors is None else factors * weight
+    if positions.is_valid is None:
+        return weight
+    return positions.valid(weight.expand(len(positions)))  # where there is none, of 0 / 0 too
+
+
+def scatter_to(labels: torch.Tensor, place: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
     """``[N]`` values at their places in the shape of ``labels``, 0 elsewhere."""
-    if valid.numel() == labels.numel():
+    if place.numel() == labels.numel():
         return values.reshape(labels.shape)
     full = values.new_zeros(labels.numel())
-    return full.index_copy(0, valid, values).reshape(labels.shape)
+    return full.index_copy(0, place, values).reshape(labels.shape)
 
 
 def connected_zero(head: Head, hidden: torch.Tensor, is_sparse: bool) -> torch.Tensor:
@@ -276,41 +309,6 @@ def connected_zero(head: Head, hidden: torch.Tensor, is_sparse: bool) -> torch.T
     rows = torch.nn.functional.embedding(nothing, weight, sparse=is_sparse)
     parts = [hidden[:0], rows, *(part[:0] for part in others if part is not None)]
     return torch.stack([part.sum().float() for part in parts]).sum()
-
-
-def valid_positions(
-    labels: torch.Tensor,
-    ignore_index: int,
-    vocab_size: int,
-    is_masked: torch.Tensor | None = None,
-    weights: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, int]:
-    """Indices of the positions with a label, ascending, and the number of masked classes. On a GPU
-    this waits for the device once.
-
-    Raises:
-        ValueError: a label outside ``[0, vocab_size)``, or a position with a label whose weight is
-            negative or not finite.
-    """
-    is_valid = labels != ignore_index
-    outside = ((labels < 0) | (labels >= vocab_size)) & is_valid
-    flags = [is_valid, outside, is_valid[:0] if is_masked is None else is_masked]
-    is_wrong = is_valid[:0]
-    if weights is not None:
-        is_wrong = ~((weights >= 0) & (weights < torch.inf)) & is_valid
-    counts = torch.stack([flag.sum() for flag in (*flags, is_wrong)])
-    num_valid, num_outside, num_masked, num_wrong = counts.tolist()
-    if num_outside:
-        raise ValueError(
-            f"labels holds {labels[outside][0].item()}, outside [0, {vocab_size}) and not "
-            f"ignore_index={ignore_index}; check that tokenizer and head have the same size."
-        )
-    if weights is not None and num_wrong:
-        raise ValueError(
-            f"token_weights holds {weights[is_wrong][0].item()}; give each position with a label a "
-            "finite weight that is not negative."
-        )
-    return torch.argsort(is_valid, descending=True, stable=True)[:num_valid], num_masked
 
 
 def check_inputs(hidden_states, head: Head, labels, reduction, token_weights=None) -> None:

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 
 import torch
 
+from sce_lm.candidates.masks import may_mask
 from sce_lm.candidates.proposals import Uniform
 from sce_lm.config import ObjectiveConfig, check_choice, check_count, check_share
 from sce_lm.objectives.base import Statistics
@@ -78,6 +79,9 @@ class BCE(SampledObjective):
     name = "bce"
     config_class = BCEConfig
     config: BCEConfig
+
+    def has_static_shapes(self, head: Head) -> bool:
+        return not self.config.sparse_grad and not may_mask(head)
 
     def compute(
         self, head: Head, positions: Positions, call: Call

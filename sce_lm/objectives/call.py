@@ -31,6 +31,8 @@ class Call:
     seed: int = 0
     labels: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
     """``[n]`` int64 labels among the head's rows: all of them, or those of a rank."""
+    is_valid: torch.Tensor | None = None
+    """``[n]`` bool, if some positions have no label: which of these are labels."""
     counts: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
     """``[V]`` int64 label counts, this call's labels among them."""
     prefer_control_variate: bool = True
@@ -44,19 +46,21 @@ class Call:
         labels: torch.Tensor,
         vocab_size: int,
         generator: torch.Generator | None = None,
+        is_valid: torch.Tensor | None = None,
     ) -> Call:
         """The same call with its seed drawn and the state told of the labels.
 
         Args:
             labels: ``[n]`` int64 in ``[0, vocab_size)``.
             generator: CPU generator of the seed; None: torch's own.
+            is_valid: ``[n]`` bool: which of them are labels; None: all.
 
         Raises:
             ValueError: the state belongs to another vocabulary.
         """
         seed = draw_seed(generator)
-        counts, prefer, counted = state.begin_call(labels, vocab_size, seed)
-        begun = (state, seed, labels, counts, prefer, counted)
+        counts, prefer, counted = state.begin_call(labels, vocab_size, seed, is_valid)
+        begun = (state, seed, labels, is_valid, counts, prefer, counted)
         return Call(self.backend, self.want_statistics, *begun)
 
     def stream(self, name: str) -> torch.Generator:

@@ -27,6 +27,9 @@ class Exact(Objective):
     name = "exact"
     config_class = ExactConfig
 
+    def has_static_shapes(self, head: Head) -> bool:
+        return True
+
     def compute(
         self, head: Head, positions: Positions, call: Call
     ) -> tuple[torch.Tensor, Statistics]:

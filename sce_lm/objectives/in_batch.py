@@ -25,6 +25,7 @@ from typing import Literal
 
 import torch
 
+from sce_lm.candidates.distinct import distinct
 from sce_lm.candidates.state import SCEState
 from sce_lm.config import SoftmaxConfig, check_choice, check_share
 from sce_lm.objectives.base import Statistics
@@ -67,11 +68,15 @@ class InBatch(SampledObjective):
     config_class = InBatchConfig
     config: InBatchConfig
 
+    def has_static_shapes(self, head: Head) -> bool:
+        return not self.config.sparse_grad
+
     def compute(
         self, head: Head, positions: Positions, call: Call
     ) -> tuple[torch.Tensor, Statistics]:
-        counts = call.counts
-        ids, occurrences = torch.unique(positions.labels, return_counts=True)
+        counts, num_labels = call.counts, positions.num_valid
+        found = distinct(positions.labels, len(counts), positions.is_valid)
+        ids, occurrences = found.ids, found.occurrences
         log_weights = occurrences.to(torch.float64).log()
         if self.config.logq:
             q = counts[ids].to(torch.float64) / counts.sum()
@@ -82,12 +87,16 @@ class InBatch(SampledObjective):
                         self.state,
                         ids,
                         occurrences,
+                        num_labels,
                         len(counts),
                         self.config.streaming_rate,
                         keep=call.counted,
                     ),
                 )
-            log_weights -= torch.log(q * max(len(positions) - 1, 1))
+            draws = num_labels - 1
+            draws = draws.clamp_min(1) if torch.is_tensor(draws) else max(draws, 1)
+            log_weights -= torch.log(q * draws)
+        log_weights = found.once(log_weights)
         candidates = Candidates(ids[:0], ids, log_weights, sparse_grad=self.config.sparse_grad)
         loss = candidate_cross_entropy(head, positions, candidates, backend=call.backend).loss
         return loss, self.statistics(positions, call, float(len(ids)), ids=[ids])
@@ -97,30 +106,33 @@ def streaming_frequency(
     state: SCEState,
     ids: torch.Tensor,
     occurrences: torch.Tensor,
+    num_labels: torch.Tensor | int,
     vocab_size: int,
     rate: float,
     *,
     keep: bool,
 ) -> torch.Tensor:
-    """``[U]`` fp64 frequency of the distinct classes of a batch, by the gaps between them.
+    """``[U]`` fp64 frequency of the classes of a batch, by the gaps between them.
 
     Args:
         state: its memory holds ``gap [V]`` (0: never met), ``last_met [V]`` and ``clock``.
-        ids: ``[U]`` distinct classes of the batch.
+        ids: ``[U]`` classes of the batch, distinct or with static shapes repeated.
         occurrences: ``[U]`` how often each stands in it.
+        num_labels: N, all of them.
         keep: write the new gaps into the memory.
     """
     memory = state.memory
     new = ids.new_zeros(vocab_size)
     gap = memory.get("gap", new.to(torch.float64)).to(ids.device)
     last = memory.get("last_met", new).to(ids.device)
-    clock = memory.get("clock", new[:1]).to(ids.device) + occurrences.sum()
+    clock = memory.get("clock", new[:1]).to(ids.device) + num_labels
     newest = (clock - last[ids]) / occurrences.to(torch.float64)
     past = (1.0 - rate) ** occurrences.to(torch.float64)
     past = torch.where(gap[ids] > 0, past, 0.0)
     updated = past * gap[ids] + (1.0 - past) * newest
     if keep:
-        memory["gap"] = gap.index_copy_(0, ids, updated)
-        memory["last_met"] = last.index_copy_(0, ids, clock.expand(len(ids)))
+        is_met = occurrences > 0  # none is, if no position has a label
+        memory["gap"] = gap.index_copy_(0, ids, torch.where(is_met, updated, gap[ids]))
+        memory["last_met"] = last.index_copy_(0, ids, torch.where(is_met, clock, last[ids]))
         memory["clock"] = clock
     return 1.0 / updated

@@ -49,21 +49,29 @@ def relative_error(
         return None
     chosen = None
     if not call.want_statistics:
-        count = min(len(positions), MONITOR_POSITIONS)
-        device = positions.labels.device
-        chosen = torch.linspace(0, len(positions) - 1, count, device=device).long()
+        chosen = _spread(positions, min(len(positions), MONITOR_POSITIONS))
     plain, control = candidate_variance(head, positions, candidates, log_partition, chosen)
     own = control if candidates.control_variate else plain
     if monitors:
         state.average(
-            variance_plain=float(plain.mean()),
-            variance_control=float(control.mean()),
-            relative_error_p95=float(own.quantile(0.95).sqrt()),
+            variance_plain=plain.mean(),
+            variance_control=control.mean(),
+            relative_error_p95=own.quantile(0.95).sqrt(),
         )
         if config.target_relative_error is not None:
             target, size = config.target_relative_error, len(candidates.tail)
             set_tail(state, target, size, float(own.mean()), head.num_classes)
     return own.sqrt() if call.want_statistics else None
+
+
+def _spread(positions: Positions, count: int) -> torch.Tensor:
+    """``[count]`` int64: positions with a label, spread evenly over them."""
+    device = positions.labels.device
+    if positions.is_valid is None:
+        return torch.linspace(0, len(positions) - 1, count, device=device).long()
+    first = torch.argsort(positions.is_valid, descending=True, stable=True)
+    last = (positions.is_valid.sum() - 1).clamp_min(0)
+    return first[torch.arange(count, device=device) * last // max(count - 1, 1)]
 
 
 def set_tail(state: SCEState, target: float, size: int, variance: float, vocab_size: int) -> None:

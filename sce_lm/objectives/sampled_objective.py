@@ -34,7 +34,7 @@ class SampledObjective(Objective):
         """A call's :class:`Statistics`; the state's running averages follow if it counted.
 
         Args:
-            ids: of the candidates, in any shapes and number; None: all classes.
+            ids: of the candidates, in any shapes and number, -1 for none; None: all classes.
             candidates: of a position; None: ``products``, where choosing them takes none.
         """
         if call.counted:
@@ -47,6 +47,7 @@ class SampledObjective(Objective):
         met = None
         if call.want_statistics and ids is not None:
             met = torch.unique(torch.cat([part.reshape(-1) for part in ids]))
+            met = met[met >= 0]
         return Statistics(
             num_valid=len(positions),
             products_per_position=products,

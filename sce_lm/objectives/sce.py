@@ -29,6 +29,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 import torch
+from torch.nn.functional import pad
 
 from sce_lm.candidates.bucket_samples import bucket_samples
 from sce_lm.candidates.buckets import (
@@ -37,6 +38,8 @@ from sce_lm.candidates.buckets import (
     kmeans_buckets,
 )
 from sce_lm.candidates.center_softmax import CenterSoftmax, center_softmax
+from sce_lm.candidates.distinct import distinct
+from sce_lm.candidates.masks import may_mask
 from sce_lm.candidates.priority import priority_sample
 from sce_lm.config import SCEConfig, SCESizes
 from sce_lm.objectives import monitor
@@ -78,6 +81,13 @@ class SCE(SampledObjective):
     covered = 0
     """Classes of the latest call if its lists held them all, else 0."""
 
+    def has_static_shapes(self, head: Head) -> bool:
+        config = self.config
+        is_plain = config.prior_shares().keys() <= {"labels", "uniform"}
+        is_plain &= config.bucket_sampling == "top"
+        waits = config.sparse_grad or config.row_control_variate or may_mask(head)
+        return is_plain and not waits and config.target_relative_error is None
+
     def compute(
         self, head: Head, positions: Positions, call: Call
     ) -> tuple[torch.Tensor, Statistics]:
@@ -114,9 +124,11 @@ class SCE(SampledObjective):
         """How long this call's lists are."""
         state = self.state
         # A rank's rows may all be masked.
-        rows = max(head.num_classes, 1)
+        rows, num_labels = max(head.num_classes, 1), state.num_labels
+        if torch.is_tensor(num_labels):
+            num_labels = num_labels.double()
         sizes = self.config.resolve(
-            len(positions), num_classes, call.prefer_control_variate, state.num_labels, rows
+            len(positions), num_classes, call.prefer_control_variate, num_labels, rows
         )
         before = call.once("calls before", lambda: state.step - call.counted)
         if before < self.config.labels_first:
@@ -130,6 +142,7 @@ class SCE(SampledObjective):
         run."""
         config, sizes = self.config, proposal.sizes
         head, call = proposal.head, proposal.call
+        is_static = call.is_valid is not None
         labels, listed = call.labels, [call.labels[:0]]
         if sizes.shared_frequent:
             frequent = self.state.most_frequent(
@@ -138,24 +151,38 @@ class SCE(SampledObjective):
             listed.append(frequent)
         if config.shared_labels:
             listed.append(labels)
-        shared = torch.unique(torch.cat(listed)) if len(listed) > 1 else listed[0]
+        shared = listed[0]
+        if len(listed) > 1:
+            is_there = None
+            if config.shared_labels and call.is_valid is not None:
+                num_frequent = sum(map(len, listed)) - len(labels)
+                is_there = pad(call.is_valid, (num_frequent, 0), value=True)
+            found = distinct(torch.cat(listed), head.vocab_size, is_there)
+            shared = found.ids
+            if found.is_spare is not None and is_static:
+                last = torch.argsort(found.is_spare, stable=True)
+                shared = shared.masked_fill(found.is_spare, -1)[last]
+            elif found.is_spare is not None:  # on a device, for what takes no empty places
+                shared = shared[~found.is_spare]
         if head.masked is not None:
             shared = shared[~torch.isin(shared, head.masked)]
-        if not sizes.tail_candidates or len(shared) == head.num_classes:
+        is_whole = len(shared) == head.num_classes and not is_static
+        if not sizes.tail_candidates or is_whole:
             none = torch.zeros(0, dtype=torch.float64, device=labels.device)
             return shared, shared[:0], none
         noise = call.stream("tail")
-        if head.vocab_size > LARGE_CATALOGUE and config.prior in ("labels", "uniform"):
+        is_large = head.vocab_size > LARGE_CATALOGUE and not is_static
+        if is_large and config.prior in ("labels", "uniform"):
             tail, log_weights = self.state.weight_classes(call.counts).sample(
                 sizes.tail_candidates,
                 call.counts,
                 _with_masked(shared, head),
                 noise,
                 power=config.prior_power,
-                uniform_floor=1.0 if config.prior == "uniform" else sizes.uniform_floor,
+                uniform_floor=1.0 if config.prior == "uniform" else float(sizes.uniform_floor),
             )
             return shared, tail, log_weights
-        density = proposal.log_density().index_fill_(0, shared, -torch.inf)
+        density = proposal.log_density().index_fill_(0, _ids(shared, call), -torch.inf)
         tail, log_weights = priority_sample(
             density, sizes.tail_candidates, noise, backend=call.backend
         )
@@ -168,21 +195,23 @@ class SCE(SampledObjective):
         config, sizes = self.config, proposal.sizes
         head, call, hidden = proposal.head, proposal.call, proposal.positions.hidden
         centers = items = bucket_of = bucket_weights = None
-        rest = head.num_classes - len(shared)
+        rest = head.num_classes - len(shared)  # at least: places may be empty
         own = min(sizes.bucket_candidates, rest)
+        rest = rest if call.is_valid is None else head.num_classes
         self.covered = head.num_classes if max(own, sizes.tail_candidates) >= rest else 0
         if own > 0:
             centers, bucket_of = kmeans_buckets(
                 hidden.to(compute_dtype(hidden)),
                 sizes.num_buckets,
                 call.stream("buckets"),
+                proposal.positions.is_valid,
             )
             if config.bucket_sampling == "priority":
                 prior = proposal.log_density().index_fill_(0, shared, -torch.inf)
                 noise = call.stream("tail")
                 items, bucket_weights = bucket_samples(centers, head, prior, own, noise)
             else:
-                excluded = _with_masked(shared, head)
+                excluded = _with_masked(_ids(shared, call), head)
                 items = catalogue_topk(centers, head, own, excluded=excluded, backend=call.backend)
         has_control = sizes.control_variate and len(tail) > 0
         return centers, Candidates(
@@ -257,6 +286,13 @@ def _expected(
         proposal.head,
         control_variate=candidates.control_variate,
     )
+
+
+def _ids(shared: torch.Tensor, call: Call) -> torch.Tensor:
+    """``[S]`` ids of a shared list, where some repeat if places are empty."""
+    if len(shared) and call.is_valid is not None:
+        return shared.cummax(dim=0).values.clamp_min_(0)
+    return shared
 
 
 def _with_masked(ids: torch.Tensor, head: Head) -> torch.Tensor:

@@ -48,6 +48,8 @@ from typing import Literal, NamedTuple
 import torch
 
 from sce_lm.candidates.cache import Cache, draw_cache, merge_occurrences, record_draws
+from sce_lm.candidates.distinct import distinct
+from sce_lm.candidates.masks import may_mask
 from sce_lm.candidates.resampling import multinomial_counts
 from sce_lm.config import SoftmaxConfig, check_choice, check_count, check_share
 from sce_lm.objectives.base import Statistics
@@ -143,23 +145,28 @@ class BIR(SampledObjective):
     config_class = BIRConfig
     config: BIRConfig
 
+    def has_static_shapes(self, head: Head) -> bool:
+        return not self.config.sparse_grad and not may_mask(head)
+
     def compute(
         self, head: Head, positions: Positions, call: Call
     ) -> tuple[torch.Tensor, Statistics]:
-        num_positions, seen = len(positions), call.counts
-        ids, n = torch.unique(positions.labels, return_counts=True)
+        seen, others = call.counts, positions.num_valid - 1
+        others = others.clamp_min(1) if torch.is_tensor(others) else max(others, 1)
+        found = distinct(positions.labels, len(seen), positions.is_valid)
+        ids, n = found.ids, found.occurrences
         if self.config.correction == "importance":
-            factor = n / (max(num_positions - 1, 1) * _frequency(seen, ids))
+            factor = n / (others * _frequency(seen, ids))
         else:
             factor = n / _popularity(seen, ids, self.config.popularity)
-        draws = _size(self.config.num_negatives, num_positions)
-        pool = _Pool(ids, factor.log())
+        draws = _size(self.config.num_negatives, len(positions))
+        pool = _Pool(ids, found.once(factor.log()))
         loss, drawn = self._loss(head, positions, pool, draws, call, "batch")
         return loss, self.statistics(
             positions,
             call,
             2.0 * len(ids),
-            ids=[ids[drawn > 0]],
+            ids=[ids.masked_fill(drawn == 0, -1)],
             candidates=float(len(ids)),
         )
 
@@ -187,6 +194,9 @@ class XIR(BIR):
     name = "xir"
     config_class = XIRConfig
     config: XIRConfig
+
+    def has_static_shapes(self, head: Head) -> bool:
+        return False
 
     def compute(
         self, head: Head, positions: Positions, call: Call
@@ -294,6 +304,8 @@ def _resample(
         if corrected:
             log_w.masked_fill_(pool.ids == positions.labels[block, None], -torch.inf)
         k = multinomial_counts(log_w, draws, generator)
+        if positions.is_valid is not None:
+            k *= positions.is_valid[block, None]
         drawn += k.sum(dim=0)
         log_weights[block] = k.log()
         if corrected:

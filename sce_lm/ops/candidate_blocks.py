@@ -15,6 +15,7 @@ from sce_lm.ops.candidates import Candidates, find
 from sce_lm.ops.dtypes import compute_dtype
 from sce_lm.ops.head import Head
 from sce_lm.ops.positions import Positions
+from sce_lm.ops.static_shapes import needs_static_shapes
 
 BLOCK_ELEMENTS = 2**22
 """Logits of a block of positions (16 MiB in fp32), and elements of the rows of W that its buckets
@@ -54,7 +55,8 @@ class Span(NamedTuple):
 
     start: int
     stop: int
-    buckets: list[int]
+    buckets: list[int] | slice
+    """Which buckets, or which parts of them where shapes are static."""
     groups: list[Group]
 
 
@@ -62,10 +64,17 @@ class Block(NamedTuple):
     """One block of positions and its raw logits."""
 
     at: torch.Tensor | slice
-    """``[n]`` which positions."""
+    """``[n]`` which positions; N where static shapes leave a place empty. What is found there is
+    written behind all positions."""
+    read: torch.Tensor | slice
+    """``[n]`` positions to read from: any where a place is empty."""
+    is_empty: torch.Tensor | None
+    """``[n]`` bool, or None: no place is."""
     h: torch.Tensor
     y: torch.Tensor
     bucket: torch.Tensor
+    buckets: torch.Tensor | list[int] | slice
+    """``[b]`` those of ``items``; some repeat where shapes are static."""
     groups: list[Group]
     items: torch.Tensor
     """``[b, K_b]`` lists of the block's buckets."""
@@ -77,8 +86,8 @@ class Block(NamedTuple):
     """``[n]`` raw logits of the labels."""
     x: torch.Tensor
     """``[n, S + m + K_b]`` raw logits of the lists."""
-    is_label: tuple[torch.Tensor, torch.Tensor]
-    """(rows, columns) of ``x`` at which the candidate is the label."""
+    label_columns: list[torch.Tensor]
+    """``[n]`` each: columns of ``x`` at which the candidate is the label, -1 where it is none."""
     is_here: torch.Tensor
     """``[n]`` bool: the label's row is one of these."""
     outside: torch.Tensor
@@ -86,33 +95,78 @@ class Block(NamedTuple):
     label_weight: torch.Tensor
     """``[n]`` w of the label where it was drawn and is not in the bucket's own list, else 0."""
 
+    def share_of(self, weight: torch.Tensor) -> torch.Tensor:
+        """0-dim or ``[n]``: what these positions' losses weigh."""
+        share = weight if weight.dim() == 0 else weight[self.read]
+        if self.is_empty is None:
+            return share
+        return share.expand(len(self.is_empty)).masked_fill(self.is_empty, 0.0)
+
+    def without_labels(self, e: torch.Tensor) -> None:
+        """Write 0 where a column of ``e [n, S + m + K_b]`` is the position's label."""
+        for column in self.label_columns:
+            if needs_static_shapes(e.device):
+                at = column.clamp_min(0).unsqueeze(1)
+                e.scatter_(1, at, e.gather(1, at).masked_fill_(column.unsqueeze(1) >= 0, 0.0))
+            else:
+                row = (column >= 0).nonzero().squeeze(1)
+                e[row, column[row]] = 0.0
+
 
 class Lists:
     """What a call's blocks of positions share: the lists, their rows and weights, and where the
     labels stand in them. Without buckets there is one, and it is empty."""
 
-    def __init__(self, head: Head, positions: Positions, candidates: Candidates) -> None:
+    def __init__(
+        self,
+        head: Head,
+        positions: Positions,
+        candidates: Candidates,
+        *,
+        is_static: bool = False,
+    ) -> None:
+        """Args: is_static: no shape depends on data, and blocks have empty places."""
         self.head, self.positions = head, positions
         self.dtype = dtype = compute_dtype(positions.hidden, head.weight)
         labels = positions.labels
-        tail, log_weights = candidates.tail, candidates.tail_log_weights
-        is_drawn = log_weights > -torch.inf
-        if not is_drawn.all():
-            tail, log_weights = tail[is_drawn], log_weights[is_drawn]
-        self.num_shared, self.num_tail = len(candidates.shared), len(tail)
+        shared, tail, log_weights = (
+            candidates.shared,
+            candidates.tail,
+            candidates.tail_log_weights,
+        )
+        self.is_static = is_static
+        is_there = log_weights > -torch.inf
+        if self.is_static:
+            is_there = torch.cat([shared >= 0, is_there])
+        elif not is_there.all():
+            tail, log_weights = tail[is_there], log_weights[is_there]
+        self.num_shared, self.num_tail = len(shared), len(tail)
         self.tail = slice(self.num_shared, self.num_shared + self.num_tail)
         self.num_dense = self.num_shared + self.num_tail
-        self.dense = torch.cat([candidates.shared, tail])
+        dense = torch.cat([shared, tail])
+        self.dense = dense.clamp_min(0) if self.is_static else dense
         self.dense_rows = head.rows(self.dense, dtype)
         self.dense_weight = self.dense_rows.new_ones(self.num_dense)
         self.dense_weight[self.tail] = log_weights.to(dtype).exp()
+        self.num_certain: int | torch.Tensor = self.num_shared
+        """Shared candidates, empty places aside."""
+        self.dense_offset = None
+        """``[S + m]`` on the dense logits: -inf in an empty place, 0 elsewhere."""
+        if self.is_static:
+            self.dense_weight[: self.num_shared] = is_there[: self.num_shared].to(dtype)
+            self.num_certain = is_there[: self.num_shared].sum()
+            nothing = torch.zeros_like(self.dense_weight)
+            self.dense_offset = nothing.masked_fill_(~is_there, -torch.inf)
+            dense = dense.masked_fill(~is_there, head.vocab_size)
 
         # The column of each label among the dense candidates, -1 where it is not there.
-        ordered, order = torch.sort(self.dense)
+        ordered, order = torch.sort(dense)
         slot, found = find(labels, ordered)
         self.label_column = torch.where(found, order[slot] if self.num_dense else slot, -1)
 
         self.order = self.own_tail = self.item_weight = None
+        self.bucket_of_part: torch.Tensor | None = None
+        """``[P]`` int64: with static shapes, the bucket of each part."""
         if candidates.bucket_items is None or candidates.bucket_of is None:
             self.items = self.dense.new_empty(1, 0)
             self.bucket_of = torch.zeros_like(labels)
@@ -145,6 +199,15 @@ class Lists:
         """``[m, D]`` rows of the tail."""
         return self.dense_rows[self.tail]
 
+    def sum_seen(self, e: torch.Tensor) -> torch.Tensor:
+        """``[n]`` sums of ``e [n, S + m + K_b]`` as if nothing had a weight; empty places aside."""
+        return e @ (self.column_weight > 0).to(self.dtype) if self.is_static else e.sum(dim=1)
+
+    def unweighted(self) -> torch.Tensor:
+        """``[m]`` what takes the weights of the tail away again."""
+        inverse = 1.0 / self.dense_weight[self.tail]
+        return inverse.masked_fill_(inverse == torch.inf, 0.0) if self.is_static else inverse
+
     def rows(self, ids: torch.Tensor) -> torch.Tensor:
         """``[n, D]`` rows of the head."""
         return self.head.rows(ids, self.dtype)
@@ -168,6 +231,8 @@ class Lists:
         if self.bucket_size == 0:
             edges = _equal_parts(0, len(self.positions), limit)
             return [Span(a, b, [], []) for a, b in pairwise(edges)]
+        if self.is_static:
+            return self._static_spans(limit)
         sizes = torch.bincount(self.bucket_of, minlength=len(self.items))
         bounds = [0, *sizes.cumsum(0).tolist()]
         parts = [
@@ -194,27 +259,64 @@ class Lists:
             taken.append((high - low, bucket))
         return spans
 
+    def _static_spans(self, limit: int) -> list[Span]:
+        """The same, with as many parts of one size, and no group's padding, as hold any buckets:
+        places that are not needed stay empty."""
+        num_positions, num_buckets = len(self.positions), len(self.items)
+        size = max(1, min(-(-num_positions // num_buckets), limit))
+        count = -(-num_positions // size) + num_buckets - 1
+        ascending, by_bucket = torch.sort(self.bucket_of, stable=True)
+        edges = torch.arange(num_buckets + 1, device=ascending.device)
+        bounds = torch.searchsorted(ascending, edges)
+        parts = (bounds.diff() + size - 1) // size
+        ends = parts.cumsum(0)
+        part = torch.arange(count, device=edges.device)
+        self.bucket_of_part = torch.searchsorted(ends, part, right=True).clamp_max(num_buckets - 1)
+        first_part, stop = (ends - parts)[self.bucket_of_part], bounds[1:][self.bucket_of_part]
+        first = bounds[self.bucket_of_part] + (part - first_part) * size
+        place = first.unsqueeze(1) + torch.arange(size, device=first.device)
+        positions = by_bucket[place.clamp_max(num_positions - 1)]
+        is_there = place < stop.unsqueeze(1)
+        self.order = torch.where(is_there, positions, num_positions).flatten()
+
+        spans, several = [], max(1, min(self.most_buckets, limit // size))
+        for low in range(0, count, several):
+            num_parts = min(several, count - low)
+            group = Group(slice(0, num_parts * size), slice(0, num_parts), size, None)
+            parts_of_span = slice(low, low + num_parts)
+            spans.append(Span(low * size, (low + num_parts) * size, parts_of_span, [group]))
+        return spans
+
     def block(self, span: Span, x: torch.Tensor) -> Block:
         """The block's raw logits, written to ``x``."""
         at = slice(span.start, span.stop)
         if self.order is not None:
             at = self.order[at]
-        h = self.head.extend(self.positions.hidden[at], self.dtype)
-        y, bucket = self.positions.labels[at], self.bucket_of[at]
-        column, own_column = self.label_column[at], self.own_column[at]
-        torch.mm(h, self.dense_rows.T, out=x[:, : self.num_dense])
-        items = self.items[span.buckets]
+        read, is_empty = at, None
+        if self.bucket_of_part is not None and isinstance(at, torch.Tensor):
+            last = len(self.positions) - 1
+            read, is_empty = at.clamp_max(last), at > last
+        h = self.head.extend(self.positions.hidden[read], self.dtype)
+        y, bucket = self.positions.labels[read], self.bucket_of[read]
+        column, own_column = self.label_column[read], self.own_column[read]
+        dense = x[:, : self.num_dense]
+        if self.dense_offset is None:
+            torch.mm(h, self.dense_rows.T, out=dense)
+        else:
+            torch.addmm(self.dense_offset, h, self.dense_rows.T, out=dense)
+        buckets = span.buckets
+        if self.bucket_of_part is not None:
+            buckets = self.bucket_of_part[buckets]
+        items = self.items[buckets]
         item_rows = self.bucket_rows(items)
         for group in span.groups:
             own = torch.bmm(group.pad(h[group.rows]), item_rows[group.buckets].mT)
             x[group.rows, self.num_dense :] = group.unpad(own)
 
         is_own = own_column >= 0
-        in_dense, in_bucket = (column >= 0).nonzero().squeeze(1), is_own.nonzero().squeeze(1)
-        is_label = (
-            torch.cat([in_dense, in_bucket]),
-            torch.cat([column[in_dense], self.num_dense + own_column[in_bucket]]),
-        )
+        label_columns = [column] if self.num_dense else []
+        if self.bucket_size:
+            label_columns.append(torch.where(is_own, self.num_dense + own_column, -1))
         is_here = y >= 0
         is_shared = (column >= 0) & (column < self.num_shared)
         outside = (is_here & ~is_shared & ~is_own & self.takes_part(y)).to(self.dtype)
@@ -225,8 +327,8 @@ class Lists:
         label_rows = self.rows(y.clamp_min(0))  # any row does where the label is elsewhere
         label_raw = torch.linalg.vecdot(h, label_rows)
         return Block(
-            at, h, y, bucket, span.groups, items, item_rows,
-            label_rows, label_raw, x, is_label, is_here, outside, label_weight,
+            at, read, is_empty, h, y, bucket, buckets, span.groups, items, item_rows,
+            label_rows, label_raw, x, label_columns, is_here, outside, label_weight,
         )  # fmt: skip
 
 

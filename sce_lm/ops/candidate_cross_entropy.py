@@ -63,6 +63,7 @@ from sce_lm.ops.dispatch import Backend, kernels
 from sce_lm.ops.head import NOTHING, Head, Needs
 from sce_lm.ops.head_loss import Found, Pass, head_loss
 from sce_lm.ops.positions import Positions
+from sce_lm.ops.static_shapes import needs_static_shapes
 
 
 class CandidateLoss(NamedTuple):
@@ -138,11 +139,13 @@ class CandidatePass(Pass):
             whole: ``[N]`` log Zhat of all ranks, if these rows are not all there are.
         """
         candidates, post, terms = self.candidates, head.post, positions.terms
-        lists = Lists(head, positions, candidates)
+        is_static = needs_static_shapes(positions.labels.device)
+        lists = Lists(head, positions, candidates, is_static=is_static)
         rest = Rest(lists, candidates.row_sum) if candidates.control_variate else None
         spans = lists.spans()
         gradients = CandidateGradients(lists, rest, needs, sparse=candidates.sparse_grad)
-        log_partition = lists.dense_rows.new_empty(len(positions))
+        count = len(positions)
+        log_partition = lists.dense_rows.new_empty(count + 1)  # one for empty places
         label_logit = torch.empty_like(log_partition)
         num_clamped = torch.zeros((), dtype=torch.int64, device=log_partition.device)
         longest = max(span.stop - span.start for span in spans)
@@ -152,8 +155,8 @@ class CandidatePass(Pass):
             b = lists.block(span, buffer[: span.stop - span.start])
             control = None
             if rest is not None:
-                if span.buckets:
-                    rest.set_means(span.buckets, b.item_rows)
+                if b.groups:
+                    rest.set_means(b.buckets, b.item_rows)
                 control = Control(rest, b, post)
             label_s = post(b.label_raw)
             label_logit[b.at] = label_s.masked_fill(~b.is_here, 0.0)
@@ -164,7 +167,7 @@ class CandidatePass(Pass):
             if control is not None:
                 shift = torch.maximum(shift, control.least_shift())
             e = s.sub_(shift.unsqueeze(1)).exp_()
-            e[b.is_label] = 0.0
+            b.without_labels(e)
             if lists.own_tail is not None:
                 e[:, lists.tail].masked_fill_(lists.own_tail[b.bucket], 0.0)
             if lists.item_weight is not None:
@@ -175,13 +178,13 @@ class CandidatePass(Pass):
             if control is not None:
                 known = control.known_part(shift)
                 if post.soft_cap is not None:
-                    seen = e.sum(dim=1) + e_label
+                    seen = lists.sum_seen(e) + e_label
                     clamped = z + known < seen
-                    num_clamped += clamped.sum()
+                    counted = clamped if b.is_empty is None else clamped & ~b.is_empty
+                    num_clamped += counted.sum()
                     z, known = torch.where(clamped, seen, z), known.masked_fill(clamped, 0.0)
                     control.e0 = control.e0.masked_fill(clamped, 0.0)
-                    unweighted = 1.0 / lists.dense_weight[lists.tail]
-                    e[:, lists.tail] *= torch.where(clamped.unsqueeze(1), unweighted, 1.0)
+                    e[:, lists.tail] *= torch.where(clamped.unsqueeze(1), lists.unweighted(), 1.0)
                 z = z + known
             log_z = z.log() + shift
             log_partition[b.at] = log_z
@@ -189,10 +192,9 @@ class CandidatePass(Pass):
                 continue
 
             assert positions.weight is not None
-            share = positions.weight
-            share = share if share.dim() == 0 else share[b.at]
+            share = b.share_of(positions.weight)
             if whole is not None:
-                log_z = whole[b.at]
+                log_z = whole[b.read]
                 z = (log_z - shift).exp()
             per_row = terms.of_partition(share, log_z) / z
             list_factor = per_row
@@ -210,7 +212,7 @@ class CandidatePass(Pass):
             gradients.add(b, e, list_factor, label_grad, of_mean)
 
         gradients.finish()
-        return Sums(log_partition, label_logit, num_clamped), gradients
+        return Sums(log_partition[:count], label_logit[:count], num_clamped), gradients
 
 
 def candidate_variance(
@@ -234,7 +236,8 @@ def candidate_variance(
     Returns:
         Two ``[P]`` tensors.
     """
-    lists, post = Lists(head, positions, candidates), head.post
+    is_static = needs_static_shapes(positions.labels.device)
+    lists, post = Lists(head, positions, candidates, is_static=is_static), head.post
     if chosen is None:
         chosen = torch.arange(len(positions), device=log_partition.device)
     plain = lists.dense_rows.new_zeros(len(chosen))
@@ -251,7 +254,7 @@ def candidate_variance(
         h, bucket = head.extend(positions.hidden[at], lists.dtype), lists.bucket_of[at]
         x = h @ lists.tail_rows.T
         column = lists.label_column[at].unsqueeze(1) - lists.num_shared
-        left_out = torch.arange(lists.num_tail, device=x.device) == column
+        left_out = (torch.arange(lists.num_tail, device=x.device) == column) | (w == 0)
         if lists.own_tail is not None:
             left_out |= lists.own_tail[bucket]
         shift = log_partition[at].unsqueeze(1)

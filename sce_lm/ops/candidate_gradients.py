@@ -22,12 +22,19 @@ class CandidateGradients:
         width = lists.dense_rows.shape[1]
         labels = lists.positions.labels
         if self.with_hidden:
-            self.hidden = lists.dense_rows.new_empty(len(labels), width)
+            self.hidden = lists.dense_rows.new_empty(len(labels) + 1, width)
+            """``[N + 1, D]``: the last row is for empty places."""
             # Products with the candidates' rows meet their weights here.
             self.weighted_rows = lists.dense_rows * lists.dense_weight.unsqueeze(1)
         if self.with_head:
-            # Labels that are elsewhere make a row -1, which stays 0 until it is dropped.
-            self.ids = torch.unique(torch.cat([lists.dense, labels, lists.items.reshape(-1)]))
+            touched = torch.cat([lists.dense, labels, lists.items.reshape(-1)])
+            if lists.is_static:
+                # Repeated; only the first place of a class takes part until the end. A label that
+                # is elsewhere adds nothing to the row of class 0.
+                self.ids = touched.clamp_min(0).sort().values
+            else:
+                # Labels that are elsewhere make a row -1, which stays 0 until it is dropped.
+                self.ids = torch.unique(touched)
             self.num_frozen = lists.head.num_frozen(needs.head)
             width -= self.num_frozen
             self.rows = lists.dense_rows.new_zeros(len(self.ids), width)
@@ -37,7 +44,7 @@ class CandidateGradients:
             self.everywhere = lists.dense_rows.new_zeros(1, width)
 
     def slots(self, ids: torch.Tensor) -> torch.Tensor:
-        return torch.searchsorted(self.ids, ids)
+        return torch.searchsorted(self.ids, ids.clamp_min(0) if self.lists.is_static else ids)
 
     def add(
         self,
@@ -107,21 +114,28 @@ class CandidateGradients:
             if lists.head.masked is not None:
                 of_ids = of_ids * lists.takes_part(self.ids).unsqueeze(1)
             self.rows += of_ids
-            self.rows[self.slots(lists.dense[: lists.num_shared])] -= self.everywhere
+            certain = slice(lists.num_shared)
+            back = lists.dense_weight[certain].unsqueeze(1) * self.everywhere
+            self.rows.index_add_(0, self.slots(lists.dense[certain]), back, alpha=-1.0)
             if lists.bucket_size:
                 bucket = torch.arange(len(lists.items), device=lists.items.device).unsqueeze(1)
                 holds = share.new_zeros(len(self.ids), len(share))
                 holds[self.slots(lists.items), bucket.expand_as(lists.items)] = 1.0
                 self.rows.addmm_(holds, share, alpha=-1.0)
-        elsewhere = int(torch.count_nonzero(self.ids[:1] < 0))
-        self.ids, self.rows = self.ids[elsewhere:], self.rows[elsewhere:]
+        if not lists.is_static:
+            elsewhere = int(torch.count_nonzero(self.ids[:1] < 0))
+            self.ids, self.rows = self.ids[elsewhere:], self.rows[elsewhere:]
+        else:
+            self.rows = self.rows[self.slots(self.ids)]
 
     def of_inputs(self, factor: torch.Tensor | None = None) -> OfInputs:
         """Gradients of hidden states (``[N, D]``, in the dtype of the computation), weight,
         low_rank and bias, times ``factor`` (None: 1), which is worked into the sums."""
         grad_hidden, of_head = None, [None] * 3
         if self.with_hidden:
-            grad_hidden = self.hidden if factor is None else self.hidden.mul_(factor)
+            grad_hidden = self.hidden[:-1]
+            if factor is not None:
+                grad_hidden.mul_(factor)
         if self.with_head:
             rows, everywhere = self.rows, self.everywhere
             if factor is not None:

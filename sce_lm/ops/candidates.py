@@ -17,7 +17,8 @@ class Candidates:
     """
 
     shared: torch.Tensor
-    """``[S]`` int64: in every position's sum, with certainty."""
+    """``[S]`` int64: in every position's sum, with certainty. -1 marks the empty places, which
+    are the last ones, where shapes are static (:mod:`sce_lm.ops.static_shapes`)."""
     tail: torch.Tensor
     """``[m]`` int64: in every position's sum with weight ``exp(c)``."""
     tail_log_weights: torch.Tensor

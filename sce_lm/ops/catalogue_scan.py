@@ -6,6 +6,7 @@ import torch
 
 from sce_lm.ops.dispatch import Backend, kernels
 from sce_lm.ops.head import Head
+from sce_lm.ops.static_shapes import needs_static_shapes
 
 TILE_ELEMENTS = 2**23
 """Scores held at a time (32 MiB in fp32)."""
@@ -25,7 +26,7 @@ def catalogue_topk(
         queries: ``[Q, d]``; ``[Q, d + r]`` for a head with a low-rank operand.
         head: the output head; its transform of the logits takes no part.
         size: K; at most V minus the excluded classes.
-        excluded: ``[E]`` distinct int64 ids that no query may take.
+        excluded: ``[E]`` int64 ids that no query may take.
         backend: :data:`~sce_lm.ops.dispatch.Backend`.
 
     Returns:
@@ -43,6 +44,10 @@ def catalogue_topk(
     q, q_low = queries[:, : weight.shape[1]].to(weight.dtype), queries[:, weight.shape[1] :]
     scores = torch.empty(num_queries, 0, device=weight.device)
     ids = torch.empty(num_queries, 0, dtype=torch.int64, device=weight.device)
+    offset = None
+    if excluded is not None and needs_static_shapes(weight.device):
+        offset = torch.zeros(vocab_size, device=weight.device)
+        offset.index_fill_(0, excluded, -torch.inf)
     for start in range(0, vocab_size, tile):
         stop = min(start + tile, vocab_size)
         s = (q @ weight[start:stop].T).float()
@@ -50,7 +55,9 @@ def catalogue_topk(
             s += q_low.to(low_rank.dtype) @ low_rank[start:stop].T
         if bias is not None:
             s += bias[start:stop]
-        if excluded is not None:
+        if offset is not None:
+            s += offset[start:stop]
+        elif excluded is not None:
             here = excluded[(excluded >= start) & (excluded < stop)]
             s[:, here - start] = -torch.inf
         top = torch.topk(s, min(size, stop - start), dim=1, sorted=False)

@@ -21,9 +21,12 @@ class Rest:
         num_buckets = len(lists.items)
         total = lists.head.row_sum() if row_sum is None else row_sum
         self.lists = lists
-        self._total = total - lists.dense_rows[: lists.num_shared].sum(dim=0)
-        count = lists.head.num_classes - lists.num_shared - lists.bucket_size
-        self.size = lists.dense_rows.new_full((num_buckets,), count)
+        certain = lists.dense_rows[: lists.num_shared]
+        if lists.is_static:
+            certain = certain * lists.dense_weight[: lists.num_shared].unsqueeze(1)
+        self._total = total - certain.sum(dim=0)
+        count = lists.head.num_classes - lists.num_certain - lists.bucket_size
+        self.size = lists.dense_rows.new_ones(num_buckets) * count
         """``[n_b]`` |R|."""
         tail_weight = lists.dense_weight[lists.tail].unsqueeze(0)
         if lists.own_tail is not None:
@@ -37,7 +40,7 @@ class Rest:
         if lists.bucket_size == 0:
             self.set_means(slice(0, 1), lists.dense_rows.new_zeros(1, 0, len(self._total)))
 
-    def set_means(self, buckets: list[int] | slice, item_rows: torch.Tensor) -> None:
+    def set_means(self, buckets: torch.Tensor | list[int] | slice, item_rows: torch.Tensor) -> None:
         """Fill in the mean rows of some buckets from the rows ``[b, K_b, d]`` of their lists."""
         rest = self._total - item_rows.sum(dim=1)
         size = self.size[buckets].clamp_min(1.0).unsqueeze(1)

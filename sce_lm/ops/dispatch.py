@@ -42,7 +42,7 @@ def kernels(
     Raises:
         ValueError: backend "triton", and the kernels cannot run.
     """
-    if backend == "torch" or (backend == "auto" and device.type != "cuda"):
+    if backend == "torch" or (backend == "auto" and device.type == "cpu"):
         return None
     reason, found = _find(operation, *inputs)
     if reason is not None and backend == "triton":

@@ -29,6 +29,7 @@ from sce_lm.ops.head import Head, Needs
 from sce_lm.ops.head_loss import Found, Gradients, OfInputs, Pass, head_loss
 from sce_lm.ops.logit_stream import LogitGradient, LogitStream
 from sce_lm.ops.positions import Positions
+from sce_lm.ops.static_shapes import needs_static_shapes
 
 BLOCK_ELEMENTS = 5 * 2**22
 """Logits held at a time by blocks of positions (80 MiB in fp32)."""
@@ -167,10 +168,12 @@ def _by_blocks(
 def _has_largest(s, y, ties_with_best):
     """Whether the label's logit is the largest and no class before it has the same, ``[n]`` bool.
 
-    Only positions whose label ties with the best are looked at for classes before it: a search for
-    the largest logit and its place takes four times as long as one for its value.
+    On a CPU only positions whose label ties with the best are looked at for classes before it: a
+    search for the largest logit and its place takes four times as long as one for its value.
     """
     hits = ties_with_best.squeeze(1)
+    if needs_static_shapes(s.device):
+        return hits & (s.argmax(dim=1) == y[:, 0])
     where = hits.nonzero().squeeze(1)
     hits[where] = s[where].argmax(dim=1) == y[where, 0]
     return hits

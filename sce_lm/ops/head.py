@@ -16,6 +16,7 @@ from torch.nn.functional import pad
 
 from sce_lm.ops.gradient_memory import gradient_memory, row_sum
 from sce_lm.ops.logits import LogitTransform
+from sce_lm.ops.static_shapes import needs_static_shapes
 
 EVERYTHING = slice(None)
 """Index of all rows."""
@@ -153,11 +154,13 @@ class Head(NamedTuple):
 
         Args:
             needs: which of them need one.
-            ids: ``[U]`` distinct, ascending.
+            ids: ``[U]`` ascending, and distinct; where shapes are static an id may stand several
+                times, each time with the same row.
             rows: ``[U, D - num_frozen]`` gradient of the rows at ``ids``.
             everywhere: ``[1, D - num_frozen]`` that of all other rows, the masked ones aside, whose
                 gradient is 0; None: 0.
-            sparse: give that of the weight as a coalesced sparse tensor of ``rows`` alone.
+            sparse: give that of the weight as a sparse tensor of ``rows`` alone, coalesced if ids
+                are distinct.
         """
         others = [None] * 3 if everywhere is None else self.split(needs, everywhere)
         found: list[torch.Tensor | None] = []
@@ -165,7 +168,11 @@ class Head(NamedTuple):
             if part is None or mine is None:
                 found.append(None)
             elif sparse and part is self.weight:
-                found.append(sparse_gradient(part, ids, mine))
+                is_distinct = not needs_static_shapes(ids.device)
+                if not is_distinct:  # entries of a sparse tensor add up
+                    is_repeat = pad(ids[1:] == ids[:-1], (1, 0))
+                    mine = mine.masked_fill(is_repeat.unsqueeze(1), 0.0)
+                found.append(sparse_gradient(part, ids, mine, is_coalesced=is_distinct))
             else:
                 found.append(self._dense_gradient(part, ids, mine, rest))
         return found
@@ -192,12 +199,15 @@ class Head(NamedTuple):
         return [0 if part is None else part[:1].numel() for part in self.tensors]
 
 
-def sparse_gradient(like: torch.Tensor, ids: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """``rows`` at the distinct ascending ``ids`` as a coalesced sparse tensor like ``like``."""
+def sparse_gradient(
+    like: torch.Tensor, ids: torch.Tensor, rows: torch.Tensor, *, is_coalesced: bool = True
+) -> torch.Tensor:
+    """``rows`` at the ascending ``ids``, which are distinct if it is coalesced, as a sparse tensor
+    like ``like``."""
     return torch.sparse_coo_tensor(
         ids.unsqueeze(0),
         rows.to(like.dtype),
         like.shape,
-        is_coalesced=True,
+        is_coalesced=is_coalesced,
         check_invariants=False,
     )

@@ -9,6 +9,7 @@ pass finds the first one's gradients used up. What is specific to a loss is a :c
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import replace
 from typing import NamedTuple, Protocol
 
 import torch
@@ -72,6 +73,7 @@ def head_loss(
         positions.labels,
         positions.weight,
         positions.terms,
+        positions.is_valid,
         head[3:],
         run,
         torch.is_grad_enabled(),
@@ -90,15 +92,16 @@ class _HeadLoss(torch.autograd.Function):
         labels,
         position_weight,
         terms,
+        is_valid,
         rest_of_head,
         run,
         grad_enabled,
     ):
         ctx.needs = Needs.of(ctx, grad_enabled)
         ctx.run, ctx.rest_of_head = run, rest_of_head
-        ctx.position_weight, ctx.terms = position_weight, terms
+        ctx.position_weight, ctx.terms, ctx.is_valid = position_weight, terms, is_valid
         now = NOTHING if position_weight is None else ctx.needs
-        positions = Positions(hidden, labels, position_weight, terms)
+        positions = Positions(hidden, labels, position_weight, terms, is_valid)
         found = run.forward(Head(weight, low_rank, bias, *rest_of_head), positions, now)
         ctx.gradients = found.gradients if now else None
         ctx.mark_non_differentiable(*found.others)
@@ -115,7 +118,8 @@ class _HeadLoss(torch.autograd.Function):
         if gradients is None:
             if ctx.position_weight is not None:
                 factor = factor * ctx.position_weight
-            positions = Positions(hidden, labels, factor, ctx.terms)
+            positions = Positions(hidden, labels, None, ctx.terms, ctx.is_valid)
+            positions = replace(positions, weight=positions.valid(factor))
             gradients, factor = ctx.run.backward(head, positions, ctx.needs, kept), None
         grad_hidden, *of_head = gradients.of_inputs(factor)
         if grad_hidden is not None:
@@ -124,4 +128,4 @@ class _HeadLoss(torch.autograd.Function):
             None if gradient is None or part is None else gradient.to(part.dtype)
             for gradient, part in zip(of_head, head.tensors)
         ]
-        return grad_hidden, *of_head, *[None] * 6
+        return grad_hidden, *of_head, *[None] * 7

@@ -33,6 +33,7 @@ from sce_lm.ops.dtypes import compute_dtype
 from sce_lm.ops.head import Head, Needs
 from sce_lm.ops.head_loss import Found, OfInputs, Pass, head_loss
 from sce_lm.ops.positions import LossTerms, Positions
+from sce_lm.ops.static_shapes import needs_static_shapes
 
 BLOCK_ELEMENTS = 2**22
 """Elements of the gathered rows, or logits, of a block of positions (16 MiB in fp32)."""
@@ -136,16 +137,23 @@ class _Binary(NamedTuple):
 
 
 class _Touched:
-    """A call's distinct rows of W, and where each position's label and candidates lie in them."""
+    """A call's distinct rows of W (with static shapes all of them, or some repeated), and where
+    each position's label and candidates lie in them."""
 
     def __init__(self, head: Head, positions: Positions, candidates: PositionCandidates) -> None:
         self.head, self.hidden, labels = head, positions.hidden, positions.labels
         self.labels, self.candidates = labels, candidates
         self.dtype = compute_dtype(positions.hidden, head.weight)
         self.is_shared = len(candidates.ids) == 1 and len(labels) > 1
-        self.touched, slots = torch.unique(
-            torch.cat([labels, candidates.ids.reshape(-1)]), return_inverse=True
-        )
+        flat = torch.cat([labels, candidates.ids.reshape(-1)])
+        self.is_repeated = needs_static_shapes(flat.device) and len(flat) < head.vocab_size
+        if self.is_repeated:
+            self.touched = flat.sort().values
+            slots = self.slots(flat)
+        elif needs_static_shapes(flat.device):
+            self.touched, slots = torch.arange(head.vocab_size, device=flat.device), flat
+        else:
+            self.touched, slots = torch.unique(flat, return_inverse=True)
         label, listed = slots[: len(labels), None], slots[len(labels) :].view_as(candidates.ids)
         self.own = label if self.is_shared else torch.cat([label, listed], dim=1)
         """``[N, P]`` slots of what a position alone has: its label first."""
@@ -153,6 +161,10 @@ class _Touched:
         """``[K]`` slots of the shared list."""
         self.rows = head.rows(self.touched, self.dtype)
         self.common_rows = self.rows[self.common]
+
+    def slots(self, ids: torch.Tensor) -> torch.Tensor:
+        """The first place of each id among the touched rows."""
+        return torch.searchsorted(self.touched, ids)
 
     def extend(self, positions: slice) -> torch.Tensor:
         """Hidden states, with a 1 that meets the bias."""
@@ -207,7 +219,7 @@ class _Gradients(NamedTuple):
     head: Head
     needs: Needs
     touched: torch.Tensor
-    """``[U]`` their ids, ascending."""
+    """``[U]`` their ids, ascending, and distinct unless shapes are static."""
     sparse: bool
     hidden: torch.Tensor
     rows: torch.Tensor
@@ -261,6 +273,8 @@ class PositionPass(Pass):
         grad_rows = p.rows.new_empty(0, p.rows.shape[1])
         if needs_rows:
             grad_rows = p.row_gradient(g_own, num_frozen).index_add_(0, p.common, grad_common)
+            if p.is_repeated:
+                grad_rows = grad_rows[p.slots(p.touched)]
         sparse = self.candidates.sparse_grad
         gradients = _Gradients(head, needs, p.touched, sparse, grad_hidden, grad_rows)
         return Found(losses, (log_partition,), gradients)

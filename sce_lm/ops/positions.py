@@ -43,7 +43,7 @@ class LossTerms:
 
 @dataclass(frozen=True, slots=True)
 class Positions:
-    """N positions that all have a label, what each one's loss weighs, and its terms."""
+    """N positions that have a label, what each one's loss weighs, and its terms."""
 
     hidden: torch.Tensor
     """``[N, d]``, fp16, bf16, fp32 or fp64; ``[N, d + r]`` for a head with a low-rank operand,
@@ -56,10 +56,24 @@ class Positions:
     each position, ``[N]``."""
     terms: LossTerms = LossTerms()
     """Of a softmax's loss; a binary one has none of them."""
+    is_valid: torch.Tensor | None = None
+    """``[N]`` bool: which positions have a label, where shapes are static
+    (:mod:`sce_lm.ops.static_shapes`). The others have hidden states of 0, label 0 and weight 0, and
+    are part of nothing. None: all have one."""
 
     def __len__(self) -> int:
         return len(self.labels)
 
+    @property
+    def num_valid(self) -> int | torch.Tensor:
+        """Positions with a label: a number, or 0-dim int64 on the device."""
+        return len(self) if self.is_valid is None else self.is_valid.sum()
+
+    def valid(self, values: torch.Tensor) -> torch.Tensor:
+        """``[N]`` values, 0 where there is no label (their own may be infinite)."""
+        return values if self.is_valid is None else values.masked_fill(~self.is_valid, 0)
+
     def reduce(self, losses: torch.Tensor) -> torch.Tensor:
         """What is asked of ``[N]`` losses: their weighted sum, or themselves."""
+        losses = self.valid(losses)
         return losses if self.weight is None else (losses * self.weight).sum()

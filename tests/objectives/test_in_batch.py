@@ -70,7 +70,8 @@ def test_streaming_gaps_are_the_formula_and_follow_a_drift():
 
     def see(*labels, keep=True):
         ids, occurrences = torch.unique(torch.tensor(labels), return_counts=True)
-        return streaming_frequency(state, ids, occurrences, 6, 0.25, keep=keep).tolist()
+        found = streaming_frequency(state, ids, occurrences, len(labels), 6, 0.25, keep=keep)
+        return found.tolist()
 
     assert see(1, 1, 2, 3) == pytest.approx([2 / 4, 1 / 4, 1 / 4])  # first met: its share so far
     assert see(1, 0, keep=False) == pytest.approx([1 / 6, 1 / (0.75 * 2 + 0.25 * 2)])

@@ -96,7 +96,7 @@ HOST_CODE = {
     ],
     "sparse gradient": lambda: sparse_gradient(floats(V, D), ids(9), floats(9, D)),
     "state": a_state,
-    "streaming": lambda: streaming_frequency(SCEState(), ids(9), ids(9), V, 0.1, keep=True),
+    "streaming": lambda: streaming_frequency(SCEState(), ids(9), ids(9), 9, V, 0.1, keep=True),
 }
 
 

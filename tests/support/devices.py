@@ -1,4 +1,4 @@
-"""A device that is not here: tensors without memory, by the device "meta" or as fakes of "cuda"."""
+"""A device that is not here: tensors without memory, on "meta" or as fakes of another."""
 
 from __future__ import annotations
 
@@ -10,6 +10,9 @@ import torch
 from torch._subclasses import FakeTensorMode
 
 DEVICES = ("meta", "cuda")
+CARD = "lazy"
+"""A device whose fakes a build for CPUs can slice and differentiate, as it cannot those of "cuda":
+autograd looks for no stream there."""
 
 
 @contextmanager
@@ -21,7 +24,7 @@ def absent(device: str) -> Iterator[None]:
         return
     with FakeTensorMode():
         try:
-            torch.empty(2, device="cuda")[:1]
+            torch.empty(2, device=device)[:1]
         except RuntimeError:
             pytest.skip("this build of torch cannot slice fakes of a card that is not there")
         yield

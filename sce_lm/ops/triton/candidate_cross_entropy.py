@@ -22,6 +22,7 @@ from sce_lm.ops.candidates import Candidates
 from sce_lm.ops.head import Head, sparse_gradient
 from sce_lm.ops.logits import LogitTransform
 from sce_lm.ops.positions import LossTerms, Positions
+from sce_lm.ops.static_shapes import needs_static_shapes
 from sce_lm.ops.triton.backward_pass import backward_pass, normalised
 from sce_lm.ops.triton.candidate_forward import list_sums
 from sce_lm.ops.triton.candidate_lists import Strata, candidate_lists
@@ -232,7 +233,12 @@ def _backward(
     if not needs_weight:
         return grad_hidden, none.clone(), none.clone(), labels.new_empty(0)
 
-    listed = [members.ids.reshape(-1) for members in lists if members.ids is not None]
+    # As they are in the lists: the empty places of the shared one name no row.
+    listed = [
+        shared if members.kind == "shared" else members.ids.reshape(-1)
+        for members in lists
+        if members.ids is not None
+    ]
     touched = touched_rows(torch.cat(listed), labels)
     everywhere = bias_everywhere = None
     if passed_on is not None:
@@ -262,6 +268,9 @@ def _backward(
         bias_everywhere=bias_everywhere,
         compact=sparse_grad,
     )
+    if sparse_grad and needs_static_shapes(ids.device):
+        is_row = ids >= 0
+        ids, grad_weight = ids[is_row], grad_weight[is_row]
     if masked is not None and everywhere is not None and bias_everywhere is not None:
         # The mean does not reach them; merging has brought it to those that are labels.
         is_label = torch.zeros(len(weight), dtype=torch.bool, device=labels.device)

@@ -15,6 +15,8 @@ from typing import Literal, NamedTuple
 
 import torch
 
+from sce_lm.ops.static_shapes import needs_static_shapes
+
 
 @dataclass(frozen=True)
 class CandidateList:
@@ -46,7 +48,7 @@ class CandidateList:
 
 
 class Strata(NamedTuple):
-    """The tensors of :class:`sce_lm.ops.candidate_cross_entropy.Candidates`."""
+    """The tensors of :class:`sce_lm.ops.candidates.Candidates`."""
 
     shared: torch.Tensor
     tail: torch.Tensor
@@ -55,6 +57,12 @@ class Strata(NamedTuple):
     bucket_of: torch.Tensor | None
     bucket_log_weights: torch.Tensor | None
     masked: torch.Tensor | None = None
+
+    @property
+    def num_shared(self) -> int | torch.Tensor:
+        """Shared candidates, empty places aside: a number, or 0-dim on the device."""
+        shared = self.shared
+        return (shared >= 0).sum() if needs_static_shapes(shared.device) else len(shared)
 
 
 class PositionTiles(NamedTuple):
@@ -96,7 +104,12 @@ def candidate_lists(candidates: Strata, num_positions: int) -> list[CandidateLis
     order, bounds = _everyone(num_positions, shared.device)
     lists = []
     if len(shared):
-        lists.append(CandidateList(len(shared), shared, order, bounds))
+        ids, weights = shared, None
+        if needs_static_shapes(shared.device):  # empty places among them
+            ids = shared.clamp_min(0)
+            weights = torch.zeros(1, len(shared), device=shared.device)
+            weights = weights.masked_fill_(shared < 0, -torch.inf)
+        lists.append(CandidateList(len(shared), ids, order, bounds, weights))
     if len(tail):
         c = c.float().unsqueeze(0)
         if items is not None:  # an item of the position's own bucket is not in its rest

@@ -164,6 +164,8 @@ def architecture_of(device: torch.device) -> Architecture | None:
 
 @lru_cache
 def _found(device: torch.device) -> Architecture | None:
+    if device.type != "cuda":
+        return None
     if torch.version.hip is not None:
         name = torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
         return ARCHITECTURES.get(name)

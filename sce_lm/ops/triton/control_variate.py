@@ -10,12 +10,13 @@ product of h with the mean row of R, the same for all positions of a bucket.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 
 from sce_lm.ops.logits import LogitTransform
+from sce_lm.ops.static_shapes import needs_static_shapes
 from sce_lm.ops.triton.candidate_forward import ListSums
 from sce_lm.ops.triton.candidate_lists import Strata
 from sce_lm.ops.triton.row_dot import row_dot
@@ -29,8 +30,8 @@ ROW_SUM_CHUNK = 256
 class Rest:
     """R of each bucket; one for all positions without buckets."""
 
-    size: int
-    """|R|."""
+    size: int | torch.Tensor
+    """|R|: a number, or 0-dim on the device."""
     rows: torch.Tensor
     """``[n_b, d]`` fp32: mean of R's rows of W."""
     bias: torch.Tensor | None
@@ -38,12 +39,17 @@ class Rest:
     bucket_of: torch.Tensor
     """``[N]`` int64."""
 
+    @property
+    def divisor(self) -> int | torch.Tensor:
+        """Of a mean over R."""
+        return self.size.clamp_min(1) if torch.is_tensor(self.size) else max(self.size, 1)
 
-def rest_size(strata: Strata, vocab_size: int) -> int:
+
+def rest_size(strata: Strata, vocab_size: int) -> int | torch.Tensor:
     """|R|: what neither the shared list nor a bucket's own holds."""
     own = 0 if strata.bucket_items is None else strata.bucket_items.shape[1]
     masked = 0 if strata.masked is None else len(strata.masked)
-    return vocab_size - len(strata.shared) - own - masked
+    return vocab_size - own - masked - strata.num_shared
 
 
 def rest_of(
@@ -69,10 +75,14 @@ def rest_of(
         if bias is not None:
             finite = bias if masked is None else bias.index_fill(0, masked, 0.0)
             total = torch.cat([total, finite.sum(dtype=torch.float32).view(1)])
-    rows = (total[:width] - _long_sum(weight, shared)).float().unsqueeze(0)
+    certain = _long_sum(weight, shared, strata.num_shared)
+    rows = (total[:width] - certain).float().unsqueeze(0)
     biases = None
     if bias is not None:
-        biases = (total[width:] - bias[shared].sum(dtype=torch.float32)).float()
+        certain = bias[shared]
+        if needs_static_shapes(shared.device):
+            certain = certain.masked_fill(shared < 0, 0.0)
+        biases = (total[width:] - certain.sum(dtype=torch.float32)).float()
     bucket_of = torch.zeros_like(labels)
     if items is not None and strata.bucket_of is not None:
         bucket_of = strata.bucket_of
@@ -80,15 +90,18 @@ def rest_of(
         rows = rows - row_sum(weight, items.reshape(-1), edges)
         if biases is not None and bias is not None:
             biases = biases - bias[items].sum(dim=1, dtype=torch.float32)
-    size = rest_size(strata, len(weight))
-    divisor = max(size, 1)
-    return Rest(size, rows / divisor, None if biases is None else biases / divisor, bucket_of)
+    rest = Rest(rest_size(strata, len(weight)), rows, biases, bucket_of)
+    biases = None if biases is None else biases / rest.divisor
+    return replace(rest, rows=rows / rest.divisor, bias=biases)
 
 
-def _long_sum(weight: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    """``[d]`` fp32 sum of the rows at a long list of ids."""
+def _long_sum(
+    weight: torch.Tensor, ids: torch.Tensor, count: int | torch.Tensor | None = None
+) -> torch.Tensor:
+    """``[d]`` fp32 sum of the rows at the first ``count`` (None: all) of a long list of ids."""
+    count = len(ids) if count is None else count
     chunks = torch.arange(0, len(ids) + ROW_SUM_CHUNK, ROW_SUM_CHUNK, device=weight.device)
-    return row_sum(weight, ids, chunks.clamp_max_(len(ids))).sum(dim=0)
+    return row_sum(weight, ids, chunks.clamp_max_(count)).sum(dim=0)
 
 
 def outside_lists(labels: torch.Tensor, strata: Strata, vocab_size: int) -> torch.Tensor:
@@ -139,12 +152,17 @@ class Control:
 
     def shift(self, shift: torch.Tensor) -> torch.Tensor:
         """The exponent to take out, so that e0 stays in range too."""
-        return shift.maximum(self.g_mean) if self.rest_size else shift
+        return shift.maximum(self.least_shift())
+
+    def least_shift(self) -> torch.Tensor:
+        """g(m), -inf where R is empty."""
+        if torch.is_tensor(self.rest_size):
+            return self.g_mean.masked_fill(self.rest_size == 0, -torch.inf)
+        return self.g_mean if self.rest_size else torch.full_like(self.g_mean, -torch.inf)
 
     def add_to(self, z: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
         """Zhat with the known part, both over ``exp shift``."""
-        if self.rest_size:
-            self.e0 = (self.g_mean - shift).exp()
+        self.e0 = (self.least_shift() - shift).exp()
         return z + self.e0 * (self.rest_size - self.a0 - self.slope * self.spread)
 
     def clamp(self, z: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
@@ -183,8 +201,7 @@ def mean_gradient(hidden: torch.Tensor, grad_mean: torch.Tensor, rest: Rest) -> 
     by_bucket, order = torch.sort(rest.bucket_of, stable=True)
     edges = torch.arange(len(rest.rows) + 1, device=hidden.device)
     bounds = torch.searchsorted(by_bucket, edges)
-    divisor = max(rest.size, 1)
     return MeanGradient(
-        row_sum(hidden, order, bounds, grad_mean) / divisor,
-        row_sum(grad_mean.unsqueeze(1), order, bounds).squeeze(1) / divisor,
+        row_sum(hidden, order, bounds, grad_mean) / rest.divisor,
+        row_sum(grad_mean.unsqueeze(1), order, bounds).squeeze(1) / rest.divisor,
     )

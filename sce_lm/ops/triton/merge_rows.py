@@ -30,7 +30,7 @@ class TouchedRows(NamedTuple):
 
 
 def touched_rows(slot_ids: torch.Tensor, labels: torch.Tensor) -> TouchedRows:
-    """Sort what touches rows of W: slots by their ids, positions by their labels."""
+    """Sort what touches rows of W: slots by their ids, -1 for none, positions by their labels."""
     ids, entry = torch.sort(torch.cat([slot_ids, labels]), stable=True)
     is_new = torch.ones_like(ids, dtype=torch.bool)
     is_new[1:] = ids[1:] != ids[:-1]
@@ -67,6 +67,8 @@ def merge_rows_kernel(
         return
     end = tl.load(start + segment + 1)
     item = tl.load(ids + first)
+    if item < 0:  # empty places
+        return
     row = item
     if COMPACT:
         row = segment

@@ -16,11 +16,10 @@ def device_supported(device: torch.device) -> str | None:
     They run on CUDA and ROCm devices of the architectures in
     :mod:`~sce_lm.ops.triton.configurations`, and on the CPU under ``TRITON_INTERPRET=1``.
     """
-    if device.type == "cuda":
-        known = architecture_of(device) is not None
-        return None if known else "this device has no launch configurations"
-    if device.type == "cpu" and knobs.runtime.interpret:
+    if architecture_of(device) is not None or (device.type == "cpu" and knobs.runtime.interpret):
         return None
+    if device.type == "cuda":
+        return "this device has no launch configurations"
     return f"tensors on {device.type!r} need a GPU, or TRITON_INTERPRET=1"
 
 
