@@ -53,7 +53,8 @@ def test_the_core_needs_nothing_else(tmp_path, code, more):
 
 def test_the_benchmark_of_the_loss_needs_nothing_else(tmp_path):
     sizes = ("--tokens", 48, "--vocab", 300, "--dim", 8, "--repeats", 1)
-    methods = ("--methods", "stock", "liger", "sce-tail", "--draws", 1)  # each takes processes of its own
+    # Each method takes processes of its own.
+    methods = ("--methods", "stock", "liger", "sce-tail", "--draws", 1)
     result = run(
         tmp_path, NOT_IN_THE_CORE, "scripts/benchmark.py", "loss", *sizes, *methods, network=False
     )
