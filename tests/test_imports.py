@@ -28,11 +28,13 @@ MAY_IMPORT = {
         *("training", "hf", "distributed", "objectives", "candidates"),
         *("config", "files", "png", "ops"),
     },
+    "__main__": {"commands"},
 }
+MAY_IMPORT["commands"] = {*MAY_IMPORT} - {"__main__"}
 """What each part of the package may import from the others."""
 
 ONLY_IN = {
-    "transformers": {"hf", "recsys", "training", "benchmarks"},
+    "transformers": {"hf", "recsys", "training", "benchmarks", "commands"},
     "peft": {"hf", "training"},
     "trl": {"hf", "benchmarks"},
     "datasets": {"recsys", "training"},

@@ -52,8 +52,9 @@ def test_the_core_needs_nothing_else(tmp_path, code, more):
 
 
 def test_the_benchmark_of_the_loss_needs_nothing_else(tmp_path):
-    sizes = ("--tokens", 48, "--vocab", 300, "--dim", 8, "--candidates", 32, "--repeats", 1)
-    methods = ("--methods", "liger,tail", "--draws", 1)  # each takes processes of its own
+    sizes = ("--tokens", 48, "--vocab", 300, "--dim", 8, "--repeats", 1)
+    # Each method takes processes of its own.
+    methods = ("--methods", "stock", "liger", "sce-tail", "--draws", 1)
     result = run(
         tmp_path, NOT_IN_THE_CORE, "scripts/benchmark.py", "loss", *sizes, *methods, network=False
     )
@@ -66,7 +67,7 @@ def test_the_benchmark_of_the_loss_needs_nothing_else(tmp_path):
     ("command", "said"),
     [
         (("scripts/train.py", "none.yaml"), "train.py: sce_lm.training needs accelerate,"),
-        (("scripts/evaluate.py", "none"), "evaluate.py: evaluate.py needs accelerate,"),
+        (("scripts/evaluate.py", "none"), "evaluate.py: sce_lm.training needs accelerate,"),
         (("scripts/recommend.py", "none", "--history", "a"), "recommend.py: sce_lm.recsys needs"),
         (("scripts/benchmark.py", "train", "none.yaml"), "benchmark.py: sce_lm.training needs"),
     ],

@@ -1,4 +1,4 @@
-"""What `scripts/benchmark.py` measures: one module a subcommand.
+"""What `sce-lm benchmark` measures: one module a subcommand.
 
 Such a module has ``add_arguments(parser)``, ``measure(arguments)``, which returns comparisons of
 :mod:`sce_lm.benchmarks.results`, and ``TABLES`` and ``PLOTS`` that show them; its docstring is the

@@ -95,7 +95,7 @@ def add_problem_options(parser: argparse.ArgumentParser, *, needs_model: bool) -
         type=Path,
         metavar="DIR",
         required=needs_model,
-        help="the model: a run of scripts/train.py, or a folder of transformers",
+        help="the model: a run of sce-lm train, or a folder of transformers",
     )
     parser.add_argument("--gguf", metavar="NAME", help="GGUF file in that folder with the model")
     parser.add_argument("--text", type=Path, metavar="FILE", help=TEXT)

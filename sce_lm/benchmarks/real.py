@@ -44,7 +44,7 @@ def real_problem(
 
     Args:
         folder: where the problem goes.
-        source: a run of scripts/train.py, or a folder with a model of transformers.
+        source: a run of sce-lm train, or a folder with a model of transformers.
         positions: labels wanted; the state has counted those of as many sequences as that at most.
         dtype: of the model.
         gguf: name of a GGUF file in ``source`` that holds the model.
@@ -122,7 +122,7 @@ def load_model(path: Path, dtype: str, gguf: str | None) -> Any:
     if not (path / (gguf or "config.json")).is_file():
         raise ValueError(
             f"{path} has no {gguf or 'config.json'}; expected the folder of a finished run of "
-            "scripts/train.py, or one written by save_pretrained; check the path."
+            "sce-lm train, or one written by save_pretrained; check the path."
         )
     return models.load_model(path, dtype=dtype, **_file(gguf))
 

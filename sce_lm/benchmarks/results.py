@@ -46,7 +46,7 @@ class Results:
     """The file."""
 
     subcommand: str
-    """Of scripts/benchmark.py: whose tables show it."""
+    """Of sce-lm benchmark: whose tables show it."""
     comparisons: list[Comparison]
     command: str = ""
     """As it was typed."""
@@ -102,8 +102,10 @@ def provenance(device: str, *, shared: bool = False) -> dict[str, Any]:
             found[package] = version(package)
         except PackageNotFoundError:
             continue
+    is_installed = Path(sys.argv[0]).stem in ("sce-lm", "__main__")
+    program = ["sce-lm"] if is_installed else ["python", os.path.relpath(sys.argv[0], ROOT)]
     return {
-        "command": shlex.join(["python", *(os.path.relpath(sys.argv[0], ROOT), *sys.argv[1:])]),
+        "command": shlex.join([*program, *sys.argv[1:]]),
         "commit": _commit(),
         "date": datetime.date.today().isoformat(),
         "machine": machine(device) | {"shared": shared},

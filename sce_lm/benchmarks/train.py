@@ -1,6 +1,6 @@
 """The same model, data order and schedule trained by several methods and seeds.
 
-For each configuration of scripts/train.py a table of the loss's cost and of test metrics that are
+For each configuration of sce-lm train a table of the loss's cost and of test metrics that are
 exact whatever was trained; with several seeds, means and standard deviations. `configured` is the
 configuration's own objective. Runs that are finished are not trained again, and one that was
 stopped goes on from its checkpoint. Each configuration's folder has curves.png (against steps,
@@ -28,7 +28,7 @@ DEFAULT += ("bir", "xir", "kernel-sampling", "rece")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the subcommand."""
-    parser.add_argument("configs", nargs="+", type=Path, help="configurations of scripts/train.py")
+    parser.add_argument("configs", nargs="+", type=Path, help="configurations of sce-lm train")
     methods.add_options(parser, DEFAULT)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="one run for each")
     parser.add_argument("--steps", type=int, help="max_steps, a tenth of them to warm up")

@@ -3,7 +3,7 @@
     objective.json                   name and options; `objectives.from_dict` builds it again
     sce_state_rank0.safetensors      what one process counted so far, one file a process
 
-`SCECallback` writes both into every checkpoint of the Trainer; `scripts/train.py` writes the
+`SCECallback` writes both into every checkpoint of the Trainer; `sce-lm train` writes the
 options into its run folder and the state into its checkpoints. The weights stay those of a stock
 model, so a folder is loaded in two lines:
 
@@ -54,7 +54,7 @@ def load_objective(folder: str | os.PathLike, rank: int = 0) -> Objective:
     if not file.is_file():
         raise FileNotFoundError(
             f"{file} does not exist; give a folder that SCECallback, save_objective or "
-            "scripts/train.py wrote, or build the objective with objectives.get(...)."
+            "sce-lm train wrote, or build the objective with objectives.get(...)."
         )
     options = read_json(file)
     if not isinstance(options, dict) or "name" not in options:

@@ -8,7 +8,7 @@ A list is the k best of all items by the model's own logits, equal scores in the
 catalogue; the catalogue is scored a tile at a time (`sce_lm.recsys.scoring`). Items that the
 tokenizer does not know are skipped and counted. A user of whose history nothing is known gets the
 most popular items, marked as such, where the tokenizer carries the counts of a training (that of a
-run of scripts/train.py does), and else an empty list.
+run of sce-lm train does), and else an empty list.
 """
 
 from collections.abc import Iterable

@@ -19,8 +19,10 @@ COMMAND_LINE = "the command line"
 """What messages call it."""
 
 
-def parse_config(arguments: Sequence[str]) -> TrainConfig:
+def parse_config(arguments: Sequence[str], prog: str | None = None) -> TrainConfig:
     """The configuration of `[CONFIG.yaml] [--field value ...]`.
+
+    `prog` is what --help calls the command.
 
     The command line goes over the file, and the file over the defaults. The last of several values
     that the command line gives to a field counts, as is usual there; a file may give one.
@@ -33,7 +35,7 @@ def parse_config(arguments: Sequence[str]) -> TrainConfig:
     if arguments and not arguments[0].startswith("-"):
         file, *arguments = arguments
         in_file = _read_file(Path(file))
-    told = _read_arguments(arguments)
+    told = _read_arguments(arguments, prog)
     kinds = get_type_hints(TrainConfig)
     try:
         return TrainConfig(
@@ -76,9 +78,9 @@ def _read_file(path: Path) -> dict[str, Any]:
     return content
 
 
-def _read_arguments(arguments: Sequence[str]) -> dict[str, Any]:
+def _read_arguments(arguments: Sequence[str], prog: str | None) -> dict[str, Any]:
     """The fields that are set, as :func:`read_yaml` would give them."""
-    found, unknown = _Parser().parse_known_args(arguments)
+    found, unknown = _Parser(prog).parse_known_args(arguments)
     if unknown and unknown[0].startswith("--"):
         _check_name(unknown[0].removeprefix("--").split("=")[0].replace("-", "_"), COMMAND_LINE)
     if unknown:
@@ -108,9 +110,10 @@ def _check_name(name: str, where: str) -> None:
 class _Parser(argparse.ArgumentParser):
     """Takes `--field value ...` as text; what it means is decided where the file's values are."""
 
-    def __init__(self) -> None:
+    def __init__(self, prog: str | None) -> None:
         super().__init__(
-            usage="train.py CONFIG.yaml [--field value ...]",
+            prog,
+            usage="%(prog)s CONFIG.yaml [--field value ...]",
             description="Values on the command line go over those of the file.",
             allow_abbrev=False,
             argument_default=argparse.SUPPRESS,

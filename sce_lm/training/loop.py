@@ -1,4 +1,4 @@
-"""The training loop behind scripts/train.py, on one process or several."""
+"""The training loop behind sce-lm train, on one process or several."""
 
 import math
 import statistics

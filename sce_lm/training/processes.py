@@ -8,6 +8,12 @@ puts torchrun, which is what accelerate starts on GPUs, in its own place.
 import os
 import sys
 from pathlib import Path
+from typing import Any
+
+from sce_lm.requirements import require
+from sce_lm.training import NEEDED
+
+require("sce_lm.training", *NEEDED)
 
 import psutil
 from accelerate import Accelerator
@@ -50,11 +56,20 @@ def start_missing_processes() -> None:
         return
     workers = ["--standalone", "--nproc-per-node", str(processes)]
     torchrun = [sys.executable, "-m", "torch.distributed.run", *workers]
-    os.execv(sys.executable, [*torchrun, *sys.argv])
+    module = sys.modules["__main__"].__spec__  # None: a file was started
+    program = ["-m", module.name.removesuffix(".__main__")] if module else sys.argv[:1]
+    os.execv(sys.executable, [*torchrun, *program, *sys.argv[1:]])
 
 
 SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
 """Ways to run in which a process holds parts of the parameters."""
+
+
+def build_accelerator(**options: Any) -> Accelerator:
+    """An Accelerator with these options, checked by :func:`check_processes`."""
+    accelerator = Accelerator(**options)
+    check_processes(accelerator)
+    return accelerator
 
 
 def check_processes(accelerator: Accelerator) -> None:

@@ -27,7 +27,7 @@ from sce_lm.training.memory_prediction import estimate_memory
 from sce_lm.training.metrics_file import CHANGED, MetricsLog
 from sce_lm.training.models import add_lora, build_model
 from sce_lm.training.optimizers import build_optimizer, check_optimizer, make_row_sparse
-from sce_lm.training.processes import check_processes
+from sce_lm.training.processes import build_accelerator
 from sce_lm.training.resuming import changed_fields, comparable, describe_changes
 from sce_lm.training.run_folder import RunFolder
 from sce_lm.training.stored_data import store
@@ -79,13 +79,12 @@ def _start_processes(config: TrainConfig, objective: Objective) -> Accelerator:
         )
     trackers: list[Any] = [*config.trackers]
     timeout = InitProcessGroupKwargs(timeout=timedelta(seconds=config.process_timeout))
-    accelerator = Accelerator(
+    accelerator = build_accelerator(
         mixed_precision=config.mixed_precision,
         log_with=trackers or None,
         project_dir=config.output_dir,
         kwargs_handlers=[timeout],
     )
-    check_processes(accelerator)
     check_optimizer(config.optimizer, objective, accelerator.distributed_type)
     return accelerator
 

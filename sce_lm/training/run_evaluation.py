@@ -153,7 +153,7 @@ def _run_config(run: RunFolder) -> TrainConfig:
         if not needed.exists():
             raise ValueError(
                 f"{run} has no {needed.name}; expected the folder of a finished run of "
-                "scripts/train.py; check the path, or let the run come to its end."
+                "sce-lm train; check the path, or let the run come to its end."
             )
     return TrainConfig(**run.fields())
 

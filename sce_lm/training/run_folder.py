@@ -10,7 +10,7 @@
     stored_data/                    what was derived from them: split, tokenizer, held-out text
     model/                          the trained model and tokenizer, for from_pretrained
     summary.json                    the figures at the end; it is there when the run is finished
-    evaluation*.json                figures of `scripts/evaluate.py`, and of a recommender
+    evaluation*.json                figures of `sce-lm evaluate`, and of a recommender
     popularity.png                  the popularity of what it recommends
     .lock, .lock.json               while a process trains here (`lock`)
 

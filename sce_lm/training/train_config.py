@@ -15,9 +15,9 @@ from functools import partial
 from typing import Any, Literal, get_type_hints
 
 from sce_lm.requirements import require
+from sce_lm.training import NEEDED
 
-require("sce_lm.training", "accelerate", "datasets", "polars", "psutil", "rich", "tqdm", "yaml")
-
+require("sce_lm.training", *NEEDED)
 
 from sce_lm import objectives
 from sce_lm.recsys.events import Duplicates

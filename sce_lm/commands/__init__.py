@@ -1,0 +1,50 @@
+"""The command `sce-lm`: one module a subcommand, and only the chosen one is imported.
+
+Such a module has ``main(prog, arguments)``, which returns the exit status, or None for 0; `prog` is
+what its messages begin with. Naming it in ``COMMANDS`` is all that it takes.
+"""
+
+import difflib
+import importlib
+import sys
+from collections.abc import Sequence
+
+COMMANDS = {
+    "init": "Write a configuration to start from, with every field explained.",
+    "train": "Train a causal language model or a recommender on item tokens.",
+    "evaluate": "Evaluate a trained model.",
+    "recommend": "Recommend items for raw histories.",
+    "benchmark": "Measure losses over a large vocabulary.",
+    "demo": "Compare three losses on data made from the installed Python packages.",
+}
+"""What each does, in a line."""
+
+WRONG_ARGUMENTS = 2
+"""The exit status that argparse has for them."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int | None:
+    """`sce-lm COMMAND ...`; without arguments those of this process."""
+    name, *rest = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    if name in COMMANDS:
+        return run(name, f"sce-lm {name}", rest)
+    if name in ("-h", "--help"):
+        print("usage: sce-lm COMMAND ...\n")
+        for command, about in COMMANDS.items():
+            print(f"  {command:<10} {about}")
+        print("\n`sce-lm COMMAND --help` lists its options.")
+        return None
+    (nearest,) = difflib.get_close_matches(name, COMMANDS, n=1, cutoff=0.0)
+    print(
+        f"sce-lm: there is no command {name!r}; did you mean {nearest!r}? See sce-lm --help.",
+        file=sys.stderr,
+    )
+    return WRONG_ARGUMENTS
+
+
+def run(name: str, prog: str, arguments: Sequence[str]) -> int | None:
+    """One command; what it raises for the user to read ends the process in a sentence."""
+    try:
+        return importlib.import_module(f"sce_lm.commands.{name}").main(prog, arguments)
+    except (ValueError, OSError, ImportError) as error:
+        sys.exit(f"{prog}: {error}")
