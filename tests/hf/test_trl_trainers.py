@@ -4,7 +4,7 @@ TRL's trainers take log-probabilities from a head of their own (since TRL 1.16) 
 Either way a patched model must give the stock model's figures and form no logits.
 """
 
-from contextlib import nullcontext
+from typing import Any
 
 import pytest
 import torch
@@ -52,7 +52,9 @@ def model(patched, seed=0):
 
 
 def numbers(count=16):
-    return [(f"add {i} to x:", f" return x + {i}", f" return the sum {i} x x") for i in range(count)]
+    return [
+        (f"add {i} to x:", f" return x + {i}", f" return the sum {i} x x") for i in range(count)
+    ]
 
 
 def pairs():
@@ -96,18 +98,19 @@ class Logs(TrainerCallback):
     def __init__(self):
         self.logs = []
 
-    def on_log(self, args, state, control, logs=None, **kwargs):
+    def on_log(self, args, state, control, logs: Any = None, **kwargs):
         self.logs.append({k: v for k, v in logs.items() if not any(t in k for t in TIMES)})
 
 
-def run(case, patched, tokenizer, folder):
-    """The trainer, what it logged, and the most rows of logits it formed outside generation."""
+def build(case, patched, tokenizer, folder, **arguments):
+    """A trainer, and the list that it logs to."""
     name, data, options, reference = CASES[case]
     defaults = {
         "max_steps": 3,
         "per_device_train_batch_size": BATCH,
         "per_device_eval_batch_size": BATCH,
-        "learning_rate": 1e-3,
+        "learning_rate": 1e-2,
+        "optim": "sgd",
         "lr_scheduler_type": "constant",
         "logging_steps": 1,
         "save_strategy": "no",
@@ -117,8 +120,10 @@ def run(case, patched, tokenizer, folder):
         "disable_tqdm": True,
         "dataloader_pin_memory": False,
     }
-    logs, policy = Logs(), model(patched)
-    arguments = {"reward_funcs": letters} if data is prompts else {}
+    logs = Logs()
+    policy: Any = model(patched)
+    if data is prompts:
+        arguments["reward_funcs"] = letters
     if reference == "model":
         arguments["ref_model"] = model(patched, seed=1)
     elif reference == "adapter":
@@ -140,18 +145,19 @@ def run(case, patched, tokenizer, folder):
             return generate(*args, **kwargs)
 
     policy.generate = uncounted
-    torch.manual_seed(0)
-    with RowsOfLogits(VOCAB_SIZE) as rows:
-        trainer.train()
-        trainer.evaluate()
-    return trainer, logs.logs, rows.most
+    return trainer, logs.logs
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_trainer_equals_stock_and_forms_no_logits(case, tokenizer, tmp_path):
-    stock, want, _ = run(case, False, tokenizer, tmp_path)
-    patched, got, rows = run(case, True, tokenizer, tmp_path)
-    assert rows <= 1
+    stock, want = build(case, False, tokenizer, tmp_path)
+    patched, got = build(case, True, tokenizer, tmp_path)
+    for trainer in (stock, patched):
+        torch.manual_seed(0)
+        with RowsOfLogits(VOCAB_SIZE) as rows:
+            trainer.train()
+            trainer.evaluate()
+    assert rows.most <= 1
     assert [set(entry) for entry in got] == [set(entry) for entry in want]
     assert sum("loss" in entry for entry in got) == 3
     assert any("eval_loss" in entry for entry in got)
@@ -160,3 +166,25 @@ def test_trainer_equals_stock_and_forms_no_logits(case, tokenizer, tmp_path):
             assert a[metric] == pytest.approx(b[metric], rel=1e-5, abs=1e-5), metric
     for p, q in zip(patched.model.parameters(), stock.model.parameters()):
         torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("case", ["dpo", "kto"])
+@pytest.mark.filterwarnings("ignore:.*are deprecated:FutureWarning")
+def test_metrics_of_the_users_own_form_no_logits(case, tokenizer, tmp_path):
+    """For them TRL runs the model once more and takes its logits."""
+    results = []
+    for patched in (False, True):
+        trainer, _ = build(
+            case,
+            patched,
+            tokenizer,
+            tmp_path,
+            compute_metrics=lambda p: {"ids": p.predictions.mean()},
+        )
+        trainer.preprocess_logits_for_metrics = lambda logits, labels: logits.argmax(-1)
+        with RowsOfLogits(VOCAB_SIZE) as rows:
+            results.append(trainer.evaluate())
+        assert (rows.most <= 1) == patched
+    want, got = results
+    assert got["eval_ids"] == pytest.approx(want["eval_ids"])
+    assert got["eval_loss"] == pytest.approx(want["eval_loss"], rel=1e-5)
