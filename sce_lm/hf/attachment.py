@@ -173,7 +173,8 @@ class Attachment:
         if missing:
             why = (
                 "its forward does something to the head's output that is no bias, scale or soft "
-                "cap, or a trainer has replaced its forward."
+                "cap and needs full logits, or a trainer has put a forward with a loss of its own "
+                "in place of it, as TRL's do."
             )
             if self.other_adapter is not None:
                 why = (
@@ -182,7 +183,7 @@ class Attachment:
                     "modules_to_save work there; or leave the head out of target_modules."
                 )
             self.observed.warn_once(
-                f"{type(model).__name__} computed its loss from full logits, without the objective "
+                f"{type(model).__name__} computed its loss without the objective "
                 f"{self.observed.objective.name!r}: {why} The result is the stock loss."
             )
         elif not self.is_lazy:

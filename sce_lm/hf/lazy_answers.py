@@ -24,8 +24,8 @@ import torch
 from torch.nn import functional
 
 from sce_lm.hf.asked_logits import AskedLogits, Unanswered
-from sce_lm.hf.logit_operations import full_index, named, result_dtype
-from sce_lm.hf.recorded_logits import Reading
+from sce_lm.hf.logit_operations import named, result_dtype
+from sce_lm.hf.recorded_logits import Reading, full_index
 from sce_lm.hf.reduced_rows import Found
 
 LOG_PROBABILITIES, PROBABILITIES = "log_softmax", "softmax"

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from sce_lm.hf.recorded_logits import SHAPING, RecordedLogits
+from sce_lm.hf.recorded_logits import SHAPING, RecordedLogits, full_index
 
 # A handler gets (func, args, kwargs) and returns NotImplemented where the logits are needed.
 
@@ -207,14 +207,20 @@ def _getitem(func, args, kwargs):
     return x._view(("getitem", index), lambda rows: rows[by_dimension])
 
 
-def full_index(entries: tuple, dim: int) -> tuple | None:
-    """An entry for each of ``dim`` dimensions, or None; each entry takes one up."""
-    ellipses = [i for i, entry in enumerate(entries) if entry is Ellipsis]
-    missing = dim - (len(entries) - len(ellipses))
-    if missing < 0 or len(ellipses) > 1:
-        return None
-    at = ellipses[0] if ellipses else len(entries)
-    return (*entries[:at], *[slice(None)] * missing, *entries[at + 1 :])
+def _index_select(func, args, kwargs):
+    """Rows at indices along a leading dimension, a copy."""
+    return _index_select_of(*args, **kwargs)
+
+
+def _index_select_of(input, dim, index):
+    if torch.compiler.is_compiling() or not _lazy(input) or index.dim() != 1:
+        return NotImplemented
+    dim = dim + input.dim() if dim < 0 else dim
+    if not 0 <= dim < input.dim() - 1:
+        return NotImplemented
+    step = ("getitem", (*[slice(None)] * dim, index.clone()))
+    at = index.to(input._hidden.device, copy=True)
+    return input._record(step, input.dtype, lambda rows: rows.index_select(dim, at))
 
 
 def _pieces(func, args, kwargs):
@@ -373,6 +379,7 @@ def _handlers() -> dict[Callable, Callable]:
     put(partial(_form, "softmax"), softmax)
     put(_exp, named("exp"))
     put(_getitem, [torch.Tensor.__getitem__])
+    put(_index_select, named("index_select"))
     put(_pieces, named("unbind", "split", "chunk"))
     put(_reshape, [torch.Tensor.view, *named("reshape", "flatten")])
     put(_detach, named("detach"))

@@ -247,6 +247,16 @@ SHAPING = {"to", "getitem", "view", "reshape", "clone", "contiguous", "detach"}
 """Steps that leave the value of every logit as it is."""
 
 
+def full_index(entries: tuple, dim: int) -> tuple | None:
+    """An entry for each of ``dim`` dimensions, or None; each entry takes one up."""
+    ellipses = [i for i, entry in enumerate(entries) if entry is Ellipsis]
+    missing = dim - (len(entries) - len(ellipses))
+    if missing < 0 or len(ellipses) > 1:
+        return None
+    at = ellipses[0] if ellipses else len(entries)
+    return (*entries[:at], *[slice(None)] * missing, *entries[at + 1 :])
+
+
 @dataclass(frozen=True, slots=True)
 class Reading:
     """What steps amount to: ``factor · form(post(x + bias)) · times``, with x the head's result."""

@@ -114,6 +114,10 @@ ANSWERS = {
     "mean_log_probability": lambda x: x.log_softmax(-1).mean(dim=-1),
     "detached": lambda x: x.detach().logsumexp(-1) + x.sum(-1),
     "masked": lambda x: x[tiny_batch()["labels"] > 80].log_softmax(-1).gather(-1, ids(19, 1)),
+    "index_select": lambda x: x[:, 1:].index_select(0, torch.tensor([2, 0])).logsumexp(-1),
+    "index_select_repeated": lambda x: (
+        torch.index_select(x, -2, ids(B * T) % T).log_softmax(-1).gather(-1, ids(B, B * T, 1))
+    ),
     "halves": lambda x: torch.cat([half.logsumexp(-1) for half in x.chunk(2, dim=1)], dim=1),
     "cross_entropy": lambda x: functional.cross_entropy(
         x[:, :-1].reshape(-1, VOCAB_SIZE), labels_with_gaps(B * (T - 1))
@@ -330,6 +334,8 @@ FORMED = {
     "one_class": lambda x: x[..., 7],
     "classes": lambda x: x.log_softmax(-1)[:, :, 3:9],
     "changed": lambda x: (x.log_softmax(-1) * 2.0).logsumexp(-1),
+    "index_select_classes": lambda x: x.index_select(-1, ids(4)),
+    "index_select_formed": lambda x: x.index_select(1, torch.tensor([3, 3, 1])).softmax(-1) ** 2,
     "partial_gather": lambda x: x.gather(-1, ids(B, T - 2, 2)),
     "exponential": lambda x: x.exp().sum(-1),
     "soft_labels": lambda x: functional.cross_entropy(
@@ -355,8 +361,9 @@ def test_errors_are_those_of_torch():
         lambda x: functional.cross_entropy(
             x.view(-1, VOCAB_SIZE), torch.full((B * T,), VOCAB_SIZE)
         ),
+        lambda x: x.index_select(0, torch.tensor([-1])),
     ):
-        with pytest.raises((RuntimeError, IndexError), match="out of bounds"):
+        with pytest.raises((RuntimeError, IndexError), match=r"out of (bounds|range)"):
             ask(LazyLogits.from_head(head, hidden))
 
 
