@@ -73,6 +73,7 @@ def test_loss(tmp_path):
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_of_a_shared_machine_no_seconds_are_kept(tmp_path):
     sizes = ("--tokens", 32, "--vocab", 200, "--dim", 8, *ONCE, "--draws", 1)
     path = tmp_path / "loss.json"

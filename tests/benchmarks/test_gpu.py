@@ -16,6 +16,7 @@ from sce_lm.benchmarks.peers import PEERS
 from sce_lm.benchmarks.results import Results
 
 
+@pytest.mark.slow
 def test_a_part_that_crashes_or_hangs_is_survived(tmp_path, capsys):
     start_server("support.parts")
     outlived = tmp_path / "outlived"

@@ -818,7 +818,10 @@ def test_data_parallel_replica_is_refused():
         model(**tiny_batch())
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma2", "granite", "mixtral"])
+@pytest.mark.parametrize(
+    "name",
+    ["gemma2", *(pytest.param(n, marks=pytest.mark.slow) for n in ("llama", "granite", "mixtral"))],
+)
 def test_compiled_model_equals_stock(name):
     """The graph breaks at the head, what is traced after it stays lazy, and the loss is ours."""
     torch._dynamo.reset()

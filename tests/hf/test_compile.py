@@ -64,9 +64,7 @@ IN_ONE_GRAPH = [name for name in NAMES if name != "mixtral"]
 """Mixtral takes a lock in its own forward, which breaks the stock model's graph as well."""
 
 
-@pytest.mark.parametrize(
-    "name", [n if n == "gemma2" else pytest.param(n, marks=SLOW) for n in IN_ONE_GRAPH]
-)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=SLOW) for n in IN_ONE_GRAPH])
 def test_equals_stock_in_one_graph(name):
     stock, patched = exact_pair(name)
     compiled = in_one_graph(patched)

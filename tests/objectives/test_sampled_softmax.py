@@ -82,10 +82,7 @@ def plant(error, monkeypatch):
             monkeypatch.setattr(module, name, uncorrected)
     elif error == "label twice":
         block, make = Lists.block, module.PositionCandidates
-        nowhere = torch.empty(0, dtype=torch.int64)
-        monkeypatch.setattr(
-            Lists, "block", lambda *args: block(*args)._replace(is_label=(nowhere, nowhere))
-        )
+        monkeypatch.setattr(Lists, "block", lambda *args: block(*args)._replace(label_columns=[]))
         monkeypatch.setattr(
             module, "PositionCandidates", lambda *args, **fields: make(*args, True, **fields)
         )

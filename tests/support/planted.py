@@ -28,13 +28,12 @@ def plant(error: str, monkeypatch: pytest.MonkeyPatch) -> Callable[[Candidates],
     """Put one error into the library; returns what to do to the candidates of a draw."""
     init, block, rows, row_sum = Lists.__init__, Lists.block, Head.rows, Head.row_sum
 
-    def all_of_the_tail(lists, *args):
-        init(lists, *args)
+    def all_of_the_tail(lists, *args, **options):
+        init(lists, *args, **options)
         lists.own_tail = torch.zeros_like(lists.own_tail)
 
     def no_label_mask(*args):
-        nowhere = torch.empty(0, dtype=torch.int64)
-        return block(*args)._replace(is_label=(nowhere, nowhere))
+        return block(*args)._replace(label_columns=[])
 
     def without_bias(head, *args):
         return row_sum(head._replace(bias=torch.zeros_like(head.bias)), *args)

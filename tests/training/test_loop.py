@@ -113,7 +113,7 @@ def test_bf16_and_gradient_checkpointing_run(corpus, tmp_path):
     assert next(iter(parameters(tmp_path).values())).dtype == torch.float32
 
 
-@pytest.mark.parametrize("objective", ["exact", "sce"])
+@pytest.mark.parametrize("objective", [pytest.param("exact", marks=pytest.mark.slow), "sce"])
 def test_a_killed_run_resumes_bit_for_bit(corpus, tmp_path, objective):
     """SIGKILL in the middle of 30 steps, with dropout, accumulation and (sce) sampling."""
     fields = lm_fields(

@@ -95,6 +95,7 @@ def test_one_process_may_take_its_lock_again(corpus, tmp_path):
     assert not (tmp_path / "run" / ".lock").exists()
 
 
+@pytest.mark.slow
 def test_a_full_disk_at_a_checkpoint(corpus, tmp_path):
     """The largest file that the second process may write is smaller than the optimiser's state."""
     folder = tmp_path / "run"
