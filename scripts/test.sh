@@ -12,15 +12,12 @@ cd "$(dirname "$0")/.."
 source scripts/environment.sh
 make_environment
 
-# Kernels in the interpreter and compiled, conformance, ranks, training and comparing on real parts.
+# Kernels in the interpreter and compiled, ranks, and comparisons of real trainings.
 important=(
     tests/ops/triton/test_interpreted.py
     tests/ops/triton/test_compile.py::test_each_kernel_compiles
-    tests/hf/test_conformance.py
     tests/hf/test_distributed.py
-    tests/test_distributed.py::test_it_is_the_loss_of_one_process
     tests/test_distributed.py::test_its_estimator_is_unbiased
-    tests/training/test_distributed.py
     tests/benchmarks/test_commands.py
     tests/benchmarks/test_comparison.py
 )

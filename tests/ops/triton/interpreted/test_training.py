@@ -13,7 +13,7 @@ import sce_lm.objectives.sce as sce_objective
 from sce_lm import apply_sce, objectives
 from sce_lm.ops import dispatch
 from sce_lm.ops.head import Head
-from sce_lm.ops.positions import Positions
+from sce_lm.ops.positions import LossTerms, Positions
 from sce_lm.ops.triton.candidate_cross_entropy import candidate_cross_entropy
 from sce_lm.ops.triton.exact_cross_entropy import exact_cross_entropy
 
@@ -174,11 +174,14 @@ def test_operations_are_registered_for_the_compiler(case):
         None,
         c.control_variate,
         False,
+        0.1,
+        0.1,
     )
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(torch.ops.sce_lm.candidate_forward, arguments, test_utils=checks)
-    head = (*problem[:2], problem.bias, problem.labels, 1.0, None)
-    torch.library.opcheck(torch.ops.sce_lm.exact_forward, head, test_utils=checks)
+    ids = problem.labels.unsqueeze(1)
+    rows = (*problem[:2], problem.bias, ids, 1.0, None, True, True, True)
+    torch.library.opcheck(torch.ops.sce_lm.row_reductions_forward, rows, test_utils=checks)
 
 
 def test_selections_are_registered_for_the_compiler():
@@ -192,9 +195,10 @@ def test_selections_are_registered_for_the_compiler():
 
 def test_a_compiled_call_is_one_graph():
     problem, _, candidates = draw(CASES[0])
+    terms = LossTerms()  # the compiler cannot make a dataclass's default itself
 
     def loss(hidden, weight):
-        head, positions = Head(weight), Positions(hidden * 2.0, problem.labels)
+        head, positions = Head(weight), Positions(hidden * 2.0, problem.labels, terms=terms)
         result = candidate_cross_entropy(head, positions, candidates)
         exact = exact_cross_entropy(head, positions)
         return result.loss.mean() + exact.loss.mean()
