@@ -17,7 +17,7 @@ its k best classes and their log-probabilities (:mod:`sce_lm.ops.teachers`; file
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -30,6 +30,7 @@ from sce_lm.objectives.base import (
     check_inputs,
     connected_zero,
     scatter_to,
+    weight_of_each,
 )
 from sce_lm.objectives.call import Call
 from sce_lm.objectives.compile_operator import outside_graphs
@@ -187,12 +188,11 @@ def distillation_loss(
         loss = connected_zero(head, hidden, sparse).to(dtype)
         return loss + hidden.new_zeros(shape, dtype=dtype) if reduction == "none" else loss
 
-    weight = None
+    positions = Positions(hidden[valid], flat_labels[valid])
     if reduction != "none":
         count = valid.numel() if reduction == "mean" else 1
         count = count if num_items_in_batch is None else num_items_in_batch
-        weight = hidden.new_ones((), dtype=dtype) / torch.as_tensor(count).to(hidden.device, dtype)
-    positions = Positions(hidden[valid], flat_labels[valid], weight)
+        positions = replace(positions, weight=weight_of_each(positions, count, None, dtype))
     theirs = _teacher(teacher, temperature, valid, dtype, head.vocab_size)
     # Autocast would round the logits; the losses choose their own dtype.
     with torch.autocast(hidden.device.type, enabled=False):

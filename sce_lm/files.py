@@ -48,6 +48,12 @@ def data_files(folder: Path) -> list[Path]:
     )
 
 
+def in_one_line(error: BaseException, most: int = 300) -> str:
+    """What an error says, for a sentence of ours: one line of so many characters at most, without
+    the full stop."""
+    return " ".join(str(error).split())[:most].rstrip(".")
+
+
 def read_json(path: Path) -> Any:
     """The value of a JSON file.
 
@@ -58,10 +64,9 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        reason = " ".join(str(error).split())[:200]
         raise ValueError(
-            f"{path} cannot be read as JSON ({reason}); it was damaged or is another file; put the "
-            "one back that was written."
+            f"{path} cannot be read as JSON ({in_one_line(error, 200)}); it was damaged or is "
+            "another file; put the one back that was written."
         ) from None
 
 

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from sce_lm.distillation import StoredTopK
-from sce_lm.files import replacing
+from sce_lm.files import in_one_line, replacing
 
 FORMAT = "sce_lm.teacher.1"
 
@@ -90,10 +90,9 @@ def read_teacher(path: str | Path) -> StoredTopK:
         if rest not in ("ghost", "uniform", "drop") or not 0 < temperature < math.inf:
             raise ValueError(f"rest is {rest!r} and temperature {temperature}")
     except Exception as error:
-        reason = " ".join(str(error).split())[:200]
         raise ValueError(
-            f"{path} is no stored teacher ({type(error).__name__}: {reason}); give a file that "
-            "write_teacher wrote."
+            f"{path} is no stored teacher ({type(error).__name__}: {in_one_line(error, 200)}); "
+            "give a file that write_teacher wrote."
         ) from None
     return StoredTopK(ids.long(), log_probs, rest, temperature)
 

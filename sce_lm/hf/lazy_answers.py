@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -185,58 +186,42 @@ def _total(asked: AskedLogits) -> torch.Tensor:
     return found.logit_sum - asked.x.shape[-1] * found.log_partition
 
 
-def _cross_entropy(
-    func,
-    input,
-    target,
-    weight=None,
-    size_average=None,
-    ignore_index=-100,
-    reduce=None,
-    reduction="mean",
-    label_smoothing=0.0,
-):
-    asked = AskedLogits(input, None)
-    if size_average is not None or reduce is not None:
-        raise Unanswered
-    dtype = result_dtype(_mean_cross_entropy, input)
-    return _loss(asked, target, weight, ignore_index, reduction, label_smoothing, dtype)
+def _cross_entropy(func, *args, **kwargs):
+    given = _arguments_of(func, args, kwargs)
+    return _loss(func, AskedLogits(given.input, None), given)
 
 
-def _mean_cross_entropy(x: torch.Tensor) -> torch.Tensor:
-    return functional.cross_entropy(x, torch.zeros(1, dtype=torch.int64, device=x.device))
-
-
-def _nll_loss(
-    func,
-    input,
-    target,
-    weight=None,
-    size_average=None,
-    ignore_index=-100,
-    reduce=None,
-    reduction="mean",
-):
-    asked = AskedLogits(input, LOG_PROBABILITIES)
-    if size_average is not None or reduce is not None:
-        raise Unanswered
+def _nll_loss(func, *args, **kwargs):
+    given = _arguments_of(func, args, kwargs)
+    asked = AskedLogits(given.input, LOG_PROBABILITIES)
     asked.check_bare(factor=False)
-    dtype = result_dtype(_mean_nll_loss, input)
-    return _loss(asked, target, weight, ignore_index, reduction, 0.0, dtype)
+    return _loss(func, asked, given)
 
 
-def _mean_nll_loss(x: torch.Tensor) -> torch.Tensor:
-    return functional.nll_loss(x, torch.zeros(1, dtype=torch.int64, device=x.device))
+def _arguments_of(func: Callable, args: tuple, kwargs: dict[str, Any]) -> SimpleNamespace:
+    """What a function of `torch.nn.functional` is called with, under its own names."""
+    try:
+        bound = inspect.signature(func).bind(*args, **kwargs)
+    except TypeError:  # torch says what is wrong
+        raise Unanswered from None
+    bound.apply_defaults()
+    return SimpleNamespace(**bound.arguments)
 
 
-def _loss(
-    asked: AskedLogits, labels, weight, ignore_index, reduction, label_smoothing, dtype
-) -> torch.Tensor:
+def _of_one_row(x: torch.Tensor, loss: Callable) -> torch.Tensor:
+    return loss(x, torch.zeros(1, dtype=torch.int64, device=x.device))
+
+
+def _loss(func: Callable, asked: AskedLogits, given: SimpleNamespace) -> torch.Tensor:
     """``w_y · (log Z - (1 - eps) s_y - eps/V · sum_j s_j)``, times the factor of a record of
     log-probabilities, reduced as torch does."""
+    labels, weight, reduction = given.target, given.weight, given.reduction
+    label_smoothing = getattr(given, "label_smoothing", 0.0)  # nll_loss has none
     x, vocab_size = asked.x, asked.x.shape[-1]
     if (
-        x.dim() > 2
+        given.size_average is not None  # the arguments that `reduction` stands for now
+        or given.reduce is not None
+        or x.dim() > 2
         or labels.shape != x.shape[:-1]
         or labels.dtype != torch.int64
         or reduction not in ("none", "mean", "sum")
@@ -245,7 +230,7 @@ def _loss(
     ):
         raise Unanswered
     labels = labels.to(x._hidden.device)
-    valid = labels != ignore_index
+    valid = labels != given.ignore_index
     labels = labels.masked_fill(~valid, 0)
     logit = asked.at(labels.unsqueeze(-1), logit_sum=bool(label_smoothing)).squeeze(-1)
     found = asked.found(logit_sum=bool(label_smoothing))
@@ -262,7 +247,7 @@ def _loss(
         losses = losses.sum()
     if reduction == "mean":
         losses = losses / shares.sum()
-    return asked.give(losses, dtype)
+    return asked.give(losses, result_dtype(_of_one_row, given.input, func))
 
 
 def _answers() -> dict[Callable, Callable]:

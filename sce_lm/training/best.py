@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_model, save_model
 from transformers import PreTrainedModel
 
-from sce_lm.files import replacing
+from sce_lm.files import in_one_line, replacing
 
 WEIGHTS = "model.safetensors"
 
@@ -68,10 +68,10 @@ class BestModel:
         try:
             load_model(model, path)
         except (RuntimeError, SafetensorError) as error:
-            reason = " ".join(str(error).split())[:300].rstrip(".")
             raise ValueError(
-                f"{path} does not hold the weights of the best evaluation ({reason}); delete it, "
-                "and the best is looked for from the newest checkpoint on."
+                f"{path} does not hold the weights of the best evaluation "
+                f"({in_one_line(error)}); delete it, and the best is looked for from the newest "
+                "checkpoint on."
             ) from error
 
     def is_missing(self) -> bool:

@@ -39,7 +39,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, load_model, save_file, save_model
 
-from sce_lm.files import read_json
+from sce_lm.files import in_one_line, read_json
 from sce_lm.hf.saving import state_file
 from sce_lm.training.learner import Learner
 
@@ -122,10 +122,10 @@ class Checkpoints:
         try:
             _restore_state(self.learner, checkpoint, manifest)
         except (LookupError, RuntimeError, SafetensorError, TypeError, ValueError) as error:
-            reason = " ".join(str(error).split())[:300].rstrip(".")
             raise ValueError(
-                f"The checkpoint {checkpoint} does not fit this run ({reason}); go on with the "
-                "model, data and optimizer that it was written with, or choose another output_dir."
+                f"The checkpoint {checkpoint} does not fit this run ({in_one_line(error)}); go on "
+                "with the model, data and optimizer that it was written with, or choose another "
+                "output_dir."
             ) from error
         return {name: manifest[name] for name in ("step", "batches", "processes")}
 

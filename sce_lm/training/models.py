@@ -13,6 +13,7 @@ from transformers import (
 )
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from sce_lm.files import in_one_line
 from sce_lm.requirements import require
 from sce_lm.training.kinds import nearest
 from sce_lm.training.train_config import TrainConfig
@@ -127,9 +128,8 @@ def _config(config: TrainConfig, tokenizer: PreTrainedTokenizerBase):
     try:
         return AutoConfig.for_model(model_type, **options)
     except Exception as error:  # validation errors of several libraries
-        reason = " ".join(str(error).split())[:300].rstrip(".")
         raise ValueError(
-            f"model_config is not accepted by {model_type} ({reason}); correct it."
+            f"model_config is not accepted by {model_type} ({in_one_line(error)}); correct it."
         ) from error
 
 

@@ -23,7 +23,7 @@ from pathlib import Path
 
 import polars as pl
 
-from sce_lm.files import write_json
+from sce_lm.files import in_one_line, write_json
 from sce_lm.recsys import Split
 from sce_lm.training.embedded.sources import new_folder
 from sce_lm.training.fingerprint import Fingerprint
@@ -68,7 +68,7 @@ def stored(run: RunFolder) -> Iterator[Path]:
         yield folder
     except (OSError, ValueError, KeyError, TypeError, pl.exceptions.PolarsError) as error:
         raise ValueError(
-            f"{folder} cannot be read ({' '.join(str(error).split())[:200].rstrip('.')}), which "
+            f"{folder} cannot be read ({in_one_line(error, 200)}), which "
             "holds what the run derived from its data; bring it back from a copy, or train the "
             "run again in another output_dir."
         ) from error
