@@ -4,9 +4,10 @@ import pytest
 import torch
 from support.allocations import VocabularySized
 from support.models import VOCAB_SIZE, tiny_batch, tiny_model
+from support.training import QUIET, Losses
 from torch import nn
 from torch.utils.data import SequentialSampler
-from transformers import TrainerCallback, TrainingArguments
+from transformers import TrainingArguments
 
 from sce_lm import SCEConfig, apply_sce, objectives
 from sce_lm.hf.distillation_trainer import DistillationTrainer
@@ -20,15 +21,6 @@ def examples():
     for row in range(len(batch["labels"])):  # so that the number of labels matters
         batch["labels"][row, : row % 7] = -100
     return [{n: t[row] for n, t in batch.items()} for row in range(len(batch["labels"]))]
-
-
-class Losses(TrainerCallback):
-    def __init__(self):
-        self.losses = []
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if logs and "loss" in logs:
-            self.losses.append(logs["loss"])
 
 
 class InOrder(DistillationTrainer):
@@ -51,14 +43,8 @@ def train(model, folder, teacher, **options):
         max_steps=STEPS,
         learning_rate=LEARNING_RATE,
         optim="sgd",
-        lr_scheduler_type="constant",
         max_grad_norm=0.0,
-        logging_steps=1,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        use_cpu=True,
-        dataloader_pin_memory=False,
+        **QUIET,
     )
     trainer = InOrder(
         model, arguments, teacher=teacher, train_dataset=examples(), callbacks=[losses], **options

@@ -9,8 +9,9 @@ import pytest
 import torch
 from support.allocations import RowsOfLogits, VocabularySized
 from support.models import NAMES, VOCAB_SIZE, tiny_batch, tiny_model
+from support.training import QUIET, Losses
 from support.versions import TRANSFORMERS_5
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainingArguments
 
 from sce_lm import SCEConfig, objectives
 from sce_lm.hf import (
@@ -34,31 +35,16 @@ def examples(count=16, seed=0):
     return [{name: values[row] for name, values in batch.items()} for row in range(count)]
 
 
-class Losses(TrainerCallback):
-    def __init__(self):
-        self.losses = []
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if logs and "loss" in logs:
-            self.losses.append(logs["loss"])
-
-
 def trainer(model, folder, callbacks=(), **options):
     defaults = {
+        **QUIET,
         "per_device_train_batch_size": 2,
         "per_device_eval_batch_size": 4,
         "gradient_accumulation_steps": 2,
         "max_steps": 3,
         "learning_rate": 1e-2,
         "optim": "sgd",
-        "lr_scheduler_type": "constant",
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-        "disable_tqdm": True,
-        "use_cpu": True,
         "logging_nan_inf_filter": False,
-        "dataloader_pin_memory": False,
     }
     functions = ("compute_metrics", "preprocess_logits_for_metrics", "compute_loss_func")
     more = {n: options.pop(n) for n in (*functions, "model_init") if n in options}

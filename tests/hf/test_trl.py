@@ -5,7 +5,7 @@ import warnings
 import pytest
 import torch
 from support.models import tiny_model
-from support.training import documentation, write_text
+from support.training import QUIET, documentation, write_text
 from transformers import AutoTokenizer
 
 from sce_lm import SCEConfig, objectives
@@ -46,19 +46,13 @@ def model(name="llama"):
 
 def train(trainer_class, model, tokenizer, folder, data=None, peft_config=None, **options):
     defaults = {
+        **QUIET,
         "max_steps": 4,
         "per_device_train_batch_size": 4,
         "per_device_eval_batch_size": 4,
         "max_length": 48,
         "learning_rate": 5e-3,
-        "lr_scheduler_type": "constant",
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-        "use_cpu": True,
         "bf16": False,
-        "disable_tqdm": True,
-        "dataloader_pin_memory": False,
     }
     data = texts() if data is None else data
     trainer = trainer_class(

@@ -10,7 +10,7 @@ import pytest
 import torch
 from support.allocations import RowsOfLogits
 from support.models import tiny_model
-from support.training import write_text
+from support.training import QUIET, write_text
 from torch.utils._python_dispatch import _disable_current_modes
 from transformers import AutoTokenizer, TrainerCallback
 
@@ -106,19 +106,13 @@ def build(case, patched, tokenizer, folder, **arguments):
     """A trainer, and the list that it logs to."""
     name, data, options, reference = CASES[case]
     defaults = {
+        **QUIET,
         "max_steps": 3,
         "per_device_train_batch_size": BATCH,
         "per_device_eval_batch_size": BATCH,
         "learning_rate": 1e-2,
         "optim": "sgd",
-        "lr_scheduler_type": "constant",
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-        "use_cpu": True,
         "bf16": False,
-        "disable_tqdm": True,
-        "dataloader_pin_memory": False,
     }
     logs = Logs()
     policy: Any = model(patched)

@@ -8,13 +8,35 @@ from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast, TrainerCallback
 
 from sce_lm.training.metrics_file import read_metrics
 from sce_lm.training.train_config import TrainConfig
 
+QUIET: dict[str, Any] = {
+    "lr_scheduler_type": "constant",
+    "logging_steps": 1,
+    "save_strategy": "no",
+    "report_to": "none",
+    "disable_tqdm": True,
+    "use_cpu": True,
+    "dataloader_pin_memory": False,
+}
+"""Arguments of a Trainer that logs each step, to itself alone."""
+
 MODULES = ("argparse", "ast", "asyncio", "collections", "email", "json", "logging", "unittest")
 END_OF_TEXT = "<|endoftext|>"
+
+
+class Losses(TrainerCallback):
+    """The losses that a Trainer logs."""
+
+    def __init__(self) -> None:
+        self.losses: list[float] = []
+
+    def on_log(self, args, state, control, logs=None, **kwargs) -> None:
+        if logs and "loss" in logs:
+            self.losses.append(logs["loss"])
 
 
 def documentation() -> list[str]:
