@@ -10,9 +10,10 @@ cd "$(dirname "$0")/.."
 source scripts/environment.sh
 
 # The lower bounds of pyproject.toml, with peers of their time.
-oldest=('torch==2.8.0' 'transformers==4.57.1' 'accelerate==1.11.0' 'peft==0.21.0' 'datasets==5.0.1')
-newest=('torch' 'transformers' 'accelerate' 'peft' 'datasets')
-others=('polars>=2.1' 'matplotlib>=3.9' 'pytest>=8.2' numpy hypothesis psutil pytest-xdist pyyaml
+oldest=('torch==2.8.0' 'transformers==4.57.1' 'accelerate==1.11.0' 'peft==0.21.0' 'datasets==5.0.1'
+    'numpy==2.2.6')
+newest=('torch' 'transformers' 'accelerate' 'peft' 'datasets' 'numpy')
+others=('polars>=2.1' 'matplotlib>=3.9' 'pytest>=8.2' hypothesis psutil pytest-xdist pyyaml
     rich safetensors tensorboard tqdm)
 
 which=()

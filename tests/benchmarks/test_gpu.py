@@ -2,7 +2,9 @@
 
 import json
 import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -108,7 +110,8 @@ def test_without_a_gpu_it_says_so(tmp_path):
     if torch.cuda.is_available():
         pytest.skip("there is one here")
     command = ["bash", "scripts/gpu.sh", "--json", str(tmp_path / "found")]
-    result = subprocess.run(command, env=ONE_THREAD, capture_output=True, text=True, check=False)
+    variables = ONE_THREAD | {"PATH": f"{Path(sys.executable).parent}:{ONE_THREAD['PATH']}"}
+    result = subprocess.run(command, env=variables, capture_output=True, text=True, check=False)
     assert result.returncode == 1
     assert result.stderr.startswith("gpu.sh: torch finds no GPU here")
     assert not (tmp_path / "found").exists()

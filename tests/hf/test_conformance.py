@@ -7,6 +7,7 @@ from collections import Counter
 
 import pytest
 from programs.conformance import Outcome, check, types
+from support.versions import TRANSFORMERS_5
 
 from sce_lm.objectives.exact import Exact
 
@@ -46,7 +47,8 @@ def test_other_heads(head, model_type):
 def test_what_cannot_stream_its_loss_is_equal_after_materialising():
     result = check("prophetnet")
     assert result.outcome is Outcome.MATERIALISED
-    assert result.reason == "labels, num_items_in_batch, shift_labels, evaluation"
+    counts = "num_items_in_batch, shift_labels, " if TRANSFORMERS_5 else ""
+    assert result.reason == f"labels, {counts}evaluation"
 
 
 def test_head_that_is_no_linear_layer_is_refused():
@@ -55,6 +57,7 @@ def test_head_that_is_no_linear_layer_is_refused():
     assert "Embedding" in result.reason
 
 
+@pytest.mark.skipif(not TRANSFORMERS_5, reason="transformers 4 builds a small blt")
 def test_what_cannot_be_built_has_a_reason():
     result = check("blt")
     assert result.outcome is Outcome.UNBUILDABLE

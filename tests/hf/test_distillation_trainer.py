@@ -19,7 +19,8 @@ LEARNING_RATE, TEMPERATURE = 1e-2, 2.0
 def examples():
     batch = tiny_batch(0, batch=STEPS * ACCUMULATED * ROWS, length=12)
     for row in range(len(batch["labels"])):  # so that the number of labels matters
-        batch["labels"][row, : row % 7] = -100
+        # The first label is no target, and transformers 4 counts it all the same.
+        batch["labels"][row, : 1 + row % 7] = -100
     return [{n: t[row] for n, t in batch.items()} for row in range(len(batch["labels"]))]
 
 
@@ -83,7 +84,7 @@ def test_steps_equal_the_straight_line(alpha, tmp_path):
     expected = straight_line(stock, teacher(), alpha)
     options = {"alpha": alpha, "temperature": TEMPERATURE}
     trainer, losses = train(patched, tmp_path, teacher(), **options)
-    assert losses == pytest.approx(expected, rel=1e-4)
+    assert losses == pytest.approx(expected, rel=1e-4, abs=6e-5)  # transformers 4 rounds its logs
     for (name, p), q in zip(patched.named_parameters(), stock.parameters()):
         torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5, msg=name)
     assert all(p.grad is None for p in trainer.teacher.parameters())

@@ -7,6 +7,7 @@ import torch.distributed.checkpoint as dcp
 from programs import processes
 from programs.processes import CASES, build, stock_model, train
 from support.launch import run
+from support.versions import TRANSFORMERS_5
 
 pytestmark = pytest.mark.distributed
 
@@ -17,28 +18,44 @@ RESUMED = tuple(name for name, case in CASES.items() if case.resumes)
 IN_FP32 = tuple(name for name in CASES if name not in (*BF16, *ZERO3, *RESUMED))
 
 
+def lacks(name):
+    """What this version lacks for a case, or None."""
+    engine = CASES[name].engine
+    if engine == "tp" and not TRANSFORMERS_5:
+        return "transformers 4 shards models over a mesh by other calls"
+    if engine == "fsdp" and torch.__version__.startswith("2.8."):
+        return "FSDP2 of torch 2.8 trains a stock model otherwise too, over gloo"
+    return None
+
+
+def here(names):
+    return [name for name in names if lacks(name) is None]
+
+
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
     folder = tmp_path_factory.mktemp("two")
-    run(processes.__file__, 2, folder, FAST)
+    run(processes.__file__, 2, folder, here(FAST))
     return folder
 
 
 @pytest.fixture(scope="module")
 def two_in_all_cases(tmp_path_factory):
     folder = tmp_path_factory.mktemp("two")
-    run(processes.__file__, 2, folder, (*IN_FP32, *BF16))
+    run(processes.__file__, 2, folder, here((*IN_FP32, *BF16)))
     return folder
 
 
 @pytest.fixture(scope="module")
 def four(tmp_path_factory):
     folder = tmp_path_factory.mktemp("four")
-    run(processes.__file__, 4, folder, IN_FP32)
+    run(processes.__file__, 4, folder, here(IN_FP32))
     return folder
 
 
 def assert_as_one_process(folder, name):
+    if lacks(name):
+        pytest.skip(lacks(name))
     losses, parameters = torch.load(folder / f"{name}.pt")
     model = build(CASES[name])
     assert losses == pytest.approx(train(model), rel=1e-5)
@@ -101,6 +118,8 @@ def test_sharded_checkpoint_of_two_processes_goes_on_on_four(two):
 
 @pytest.mark.parametrize("name", ["fsdp_tied", "fsdp_head_sce"])
 def test_sharded_checkpoint_loads_into_one_stock_model(two, name):
+    if lacks(name):
+        pytest.skip(lacks(name))
     _, parameters = torch.load(two / f"{name}.pt")
     model = stock_model(CASES[name], seed=5)
     state = model.state_dict()

@@ -86,15 +86,17 @@ def test_any_sequence_of_operations_equals_real_logits(names, dtype, bias):
         assert lazy.requires_grad == real.requires_grad
         if real.numel() == 0 or real.shape[-2] < 2:
             break
-    bit_for_bit = {"rtol": 0, "atol": 0, "equal_nan": True}
-    torch.testing.assert_close(lazy.reshape(lazy.shape), real, **bit_for_bit)
+    # A product of some rows is not, with every BLAS, bit for bit that of all.
+    rounding = 8 * torch.finfo(real.dtype).eps
+    equal = {"rtol": rounding, "atol": rounding, "equal_nan": True}
+    torch.testing.assert_close(lazy.reshape(lazy.shape), real, **equal)
     inputs = (hidden, *head.parameters())
     try:
         want = torch.autograd.grad(real.sum(), inputs)
     except RuntimeError:  # an in-place operation on what backward needs
         return
     got = torch.autograd.grad(lazy.sum(), inputs)
-    torch.testing.assert_close(got, want, **bit_for_bit)
+    torch.testing.assert_close(got, want, **equal)
 
 
 @pytest.mark.parametrize("name", [*RECORDED, *IN_PLACE])

@@ -11,7 +11,7 @@ from support.allocations import RowsOfLogits, VocabularySized
 from support.models import NAMES, VOCAB_SIZE, tiny_batch, tiny_model
 from support.training import QUIET, Losses
 from support.versions import TRANSFORMERS_5
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from sce_lm import SCEConfig, objectives
 from sce_lm.hf import (
@@ -404,6 +404,13 @@ def test_states_of_a_hyper_parameter_search(hp_name, tmp_path):
     assert saved_steps(tmp_path) == {**want, "checkpoint-4": 8}
 
 
+class InSearch(TrainerCallback):
+    """What the state of a trial says."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        state.is_hyper_param_search = True
+
+
 class Trials(Trainer):
     """The folders of a search, whatever library runs it."""
 
@@ -412,16 +419,12 @@ class Trials(Trainer):
     def _get_output_dir(self, trial):
         return f"{super()._get_output_dir(trial)}/run-{self.number}"
 
-    def _init_training_state(self, *args, **kwargs):
-        found = super()._init_training_state(*args, **kwargs)
-        self.state.is_hyper_param_search = True
-        return found
-
 
 def test_states_of_trials_go_where_the_trainer_saves(tmp_path):
     plain = trainer(new_model(), tmp_path, **SAVING)
     data = plain.train_dataset
     run = Trials(args=plain.args, model_init=new_model, train_dataset=data)
+    run.add_callback(InSearch())
     run.add_callback(SCECallback())
     for run.number in (3, 1, 3):  # the last one over what another search left
         without_our_warnings(run.train)
