@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from sce_lm.candidates.priority import priority_sample
+from sce_lm.candidates.priority import priority_samples
 from sce_lm.ops.head import EVERYTHING, Head
 
 PRIOR_SHARE = 0.5
@@ -31,10 +31,12 @@ def bucket_samples(
         centers: ``[n_b, d]``.
         head: the output head.
         log_prior: ``[V]`` fp64; -inf leaves a class out.
-        size: K, at most the number of classes that are not left out.
+        size: K, at most the number of classes that are not left out; where shapes are static, at
+            most V.
 
     Returns:
-        Ids ascending in each row and their log-weights, each ``[n_b, K]``.
+        Ids ascending in each row and their log-weights, each ``[n_b, K]``. Static shapes may leave
+        places empty, with the log-weight -inf and any id.
     """
     dtype = centers.dtype
     rows = head.rows(EVERYTHING, dtype)
@@ -44,9 +46,9 @@ def bucket_samples(
     for part in head.extend(centers, dtype).split(max(1, SCORES // len(rows))):
         scores = head.post((part @ rows.T).double())
         scores = torch.log_softmax(scores, dim=1) + math.log1p(-PRIOR_SHARE)
-        for own in torch.logaddexp(scores, prior).masked_fill_(left_out, -torch.inf):
-            drawn, c = priority_sample(own, size, generator, tile=len(own), backend="torch")
-            order = torch.argsort(drawn)
-            ids.append(drawn[order])
-            log_weights.append(c[order])
-    return torch.stack(ids), torch.stack(log_weights)
+        own = torch.logaddexp(scores, prior).masked_fill_(left_out, -torch.inf)
+        drawn, c = priority_samples(own, size, generator)
+        drawn, order = torch.sort(drawn, dim=1)
+        ids.append(drawn)
+        log_weights.append(c.gather(1, order))
+    return torch.cat(ids), torch.cat(log_weights)

@@ -40,7 +40,7 @@ def log_label_prior(counts: torch.Tensor, power: float, uniform_floor: float) ->
     return log_with_floor(label_prior(counts, power), uniform_floor)
 
 
-def gradient_prior(at_centers: CenterSoftmax) -> torch.Tensor:
+def gradient_prior(at_centers: CenterSoftmax, is_valid: torch.Tensor | None = None) -> torch.Tensor:
     """How long the gradient of each row of W is, as the batch's k-means centres see it.
 
         q_j  ~  | sum_k n_k share_kj c_k |
@@ -48,10 +48,14 @@ def gradient_prior(at_centers: CenterSoftmax) -> torch.Tensor:
     A tail whose inclusion probabilities are in proportion to the norms of what it stands for has
     the smallest variance. n_k is the number of centre k's positions, share what
     :class:`~sce_lm.candidates.center_softmax.CenterSoftmax` says.
+
+    Args:
+        is_valid: ``[N]`` bool: which positions there are; None: all.
     """
-    centers = at_centers.centers.double()
-    sizes = torch.bincount(at_centers.center_of, minlength=len(centers))
-    share = at_centers.share * sizes.unsqueeze(1).double()
+    centers, center_of = at_centers.centers.double(), at_centers.center_of
+    one = centers.new_ones(len(center_of)) if is_valid is None else is_valid.to(centers.dtype)
+    sizes = centers.new_zeros(len(centers)).index_add_(0, center_of, one)
+    share = at_centers.share * sizes.unsqueeze(1)
     square = ((centers @ centers.T @ share) * share).sum(dim=0)
     norm = square.clamp_min_(0.0).sqrt_()
     return norm / norm.sum().clamp_min(torch.finfo(torch.float64).tiny)

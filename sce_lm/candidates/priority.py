@@ -67,6 +67,24 @@ def priority_sample(
     return torch.cat(ids), torch.cat([c for _, c in drawn])
 
 
+def priority_samples(
+    log_proposals: torch.Tensor, size: int, generator: torch.Generator
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A sample of each row of ``log_proposals [B, V]``, one after another from the same noise.
+
+    Args:
+        size: m, at most V. A row must have as many classes with a finite ``a``; where shapes are
+            static it may have fewer, and places left over have ``c = -inf`` and any id.
+
+    Returns:
+        ``[B, m]`` int64 ids and ``[B, m]`` log-weights c >= 0, as :func:`priority_sample`.
+    """
+    if needs_static_shapes(log_proposals.device):
+        return _sample_in_place(log_proposals, size, generator)
+    ids, log_weights = zip(*(_sample_tile(row, size, generator) for row in log_proposals))
+    return torch.stack(ids), torch.stack(log_weights)
+
+
 def _sample_tile(log_proposal, size, generator):
     rank = _ranks(log_proposal, generator)
     finite = torch.isfinite(log_proposal)
@@ -79,14 +97,16 @@ def _sample_tile(log_proposal, size, generator):
 
 
 def _sample_in_place(log_proposal, size, generator):
-    """One tile whose number of classes with a finite ``a`` is not looked at: there may be fewer
-    than places."""
-    rank = pad(_ranks(log_proposal, generator), (0, 1), value=-torch.inf)
+    """A tile, or rows of them, whose number of classes with a finite ``a`` is not looked at: there
+    may be fewer than places."""
+    rank, last = _ranks(log_proposal, generator), log_proposal.shape[-1] - 1
+    if size > last:
+        rank = pad(rank, (0, 1), value=-torch.inf)
     top = torch.topk(rank, size + 1)
-    found, threshold = top.values[:size] > -torch.inf, top.values[size]
-    ids = top.indices[:size].clamp_max_(len(log_proposal) - 1)
-    c = (threshold - log_proposal[ids]).clamp_min_(0.0)
-    return ids, torch.where(found, c, -torch.inf)
+    best, threshold = top.values[..., :size], top.values[..., size:]
+    ids = top.indices[..., :size].clamp_max(last)
+    c = (threshold - log_proposal.gather(-1, ids)).clamp_min_(0.0)
+    return ids, c.masked_fill_(best == -torch.inf, -torch.inf)
 
 
 def _ranks(log_proposal, generator):

@@ -47,9 +47,10 @@ def with_expected_rows(
     """
     centers, center_of, share = expected
     drawn = candidates.tail_log_weights.exp().to(share.dtype)
-    left = share.new_ones(share.shape[1]).index_add_(0, candidates.tail, drawn, alpha=-1.0)
+    left = share.new_ones(share.shape[1] + 1)  # the last place is for empty ones of the shared list
+    left.index_add_(0, candidates.tail, drawn, alpha=-1.0)
     left[candidates.shared] = 0.0
-    share = share * left
+    share = share * left[:-1]
     if candidates.bucket_items is not None:
         share.scatter_(1, candidates.bucket_items, 0.0)
     a = positions.weight

@@ -83,10 +83,8 @@ class SCE(SampledObjective):
 
     def has_static_shapes(self, head: Head) -> bool:
         config = self.config
-        is_plain = config.prior_shares().keys() <= {"labels", "uniform"}
-        is_plain &= config.bucket_sampling == "top"
-        waits = config.sparse_grad or config.row_control_variate or may_mask(head)
-        return is_plain and not waits and config.target_relative_error is None
+        waits = config.sparse_grad or may_mask(head)
+        return not waits and config.target_relative_error is None
 
     def compute(
         self, head: Head, positions: Positions, call: Call
@@ -196,6 +194,8 @@ class SCE(SampledObjective):
         head, call, hidden = proposal.head, proposal.call, proposal.positions.hidden
         centers = items = bucket_of = bucket_weights = None
         rest = head.num_classes - len(shared)  # at least: places may be empty
+        if config.bucket_sampling == "priority" and call.is_valid is not None:
+            rest = head.num_classes  # without a tail there must be buckets; slots may be empty
         own = min(sizes.bucket_candidates, rest)
         rest = rest if call.is_valid is None else head.num_classes
         self.covered = head.num_classes if max(own, sizes.tail_candidates) >= rest else 0
@@ -207,7 +207,7 @@ class SCE(SampledObjective):
                 proposal.positions.is_valid,
             )
             if config.bucket_sampling == "priority":
-                prior = proposal.log_density().index_fill_(0, shared, -torch.inf)
+                prior = proposal.log_density().index_fill_(0, _ids(shared, call), -torch.inf)
                 noise = call.stream("tail")
                 items, bucket_weights = bucket_samples(centers, head, prior, own, noise)
             else:

@@ -47,7 +47,7 @@ class TailProposal:
         if name == "labels":
             return label_prior(counts, self.config.prior_power)
         if name == "gradient":
-            return gradient_prior(self.at_centers())
+            return gradient_prior(self.at_centers(), self.positions.is_valid)
         return torch.full_like(counts, 1.0 / max(self.head.num_classes, 1), dtype=torch.float64)
 
     def at_centers(self) -> CenterSoftmax:
@@ -58,6 +58,7 @@ class TailProposal:
                 hidden.to(compute_dtype(hidden)),
                 min(CENTERS, len(hidden)),
                 self.call.stream("prior"),
+                self.positions.is_valid,
             )
             self._at_centers = center_softmax(
                 centers, center_of, self.head, control_variate=self.sizes.control_variate

@@ -29,7 +29,7 @@ class Candidates:
     """``[N]`` int64: the bucket of each position."""
     bucket_log_weights: torch.Tensor | None = None
     """``[n_b, K_b]`` log-weights of ``bucket_items``; None: all 0. -inf marks an empty slot, whose
-    id repeats that of the slot before it. Not with ``control_variate``."""
+    id may be any that keeps the order. Not with ``control_variate``."""
     row_sum: torch.Tensor | None = None
     """``[D]`` sum of the head's rows without the masked ones, where the caller keeps it up to date;
     None: they are all read for it. Used by the control variate only."""

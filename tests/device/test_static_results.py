@@ -34,6 +34,8 @@ OBJECTIVES = {
     "sce, all classes": lambda: objectives.get("sce", num_buckets=0, tail_candidates=500),
 }
 BUCKETS = {**TAIL, "num_buckets": 3, "bucket_candidates": 8}
+SAMPLED_BUCKETS = {"bucket_sampling": "priority", "num_buckets": 3, "bucket_candidates": 15}
+SAMPLED_BUCKETS |= {"shared_frequent": 9}
 BY_POSITION = {
     "own": lambda: objectives.get("sampled_softmax", num_negatives=2, shared=False),
     "own, many": lambda: objectives.get("sampled_softmax", num_negatives=7, shared=False),
@@ -46,6 +48,11 @@ BY_POSITION = {
         "sce", published=True, bucket_candidates=9, reduce="mean", num_buckets=5
     ),
     "no control": lambda: objectives.get("sce", **BUCKETS, control_variate=False, z_loss=0.1),
+    "sampled buckets": lambda: objectives.get("sce", **SAMPLED_BUCKETS),
+    "gradient prior": lambda: objectives.get("sce", **TAIL, prior="gradient"),
+    "gradient prior, buckets": lambda: objectives.get("sce", **BUCKETS, prior="gradient"),
+    "row control": lambda: objectives.get("sce", **TAIL, row_control_variate=True),
+    "row control, buckets": lambda: objectives.get("sce", **BUCKETS, row_control_variate=True),
 }
 """Objectives that draw for positions or among them, which gives the same only where all have a
 label."""
@@ -128,14 +135,24 @@ def test_same_where_all_have_labels(name, post):
 
 @pytest.mark.parametrize("budget", [2**22, 600], ids=["one block", "many blocks"])
 @pytest.mark.parametrize("ignored", [1, 20, 38], ids=str)
-def test_covering_buckets_are_exact_beside_ignored_positions(ignored, budget, monkeypatch):
+@pytest.mark.parametrize(
+    "covering",
+    [
+        {"bucket_candidates": 30, "tail_candidates": 200},
+        {"bucket_candidates": 200, "bucket_sampling": "priority"},  # with slots left over
+    ],
+    ids=["top", "sampled"],
+)
+def test_covering_buckets_are_exact_beside_ignored_positions(
+    covering, ignored, budget, monkeypatch
+):
     monkeypatch.setattr(candidate_blocks, "BLOCK_ELEMENTS", budget)
     problem = make_problem(40, 120, 6, with_bias=False)
     problem.labels[torch.randperm(40, generator=torch.Generator().manual_seed(0))[:ignored]] = -100
-    covering = {"num_buckets": 5, "bucket_candidates": 30, "tail_candidates": 200}
     expected, _ = train(objectives.get("exact"), problem, {})
     with static_shapes():
-        found, _ = train(objectives.get("sce", **covering, shared_frequent=0), problem, {})
+        covering = {"num_buckets": 5, "shared_frequent": 0, **covering}
+        found, _ = train(objectives.get("sce", **covering), problem, {})
     for a, b in zip(found, expected):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-9)
 
