@@ -12,6 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from accelerate.state import PartialState
 from accelerate.utils import DistributedType
 from support.launch import ONE_THREAD
 from support.training import figures, lm_fields, write_config
@@ -145,6 +146,7 @@ def test_processes_that_do_not_know_of_each_other_are_refused(corpus, tmp_path, 
     said = r"2 processes were started \(WORLD_SIZE\) and accelerate|`MASTER_ADDR` env was not set"
     with pytest.raises(ValueError, match=said):
         build_run(TrainConfig(**fields))
+    PartialState._reset_state()  # which accelerate 1.11 has half filled
     assert not (tmp_path / "run").exists()
 
 
