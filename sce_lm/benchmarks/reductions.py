@@ -25,10 +25,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from sce_lm import SCEConfig
 from sce_lm.benchmarks import report, results
 from sce_lm.benchmarks.report import METHOD, Column, Plot, Table
 from sce_lm.benchmarks.side_by_side import measured_apart
+from sce_lm.config import SCEConfig
 from sce_lm.distillation import HeadScores, distillation_loss
 from sce_lm.hf.lazy_logits import LazyLogits
 from sce_lm.training.measure import start_peak, time_calls
