@@ -65,7 +65,9 @@ def test_a_command_ends_in_a_sentence_that_begins_with_its_name(
     assert "\n" not in str(ended.value.code)
 
 
-@pytest.mark.parametrize("command", ["train", "evaluate", "recommend", "benchmark", "demo", "init"])
+@pytest.mark.parametrize(
+    "command", ["train", "teach", "evaluate", "recommend", "benchmark", "demo", "init"]
+)
 def test_help_of_a_command_calls_it_by_its_name(command, capsys):
     with pytest.raises(SystemExit) as ended:
         commands.main([command, "--help"])

@@ -18,14 +18,15 @@ MAY_IMPORT = {
     "distributed": {"objectives", "candidates", "config", "ops"},
     "distillation": {"objectives", "candidates", "config", "ops"},
     "teacher_files": {"distillation", "files", "ops"},
+    "teacher_folder": {"distillation", "files", "ops"},
     "hf": {"distillation", "distributed", "objectives", "candidates", "config", "files", "ops"},
     "recsys": {"hf", "objectives", "candidates", "config", "files", "ops", "requirements"},
     "training": {
         *("recsys", "hf", "objectives", "candidates", "config", "files", "png", "ops"),
-        "requirements",
+        *("distillation", "requirements", "teacher_files", "teacher_folder"),
     },
     "benchmarks": {
-        *("training", "hf", "distributed", "objectives", "candidates"),
+        *("training", "hf", "distillation", "distributed", "objectives", "candidates"),
         *("config", "files", "png", "ops"),
     },
     "__main__": {"commands"},

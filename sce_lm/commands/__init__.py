@@ -12,6 +12,7 @@ from collections.abc import Sequence
 COMMANDS = {
     "init": "Write a configuration to start from, with every field explained.",
     "train": "Train a causal language model or a recommender on item tokens.",
+    "teach": "Store a teacher's best classes for the text that a run trains on.",
     "evaluate": "Evaluate a trained model.",
     "recommend": "Recommend items for raw histories.",
     "benchmark": "Measure losses over a large vocabulary.",

@@ -29,6 +29,7 @@ streamed, so an ``eval_loss`` is a likelihood whatever was trained.
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -39,7 +40,7 @@ from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss, ForMaskedLMLoss
 
 from sce_lm import objectives
-from sce_lm.config import PublishedSCEConfig, SCEConfig
+from sce_lm.config import LikelihoodConfig, PublishedSCEConfig, SCEConfig
 from sce_lm.hf.attachment import Attachment, LazyWhen, find_head
 from sce_lm.hf.head_call import check_linear
 from sce_lm.objectives import Objective, Statistics
@@ -182,6 +183,32 @@ def accept_new_state(model: nn.Module) -> None:
     attachment = _attachment_of(model)
     if attachment is not None:
         attachment.observed.weights_loaded = False
+
+
+def smooth_labels(model: nn.Module, factor: float) -> None:
+    """Keep the objective of ``model`` under the Trainer's ``label_smoothing_factor``; 0: no more.
+
+    The Trainer takes the labels from the model and reads their log-probabilities and the sum over
+    all classes off the logits. In training those logits stay lazy, and their log Z is the
+    objective's. An objective that has no ``label_smoothing`` is left alone.
+
+    Raises:
+        ValueError: the objective smooths labels itself, or its options do not go with it.
+    """
+    attachment = _attachment_of(model)
+    if attachment is None:
+        return
+    config = attachment.observed.objective.config
+    attachment.smooths_labels = False
+    if factor == 0.0 or not isinstance(config, LikelihoodConfig):
+        return
+    if config.label_smoothing:
+        raise ValueError(
+            f"label_smoothing is {config.label_smoothing} in the objective's configuration and "
+            f"label_smoothing_factor is {factor} in the Trainer's arguments; set one of them to 0."
+        )
+    dataclasses.replace(config, label_smoothing=factor)  # which checks what goes with it
+    attachment.smooths_labels = True
 
 
 def objective_figures(model: nn.Module) -> dict[str, float]:

@@ -35,7 +35,9 @@ class AskedLogits:
         if not is_lazy(x) or x.has_hooks or x._hidden.numel() == 0:
             raise Unanswered
         read = x.reading
-        if read is None or read.form not in forms or x.is_small(FORMED_ELEMENTS):
+        if read is None or read.form not in forms:
+            raise Unanswered
+        if x._source.label_terms is None and x.is_small(FORMED_ELEMENTS):
             raise Unanswered
         self.x, self.read = x, read
         self.with_grad = torch.is_grad_enabled() and x.requires_grad
@@ -77,6 +79,24 @@ class AskedLogits:
         rows.found[self._key()] = found, self.x._steps
         assert logits is not None
         return logits
+
+    def ask_objective(self, labels: torch.Tensor) -> None:
+        """Find log Z of rows with these labels, ``[..., 1]``, by the objective that the model
+        trains with, and the sum of their logits, which label smoothing asks for next."""
+        label_terms, rows = self.x._source.label_terms, self.x._rows
+        if label_terms is None or not self.with_grad or self.read.form != "log_softmax":
+            return
+        labels = self._checked(labels).reshape(-1)
+
+        def compute(hidden: torch.Tensor, head: Head) -> tuple[torch.Tensor, torch.Tensor]:
+            losses, mean = label_terms(hidden, head, labels)
+            logits = logits_at(head, hidden, labels.unsqueeze(1), sparse_grad=True).squeeze(1)
+            return losses + logits, mean * self.x.shape[-1]
+
+        shape = rows.hidden.shape[:-1]
+        log_partition, total = (part.view(*shape, 1) for part in self._inside(rows, compute))
+        found = Found(log_partition, None, total, None, None)
+        rows.found[self._key()] = found, self.x._steps
 
     def values(self, logits: torch.Tensor, log_partition: torch.Tensor | None = None) -> Any:
         """Of logits, what the record makes of them; ``log_partition`` is that of their rows."""

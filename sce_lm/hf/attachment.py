@@ -21,12 +21,13 @@ from sce_lm.hf.head_call import (
 )
 from sce_lm.hf.lazy_logits import LazyLogits
 from sce_lm.hf.observed_loss import ObservedLoss, number_of_loss
-from sce_lm.hf.recorded_logits import CrossEntropy, RecordedLogits
+from sce_lm.hf.recorded_logits import CrossEntropy, LabelTerms, RecordedLogits
 from sce_lm.hf.traced_logits import TracedLogits
 from sce_lm.objectives import Objective
 from sce_lm.objectives.compile_operator import can_trace, head_loss, outside_graphs, refuse_export
 from sce_lm.ops.head import Head
 from sce_lm.ops.logits import LogitTransform
+from sce_lm.ops.positions import Positions
 
 LazyWhen = Literal["labels", "always"]
 """When a forward returns lazy logits: with labels, or also without."""
@@ -43,9 +44,16 @@ class PlacedHead(NamedTuple):
 class LazyHead:
     """Stands in the head's place during a forward that computes a loss."""
 
-    def __init__(self, head: Any, cross_entropy: CrossEntropy, in_graph: bool) -> None:
+    def __init__(
+        self,
+        head: Any,
+        cross_entropy: CrossEntropy,
+        in_graph: bool,
+        label_terms: LabelTerms | None,
+    ) -> None:
         self.head = head
         self.cross_entropy = cross_entropy
+        self.label_terms = label_terms
         self.in_graph = in_graph
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -57,7 +65,8 @@ class LazyHead:
 
     @outside_graphs
     def lazy(self, hidden_states: torch.Tensor) -> LazyLogits:
-        return LazyLogits.from_head(self.head, hidden_states, self.cross_entropy)
+        options = self.cross_entropy, self.label_terms
+        return LazyLogits.from_head(self.head, hidden_states, *options)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.head, name)
@@ -73,7 +82,10 @@ class Attachment:
         self.was_called = False
         self.in_forward = False
         self.is_lazy = False
+        self.smooths_labels = False
+        """Whether the Trainer pops the labels and reads a smoothed loss off log-probabilities."""
         self.missing_loss = False
+        self.missing_smoothing = False
         self.missing_weights = False
         self.other_adapter: str | None = None
         self.head: PlacedHead | None = None
@@ -116,8 +128,17 @@ class Attachment:
         self.missing_loss = self.given("labels", args, kwargs)
         self.missing_weights = self.given("loss_weights", args, kwargs)
         self.is_lazy = self.missing_loss or self.given("shift_labels", args, kwargs)
-        if self.lazy_logits == "always" and not torch.compiler.is_exporting():
+        is_smoothed = self.smooths_labels and not self.missing_loss
+        if (self.lazy_logits == "always" or is_smoothed) and not torch.compiler.is_exporting():
             self.is_lazy |= not self.decodes(args, kwargs)
+        if self.missing_smoothing:
+            self.observed.warn_once(
+                f"{type(model).__name__} was trained with label_smoothing_factor, and its loss was "
+                f"the stock one, not {self.observed.objective.name!r}: its log-probabilities were "
+                "not asked for. Leave label_smoothing_factor at 0 and set label_smoothing in the "
+                "objective's configuration."
+            )
+        self.missing_smoothing = is_smoothed and self.training and torch.is_grad_enabled()
         if self.missing_loss:
             refuse_export()
         if self.is_lazy:
@@ -136,7 +157,10 @@ class Attachment:
         objective = observed.objective if self.training else observed.evaluation
         head = self.head.module
         in_graph = self.asks_loss_function and is_plain(head) and can_trace(objective.config)
-        owner.__dict__[self.head.attribute] = LazyHead(head, self.cross_entropy, in_graph)
+        label_terms = self.label_terms if self.missing_smoothing else None
+        owner.__dict__[self.head.attribute] = LazyHead(
+            head, self.cross_entropy, in_graph, label_terms
+        )
 
     def unshadow(self, model: PreTrainedModel) -> None:
         if self.head is not None:
@@ -191,8 +215,8 @@ class Attachment:
                 f"{type(model).__name__} is being trained without labels in its forward, so on a "
                 "loss from elsewhere (the Trainer's label_smoothing_factor, compute_loss_func, a "
                 f"loss of your own) and not on the objective {self.observed.objective.name!r}; for "
-                "label smoothing leave label_smoothing_factor at 0 and set label_smoothing in the "
-                "objective's configuration."
+                "label smoothing add SCECallback() to the Trainer, or leave label_smoothing_factor "
+                "at 0 and set label_smoothing in the objective's configuration."
             )
 
     def after_load(self, model: PreTrainedModel, incompatible_keys: Any) -> None:
@@ -275,6 +299,18 @@ class Attachment:
             return NotImplemented
         options = {"ignore_index": ignore_index, "reduction": reduction}
         return self.objective_loss(logits, post, labels, **options)
+
+    def label_terms(
+        self, hidden: torch.Tensor, head: Head, labels: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of rows that have these labels: ``[n]`` losses by the objective and the mean logit."""
+        self.missing_smoothing = False
+        self.observed.note_merged(self.head.module if self.head else None)
+        parts = {"bias": head.bias, "low_rank": head.low_rank, "post": head.post}
+        with self.observed.timed(True):
+            losses = self.observed(True, hidden, head.weight, labels, **parts, reduction="none")
+            positions = Positions(hidden, labels)
+            return losses, self.observed.objective.mean_logits(head, positions)
 
     def objective_loss(
         self,

@@ -17,6 +17,7 @@ from sce_lm.hf.adapter import (
     objective_figures,
     objective_of,
     probe_loss,
+    smooth_labels,
 )
 from sce_lm.hf.saving import save_objective, state_file
 from sce_lm.objectives import Objective
@@ -41,6 +42,10 @@ class SCECallback(TrainerCallback):
         probe_every: training losses from one comparison with exact cross-entropy to the next
             (:mod:`sce_lm.objectives.probe`), logged as ``sce/probe_...``; 0: none.
 
+    With ``label_smoothing_factor`` in the Trainer's arguments the training loss stays the
+    objective, smoothed, though the Trainer keeps the labels from the model; the positions that they
+    mask are then computed too, since the Trainer does not tell which they are.
+
     It warns once where the relative error says that there are too few candidates.
     """
 
@@ -61,6 +66,7 @@ class SCECallback(TrainerCallback):
         objective = _objective(model)
         if objective is None:
             return
+        smooth_labels(model, args.label_smoothing_factor)
         self.logged_seconds, self.logged_steps = loss_seconds(model), state.global_step
         if self.probe_every:
             probe_loss(model, self.probe_every)
@@ -80,6 +86,17 @@ class SCECallback(TrainerCallback):
                 "if it lies elsewhere.",
                 stacklevel=2,
             )
+
+    def on_train_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        if _objective(model) is not None:
+            smooth_labels(model, 0.0)
 
     def on_step_end(
         self,

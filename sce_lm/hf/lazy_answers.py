@@ -69,6 +69,8 @@ def _gather(func, input, dim, index, *, sparse_grad=False):
     asked.check_bare(factor=False)
     if index.shape[:-1] != input.shape[:-1] or index.dtype != torch.int64 or not index.numel():
         raise Unanswered
+    if index.shape[-1] == 1:
+        asked.ask_objective(index)
     return asked.give(asked.values(asked.at(index)), input.dtype)
 
 

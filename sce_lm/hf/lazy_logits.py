@@ -30,6 +30,7 @@ from sce_lm.hf.recorded_logits import (
     APPLY,
     SHAPING,
     CrossEntropy,
+    LabelTerms,
     Modes,
     Place,
     Reading,
@@ -86,16 +87,21 @@ class LazyLogits(RecordedLogits):
 
     @classmethod
     def from_head(
-        cls, head: nn.Linear, hidden_states: torch.Tensor, cross_entropy: CrossEntropy | None = None
+        cls,
+        head: nn.Linear,
+        hidden_states: torch.Tensor,
+        cross_entropy: CrossEntropy | None = None,
+        label_terms: LabelTerms | None = None,
     ) -> LazyLogits:
         """The lazy form of ``head(hidden_states)``; ``head`` has nn.Linear's weight and bias.
 
-        ``cross_entropy`` may answer ``torch.nn.functional.cross_entropy`` of ``[n, V]`` of them.
+        ``cross_entropy`` may answer ``torch.nn.functional.cross_entropy`` of ``[n, V]`` of them,
+        and ``label_terms`` finds log Z where a log-probability of each row is gathered.
         """
         device = result_device(head, hidden_states)
         modes = Modes.current(device.type)
         versions = tuple((p, version(p)) for p in head.parameters())
-        source = Source(head, hidden_states, device, modes, versions, cross_entropy)
+        source = Source(head, hidden_states, device, modes, versions, cross_entropy, label_terms)
         return cls._make(hidden_states, (), source, modes.head_dtype(hidden_states), device)
 
     def materialise(self) -> torch.Tensor:

@@ -64,6 +64,10 @@ class Modes:
 CrossEntropy = Callable[["RecordedLogits", torch.Tensor, int, str], Any]
 """``(logits [n, V], labels [n], ignore_index, reduction)`` -> loss, or NotImplemented."""
 
+LabelTerms = Callable[[torch.Tensor, Head, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+"""``(hidden [n, d + r], head, labels [n])`` -> ``[n]`` log Z - s_y by an objective, and the mean
+logit."""
+
 
 @dataclass(frozen=True, slots=True)
 class Source:
@@ -77,6 +81,9 @@ class Source:
     versions: tuple[tuple[torch.Tensor, int | None], ...]
     """The head's parameters and their versions at its call."""
     cross_entropy: CrossEntropy | None
+    label_terms: LabelTerms | None = None
+    """Finds log Z of log-probabilities that are asked, with gradients, for one class of each row;
+    None: it is exact."""
 
     def check_unchanged(self) -> None:
         """Raise one sentence if the head's weights are not those of its call any more."""

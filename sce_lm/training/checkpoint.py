@@ -10,6 +10,7 @@ Inside, in formats that hold numbers and text and nothing that could be executed
     model.safetensors, optimizer.safetensors     the parameters, and the optimiser's state of each
     random_rankR.safetensors                     the random states of a process
     sce_state_rankR.safetensors                  the objective's state of a process, if it has one
+    teacher_state_rankR.safetensors              the same of a sampled distillation
     checkpoint.json                              step, batches that make a step, processes, steps
                                                  of the schedule, gradient scaler, and the SHA-256
                                                  of every file
@@ -41,7 +42,7 @@ from safetensors.torch import load_file, load_model, save_file, save_model
 
 from sce_lm.files import in_one_line, read_json
 from sce_lm.hf.saving import state_file
-from sce_lm.training.learner import Learner
+from sce_lm.training.learner import Learner, teacher_state_file
 
 MANIFEST = "checkpoint.json"
 MODEL = "model.safetensors"
@@ -131,7 +132,7 @@ class Checkpoints:
 
 
 def _write_state(learner: Learner, folder: Path) -> None:
-    accelerator, state = learner.accelerator, learner.objective.state
+    accelerator = learner.accelerator
     if accelerator.is_main_process:
         folder.mkdir(parents=True)
         save_model(learner.plain_model, str(folder / MODEL))
@@ -139,8 +140,9 @@ def _write_state(learner: Learner, folder: Path) -> None:
     accelerator.wait_for_everyone()
     tensors, texts = _random_states(accelerator.device)
     save_file(tensors, _random_file(folder, accelerator.process_index), texts)
-    if state is not None and not state.is_new:
-        state.save(state_file(folder, accelerator.process_index))
+    for file, state in learner.states(folder, accelerator.process_index).items():
+        if not state.is_new:
+            state.save(file)
 
 
 def _restore_state(learner: Learner, checkpoint: Path, manifest: dict[str, Any]) -> None:
@@ -153,9 +155,9 @@ def _restore_state(learner: Learner, checkpoint: Path, manifest: dict[str, Any])
     learner.scheduler.step()
     if accelerator.scaler is not None and manifest["scaler"]:
         accelerator.scaler.load_state_dict(manifest["scaler"])
-    state = state_file(checkpoint, rank % manifest["processes"])
-    if state.exists() and learner.objective.state is not None:
-        learner.objective.state.load(state)
+    for file, state in learner.states(checkpoint, rank % manifest["processes"]).items():
+        if file.exists():
+            state.load(file)
     if manifest["processes"] == accelerator.num_processes:
         _restore_random_states(_random_file(checkpoint, rank), accelerator.device)
 
@@ -191,7 +193,8 @@ def _faults(checkpoint: Path) -> tuple[str | None, str | None]:
     needed = {MODEL, OPTIMIZER, *(_random_file(checkpoint, rank).name for rank in ranks)}
     there = {path.name for path in checkpoint.iterdir() if not path.name.startswith(".")}
     found = (there | set(files)) - {MANIFEST}
-    foreign = found - needed - {state_file(checkpoint, rank).name for rank in ranks}
+    of_states = (state_file, teacher_state_file)
+    foreign = found - needed - {of(checkpoint, rank).name for of in of_states for rank in ranks}
     if foreign:
         return min(foreign), None
     for name in sorted(needed | found):

@@ -8,6 +8,7 @@ import math
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +17,10 @@ from accelerate.optimizer import AcceleratedOptimizer
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 
+from sce_lm.candidates.state import SCEState
+from sce_lm.hf.saving import state_file
 from sce_lm.objectives import Objective
+from sce_lm.training.distilling import Distillation
 from sce_lm.training.optimizers import average_rows, clip_grad_norm_
 from sce_lm.training.task import on_device, sum_over_processes
 
@@ -36,6 +40,15 @@ class Learner:
     """What is trained by the rows that a step meets; see `optimizers`."""
     max_grad_norm: float
     """0: gradients are not clipped."""
+    distillation: Distillation | None = None
+    """A teacher's share of the loss."""
+
+    def states(self, folder: Path, rank: int) -> dict[Path, SCEState]:
+        """What counts of a process are kept, by their file in a checkpoint's folder."""
+        states = {state_file(folder, rank): self.objective.state}
+        if self.distillation is not None:
+            states[teacher_state_file(folder, rank)] = self.distillation.state
+        return {file: state for file, state in states.items() if state is not None}
 
     @property
     def plain_model(self) -> Any:
@@ -53,11 +66,7 @@ class Learner:
         for index, batch in enumerate(batches):
             is_last = index == len(batches) - 1
             with nullcontext() if is_last else self.accelerator.no_sync(self.model):
-                loss = self.model(
-                    **on_device(batch, device),
-                    num_items_in_batch=num_items.clamp(min=1),
-                    use_cache=False,
-                ).loss
+                loss = self._loss(on_device(batch, device), num_items.clamp(min=1))
                 # Gradients are averaged over the processes, and a sum is wanted.
                 self.accelerator.backward(loss * self.accelerator.num_processes)
             total += loss.detach()
@@ -75,6 +84,11 @@ class Learner:
             "num_items": num_items,
         }
 
+    def _loss(self, inputs: dict[str, torch.Tensor], num_items: torch.Tensor) -> torch.Tensor:
+        if self.distillation is not None:
+            return self.distillation(self.model, inputs, num_items)
+        return self.model(**inputs, num_items_in_batch=num_items, use_cache=False).loss
+
     def _clip_gradients(self) -> Any:
         """Clip the gradients, averaged over the processes, and return their norm before that."""
         limit = self.max_grad_norm or math.inf
@@ -83,3 +97,8 @@ class Learner:
         average_rows(self.by_rows, self.accelerator)
         self.accelerator.unscale_gradients()
         return clip_grad_norm_(self.model.parameters(), limit)
+
+
+def teacher_state_file(folder: Path, rank: int) -> Path:
+    """Where one process keeps the counts that a sampled distillation draws from."""
+    return folder / f"teacher_state_rank{rank}.safetensors"

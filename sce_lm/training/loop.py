@@ -143,7 +143,10 @@ class Run:
         """This process's share of the next step."""
         rank, processes = self.accelerator.process_index, self.accelerator.num_processes
         rows = self.order.step_batches(self.step, rank, processes)
-        return [self.task.batch(chosen) for chosen in rows]
+        distillation = self.learner.distillation
+        if distillation is None:
+            return [self.task.batch(chosen) for chosen in rows]
+        return [self.task.batch(chosen) | distillation.targets(chosen) for chosen in rows]
 
     def _is_due(self, every: int) -> bool:
         """Whether what is done so often, and at the end, is done after this step."""

@@ -55,12 +55,15 @@ class MemoryEstimate:
     """Exact cross-entropy in its place, streamed."""
     stock_loss: int
     """Exact cross-entropy over kept logits in its place."""
+    teacher: int
+    """A model that is run beside it, and the divergence from it."""
     available: int
     """What is free now, parameters included."""
 
     @property
     def total(self) -> int:
-        return self.parameters + self.gradients + self.optimizer + self.backbone + self.loss
+        own = self.parameters + self.gradients + self.optimizer + self.backbone + self.loss
+        return own + self.teacher
 
     @property
     def fits(self) -> bool:
@@ -73,11 +76,12 @@ class MemoryEstimate:
 
     def __str__(self) -> str:
         mib = {name: f"{value:,}" for name, value in self.to_mib().items()}
+        teacher = f", teacher {mib['teacher']}" if self.teacher else ""
         return (
             f"Memory: about {mib['total']} MiB of {mib['available']} free: parameters "
             f"{mib['parameters']}, gradients {mib['gradients']}, optimiser {mib['optimizer']}, "
             f"backbone {mib['backbone']}, loss {mib['loss']} (exact {mib['exact_loss']}; over kept "
-            f"logits, as transformers computes it, {mib['stock_loss']})."
+            f"logits, as transformers computes it, {mib['stock_loss']}){teacher}."
         )
 
 
@@ -87,6 +91,7 @@ def estimate_memory(
     batch: dict[str, torch.Tensor],
     optimizer: str,
     by_rows: Iterable[torch.nn.Parameter],
+    teacher_bytes: int | None = None,
 ) -> MemoryEstimate:
     """What training will hold.
 
@@ -96,6 +101,8 @@ def estimate_memory(
         batch: the first batch of one process.
         optimizer: its name in the configuration.
         by_rows: parameters that it trains by rows.
+        teacher_bytes: of the parameters of a teacher; 0: its best classes are stored, None: there
+            is none.
     """
     rows = {id(p) for p in by_rows}
     parameters = sum(p.numel() * p.element_size() for p in model.parameters())
@@ -125,6 +132,9 @@ def estimate_memory(
         backbone=_kept_bytes(model, batch),
         loss=loss_bytes(objective, positions, *head.shape) - frozen,
         exact_loss=_exact_bytes(positions, *head.shape) - frozen,
+        teacher=0
+        if teacher_bytes is None
+        else teacher_bytes + _exact_bytes(positions, *head.shape) - frozen,
         stock_loss=12 * positions * head.shape[0] + 4 * head.numel() - frozen,
         available=free + parameters,
     )

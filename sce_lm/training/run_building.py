@@ -8,6 +8,7 @@ import warnings
 from datetime import timedelta
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import InitProcessGroupKwargs, set_seed
@@ -18,8 +19,11 @@ from transformers import PreTrainedModel, get_scheduler
 from sce_lm import objectives
 from sce_lm.hf.adapter import apply_sce, probe_loss
 from sce_lm.objectives import Objective
+from sce_lm.teacher_folder import TeacherFolder
 from sce_lm.training.best import BestModel
 from sce_lm.training.checkpoint import Checkpoints
+from sce_lm.training.distilling import Distillation, load_teacher, stored_teacher
+from sce_lm.training.language_model import LanguageModelTask
 from sce_lm.training.learner import Learner
 from sce_lm.training.lock import RunLock
 from sce_lm.training.loop import Run
@@ -124,7 +128,11 @@ def _assemble(
     batch_size, accumulation = config.per_device_batch_size, config.gradient_accumulation_steps
     order = DataOrder(task.num_rows, batch_size, accumulation, config.seed)
     first_batch = task.batch(next(order.step_batches(0, 0, 1)))
-    memory = estimate_memory(model, objective, first_batch, config.optimizer, by_rows)
+    distillation = _build_distillation(config, accelerator, task, objective)
+    teacher_bytes = distillation and distillation.teacher.num_bytes
+    memory = estimate_memory(
+        model, objective, first_batch, config.optimizer, by_rows, teacher_bytes
+    )
     if not memory.fits:
         warnings.warn(
             f"This run will probably not fit. {memory} Lower per_device_batch_size (with "
@@ -132,6 +140,7 @@ def _assemble(
             stacklevel=3,
         )
     learner = _build_learner(config, accelerator, objective, model, by_rows)
+    learner.distillation = distillation
     # From here on each process draws its own dropout and its own candidates.
     set_seed(config.seed, device_specific=True)
     run = Run(
@@ -164,6 +173,22 @@ def _build_model(
     if config.probe_every:
         probe_loss(model, config.probe_every)
     return model, [] if config.optimizer == "adamw" else make_row_sparse(model)
+
+
+def _build_distillation(
+    config: TrainConfig, accelerator: Accelerator, task: Task, objective: Objective
+) -> Distillation | None:
+    if config.teacher is None:
+        return None
+    assert isinstance(task, LanguageModelTask)
+    assert task.train is not None
+    if TeacherFolder.is_at(config.teacher):
+        teacher = stored_teacher(config.teacher, task.train, config)
+    else:
+        dtype = getattr(torch, config.dtype)
+        teacher = load_teacher(config.teacher, task.tokenizer, dtype=dtype)
+        teacher.model.to(accelerator.device)
+    return Distillation(teacher, config, objective)
 
 
 def _build_learner(

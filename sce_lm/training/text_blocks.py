@@ -257,6 +257,8 @@ class PackedText(Sequence[np.ndarray]):
         self.chunks = [c.flatten().to_numpy(zero_copy_only=False) for c in self.documents.chunks]
         self.ends = np.cumsum([0] + [len(chunk) for chunk in self.chunks])
         self.length = length
+        self.key = f"{tokenised._fingerprint}/{length}"
+        """Says which blocks: equal for equal documents in their order, tokenizer and length."""
 
     def save(self, path: Path) -> None:
         """Write the tokenised documents to an Arrow file, from which `Dataset.from_file` maps them

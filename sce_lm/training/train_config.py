@@ -20,6 +20,7 @@ from sce_lm.training import NEEDED
 require("sce_lm.training", *NEEDED)
 
 from sce_lm import objectives
+from sce_lm.ops.divergence import Kind
 from sce_lm.recsys.events import Duplicates
 from sce_lm.recsys.splits import ColdItems, Past
 from sce_lm.training.kinds import FieldError, checked, nearest
@@ -225,6 +226,37 @@ class ObjectiveFields(Section):
             raise _option_error(rest if rest != str(error) else f": {rest}") from None
 
 
+@dataclass(frozen=True)
+class TeacherFields(Section):
+    """A teacher of a language model, and its share of the loss."""
+
+    teacher: str | None = option(
+        None,
+        "Hub id or folder of a causal language model with the run's tokenizer, or a folder that "
+        "sce-lm teach wrote; its next-token distribution is learnt beside the text.",
+    )
+    teacher_share: float = option(
+        0.5,
+        "Share of the divergence from the teacher in the loss; the rest is the objective's.",
+        ("above 0 and at most 1", lambda value: 0 < value <= 1),
+    )
+    teacher_divergence: Kind = option(
+        "forward_kl",
+        "KL(teacher, student), KL(student, teacher), or the Jensen-Shannon divergence of GKD.",
+    )
+    teacher_beta: float = option(
+        0.5,
+        "The teacher's share in the mixture of jsd.",
+        ("between 0 and 1", lambda value: 0 <= value <= 1),
+    )
+    teacher_temperature: float = option(1.0, "What the logits of both are divided by.", ABOVE_0)
+    teacher_sampled: bool = option(
+        False,
+        "Sum the divergence over sampled classes, by the options of objective sce (its defaults, "
+        "if the objective is another); false: over all of them, streamed.",
+    )
+
+
 def _option_error(problem: str) -> FieldError:
     return FieldError(f"objective_options{problem}", "objective_options", "objective")
 
@@ -352,6 +384,7 @@ class TrainConfig(
     CheckpointFields,
     EvaluationFields,
     OptimisationFields,
+    TeacherFields,
     ObjectiveFields,
     ItemsFields,
     DataFields,
@@ -378,6 +411,13 @@ class TrainConfig(
                 f"lora_rank is {self.lora_rank}, which freezes a pretrained model and its head; it "
                 "goes with model and optimizer adamw; give both, or leave lora_rank out.",
                 *("lora_rank", "model", "optimizer"),
+            )
+
+        if self.teacher is not None and (self.task != "lm" or self.optimizer != "adamw"):
+            raise FieldError(
+                f"teacher is {self.teacher!r}, task {self.task} and optimizer {self.optimizer}; a "
+                "teacher goes with task lm and optimizer adamw; leave it out, or choose those.",
+                *("teacher", "task", "optimizer"),
             )
 
     @classmethod

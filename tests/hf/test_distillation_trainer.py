@@ -1,5 +1,7 @@
 """DistillationTrainer beside the straight line: stock models, all logits, both losses."""
 
+import sys
+
 import pytest
 import torch
 from support.allocations import VocabularySized
@@ -10,6 +12,8 @@ from torch.utils.data import SequentialSampler
 from transformers import TrainingArguments
 
 from sce_lm import SCEConfig, apply_sce, objectives
+from sce_lm.distillation import HeadScores
+from sce_lm.hf.adapter import lazy_logits
 from sce_lm.hf.distillation_trainer import DistillationTrainer
 
 STEPS, ACCUMULATED, ROWS = 5, 2, 2
@@ -113,6 +117,28 @@ def test_sampled_steps_form_no_logits(tmp_path):
     with VocabularySized(16 * 15, VOCAB_SIZE) as seen:
         trainer.compute_loss(trainer.model.train(), batch).backward()
     assert seen.count == 0
+
+
+def test_columns_of_the_data_stand_for_a_teacher(tmp_path, monkeypatch):
+    """With all classes in them the losses are those of the teacher that they were made of."""
+    model, rows = apply_sce(teacher().eval(), objectives.get("exact")), examples()
+    with torch.no_grad(), lazy_logits(model):
+        for row in rows:
+            logits = model(input_ids=row["input_ids"][None], use_cache=False).logits[0]
+            best = HeadScores.of(logits).top_k(VOCAB_SIZE, temperature=TEMPERATURE)
+            row |= {"teacher_ids": best.ids, "teacher_log_probs": best.log_probs}
+    options = {"temperature": TEMPERATURE, "alpha": 0.6}
+    plain = apply_sce(tiny_model("llama"), objectives.get("exact"))
+    _, want = train(plain, tmp_path, teacher(), **options)
+    patched = apply_sce(tiny_model("llama"), objectives.get("exact"))
+    with pytest.raises(ValueError, match="remove_unused_columns drops the columns"):
+        train(patched, tmp_path, None, **options)
+    monkeypatch.setitem(QUIET, "remove_unused_columns", False)
+    with pytest.raises(ValueError, match="give it teacher_ids and teacher_log_probs"):
+        train(patched, tmp_path, None, **options)
+    monkeypatch.setattr(sys.modules[__name__], "examples", lambda: rows)
+    _, got = train(patched, tmp_path, None, **options)
+    assert got == pytest.approx(want, rel=1e-4)
 
 
 def test_evaluation_is_the_likelihood(tmp_path):

@@ -7,6 +7,7 @@ import warnings
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from support.allocations import RowsOfLogits, VocabularySized
 from support.models import NAMES, VOCAB_SIZE, tiny_batch, tiny_model
 from support.training import QUIET, Losses
@@ -150,6 +151,77 @@ def doubled(outputs, labels, num_items_in_batch=None):
 def test_losses_of_the_trainers_own_stay_what_they_are_and_warn(options, tmp_path):
     with pytest.warns(UserWarning, match=r"without labels in its forward.*set label_smoothing in"):
         assert_same_training(train_both("gemma3", tmp_path, **options))
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "peft"])
+def test_label_smoothing_of_the_trainers_own_forms_no_logits(name, tmp_path, monkeypatch):
+    """As stock's to the last digits, with LoRA on the head and behind a soft cap too."""
+    monkeypatch.setattr(asked_logits, "FORMED_ELEMENTS", 0)
+    monkeypatch.setattr(logit_stream, "TILE_CLASSES", 60)
+    results = []
+    for lazy in (False, True):
+        model, callbacks = smoothed_model(name), [Losses()]
+        if lazy:
+            apply_sce(model, objectives.get("exact"))
+            callbacks.append(SCECallback())
+        run = trainer(model, tmp_path, callbacks, max_steps=5, label_smoothing_factor=0.1)
+        with RowsOfLogits(VOCAB_SIZE) as rows:
+            run.train()
+        results.append(callbacks[0].losses)
+        assert (rows.most <= 1) == lazy
+    want, got = results
+    assert len(want) == 5
+    assert got == pytest.approx(want, rel=1e-5)
+
+
+def smoothed_model(name):
+    if name != "peft":
+        return tiny_model(name)
+    torch.manual_seed(0)
+    config = LoraConfig(r=2, target_modules=["q_proj", "lm_head"], init_lora_weights=False)
+    return get_peft_model(tiny_model("llama"), config)
+
+
+def test_label_smoothing_of_the_trainers_own_keeps_a_sampled_objective(tmp_path):
+    """Steps of SCE with all classes in its tail are exact ones; with few, they train on its own
+    log Z, and count labels."""
+    losses = {}
+    configs = {
+        "all": SCEConfig(tail_candidates=VOCAB_SIZE),
+        "few": SCEConfig(num_buckets=0, shared_frequent=2, tail_candidates=4),
+        "option": SCEConfig(tail_candidates=VOCAB_SIZE, label_smoothing=0.1),
+        "stock": None,
+    }
+    for name, config in configs.items():
+        model, log = tiny_model("llama"), Losses()
+        callbacks = [log]
+        if config is not None:
+            apply_sce(model, config)
+            callbacks.append(SCECallback())
+        factor = 0.0 if name == "option" else 0.1
+        run = trainer(model, tmp_path, callbacks, label_smoothing_factor=factor)
+        run.train()
+        losses[name] = log.losses
+        if config is not None:
+            assert objective_of(model).state.step == 6
+    for name in ("all", "option"):
+        assert losses[name] == pytest.approx(losses["stock"], rel=1e-4)
+    assert losses["few"] != pytest.approx(losses["stock"], rel=1e-3)
+    assert losses["few"] == pytest.approx(losses["stock"], rel=0.2)
+
+
+@pytest.mark.parametrize(
+    ("config", "match"),
+    [
+        (SCEConfig(label_smoothing=0.1), "set one of them to 0"),
+        (SCEConfig(tail_candidates=0, num_buckets=4), "give tail_candidates, or leave"),
+    ],
+)
+def test_label_smoothing_that_cannot_be_taken_over_is_refused(config, match, tmp_path):
+    model = apply_sce(tiny_model("llama"), config)
+    run = trainer(model, tmp_path, [SCECallback()], label_smoothing_factor=0.1)
+    with pytest.raises(ValueError, match=match):
+        run.train()
 
 
 def test_automatic_batch_size_starts_again(tmp_path):

@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from transformers import AutoTokenizer, TrainerCallback
 
 from sce_lm import apply_sce, objectives
+from sce_lm.distillation import HeadScores, distillation_loss
 from sce_lm.hf import asked_logits
 from sce_lm.ops import logit_stream
 
@@ -182,3 +183,50 @@ def test_metrics_of_the_users_own_form_no_logits(case, tokenizer, tmp_path):
     want, got = results
     assert got["eval_ids"] == pytest.approx(want["eval_ids"])
     assert got["eval_loss"] == pytest.approx(want["eval_loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.5])
+@pytest.mark.filterwarnings("ignore:.*trl.experimental")
+def test_gkd_equals_stock_and_the_streamed_divergence(beta, tokenizer, tmp_path):
+    """Its divergence is no answer of lazy logits, so it forms those of both models; its loss is
+    that of `distillation_loss`, which forms none."""
+    gkd = pytest.importorskip("trl.experimental.gkd")
+    rows = tokenizer([a + b for a, b, _ in numbers()], padding=True, return_tensors="pt")
+    batch = [{name: rows[name][i] for name in rows} for i in range(len(rows["input_ids"]))]
+    for row in batch:
+        row["labels"] = row["input_ids"].masked_fill(row["attention_mask"] == 0, -100)
+    losses, models = [], []
+    for patched in (False, True):
+        student, teacher, logs = model(patched), model(patched, seed=1), Logs()
+        options = {"max_steps": 3, "per_device_train_batch_size": BATCH, "learning_rate": 1e-2}
+        options |= {"optim": "sgd", "bf16": False, "lmbda": 0.0, "beta": beta, "max_length": 64}
+        trainer = gkd.GKDTrainer(
+            model=student,
+            teacher_model=teacher,
+            args=gkd.GKDConfig(str(tmp_path), **{**QUIET, **options}),
+            train_dataset=datasets.Dataset.from_list(batch),
+            data_collator=lambda rows: {
+                name: torch.tensor([row[name] for row in rows]) for name in rows[0]
+            },
+            processing_class=tokenizer,
+            callbacks=[logs],
+        )
+        inputs = next(iter(trainer.get_train_dataloader()))
+        if patched:
+            with torch.no_grad():
+                ours, theirs = (
+                    HeadScores.of(each.eval()(**{**inputs, "labels": None}).logits[:, :-1])
+                    for each in (student, teacher)
+                )
+                kind = {"divergence": "jsd", "beta": beta}
+                expected = distillation_loss(ours, theirs, inputs["labels"][:, 1:], **kind)
+                torch.testing.assert_close(trainer.compute_loss(student, inputs), expected)
+        torch.manual_seed(0)
+        trainer.train()
+        losses.append([entry["loss"] for entry in logs.logs if "loss" in entry])
+        models.append(student)
+    want, got = losses
+    assert len(want) == 3
+    assert got == pytest.approx(want, rel=1e-5)
+    for p, q in zip(*(each.parameters() for each in models)):
+        torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)
