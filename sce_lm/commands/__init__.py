@@ -14,6 +14,7 @@ COMMANDS = {
     "train": "Train a causal language model or a recommender on item tokens.",
     "evaluate": "Evaluate a trained model.",
     "recommend": "Recommend items for raw histories.",
+    "export": "Write a recommender's items as vectors, or as an index for fast lists.",
     "benchmark": "Measure losses over a large vocabulary.",
     "demo": "Compare three losses on data made from the installed Python packages.",
 }
