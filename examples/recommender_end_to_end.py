@@ -62,7 +62,6 @@ def main() -> None:
     config = recsys.SASRecConfig(
         vocab_size=len(tokenizer),
         hidden_size=64,
-        num_hidden_layers=2,
         num_attention_heads=2,
         max_position_embeddings=LENGTH,
     )
@@ -72,7 +71,6 @@ def main() -> None:
         max_steps=options.steps,
         per_device_train_batch_size=64,
         learning_rate=3e-3,
-        logging_steps=50,
         save_strategy="no",
         report_to=[],
         disable_tqdm=True,

@@ -25,7 +25,7 @@ MAY_IMPORT = {
         "requirements",
     },
     "benchmarks": {
-        *("training", "hf", "distributed", "objectives", "candidates"),
+        *("training", "recsys", "hf", "distributed", "objectives", "candidates"),
         *("config", "files", "png", "ops"),
     },
     "__main__": {"commands"},

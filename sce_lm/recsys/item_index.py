@@ -64,7 +64,8 @@ class _Faiss:
         index = faiss.IndexIVFFlat(
             faiss.IndexFlatIP(width), width, cells, faiss.METRIC_INNER_PRODUCT
         )
-        chosen = np.random.default_rng(0).permutation(num_items)[: 64 * cells]
+        index.cp.niter = 10
+        chosen = np.random.default_rng(0).permutation(num_items)[: 40 * cells]
         index.train(vectors[np.sort(chosen)])
         index.add(vectors)
         return cls(index)
