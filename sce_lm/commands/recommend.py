@@ -76,6 +76,11 @@ def read_arguments(prog: str, given: Sequence[str]) -> argparse.Namespace:
         help="file of items never to list, an id a line; unknown ones are counted",
     )
     parser.add_argument(
+        "--trained_only",
+        action="store_true",
+        help="leave out items without training, such as appended ones",
+    )
+    parser.add_argument(
         "--index", type=Path, help="folder of sce-lm export: approximate lists, in far less time"
     )
     parser.add_argument("--user_column", help="column of the input with the user")
@@ -116,6 +121,7 @@ def main(prog: str, arguments: Sequence[str]) -> int:
         "exclude_seen": not told.keep_seen,
         "candidates": read_ids(told.candidates, tokenizer),
         "exclude": read_ids(told.exclude, tokenizer) or (),
+        "trained_only": told.trained_only,
         "max_length": trained_with.get("sequence_length"),
         "index": None if told.index is None else recsys.load_index(told.index, tokenizer),
         "batch_size": told.batch_size,

@@ -65,6 +65,7 @@ def recommend(
     exclude_seen: bool = True,
     candidates: Iterable[object] | None = None,
     exclude: Iterable[object] = (),
+    trained_only: bool = False,
     max_length: int | None = None,
     index: ItemIndex | None = None,
     batch_size: int = 256,
@@ -83,6 +84,8 @@ def recommend(
         exclude_seen: leave out the items of a user's whole history.
         candidates: the only items to choose from; None: the whole catalogue.
         exclude: items to recommend to nobody.
+        trained_only: leave out the items that do not occur in the training data, such as appended
+            ones, whose place in a list may mean nothing.
         max_length: the model reads only this many of the latest items; None: as many as it has
             positions.
         index: proposes the items that are scored; lists may lack some of the best. None: all items
@@ -94,8 +97,9 @@ def recommend(
     Raises:
         TypeError: a history, ``candidates`` or ``exclude`` is no list.
         ValueError: ``k`` is below 1 or above the number of items to choose from, there are none to
-            choose from, another number is below 1, a table has no column ``history``, or the index
-            is not of this model's items.
+            choose from, another number is below 1, a table has no column ``history``, the index is
+            not of this model's items, or ``trained_only`` is asked for and the tokenizer does not
+            carry the counts of a training.
     """
     sizes = {"max_length": max_length, "batch_size": batch_size, "tile_size": tile_size}
     for name, value in sizes.items():
@@ -118,6 +122,9 @@ def recommend(
             else "There are no items to choose from: exclude takes away the whole catalogue; "
             "exclude fewer."
         )
+    if trained_only:
+        allowed[catalogue.start :] &= _trained(tokenizer)
+        choice = int(allowed.sum())
     if not 1 <= k <= choice:
         raise ValueError(
             f"k is {k}, but there are {choice} items to choose from; choose k from 1 to {choice}."
@@ -206,6 +213,17 @@ def _encode(
         unknown += len(ids) - len(known)
         tokens.append(known)
     return tokens, unknown
+
+
+def _trained(tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
+    """bool [items], which of them occur in the training data."""
+    counts = item_counts(tokenizer)
+    if counts is None:
+        raise ValueError(
+            "trained_only needs to know which items were trained, and the tokenizer does not carry "
+            "the counts of a training; note them by count_items."
+        )
+    return torch.from_numpy(counts > 0)
 
 
 def _known(
