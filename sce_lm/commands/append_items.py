@@ -19,13 +19,11 @@ import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
-
-import polars as pl
 
 from sce_lm import recsys
 from sce_lm.commands import COMMANDS
-from sce_lm.files import in_one_line, new_folder
+from sce_lm.files import new_folder
+from sce_lm.recsys.new_item_files import read_new_items
 from sce_lm.training.recommenders import load_recommender
 
 
@@ -51,7 +49,7 @@ def main(prog: str, arguments: Sequence[str]) -> None:
     if told.output.exists():
         raise FileExistsError(f"{told.output} exists already; give a folder that does not.")
     model, tokenizer, _ = load_recommender(told.run)
-    items, known = read_new_items(told)
+    items, known = read_new_items(told.items, told.neighbours, told.features)
     extended = recsys.append_items(tokenizer, items, model, **known)
     with new_folder(told.output) as partial:
         model.save_pretrained(partial)
@@ -62,42 +60,3 @@ def main(prog: str, arguments: Sequence[str]) -> None:
         "output": str(told.output),
     }
     print(json.dumps(counts, indent=2))
-
-
-def read_new_items(told: argparse.Namespace) -> tuple[list[Any], dict[str, Any]]:
-    """The ids of the file, and what it says of them, as arguments of `append_items`."""
-    if told.items is not None:
-        lines = told.items.read_text(encoding="utf-8-sig").splitlines()
-        return [line.strip() for line in lines if line.strip()], {}
-    if told.features is not None:
-        table = read_table(told.features, "item")
-        return table["item"].to_list(), {"features": table}
-    table = read_table(told.neighbours, "item", "neighbour")
-    of_item = table.group_by("item", maintain_order=True).agg("neighbour")
-    neighbours = dict(of_item.iter_rows())
-    return list(neighbours), {"neighbours": neighbours}
-
-
-def read_table(path: Path, *needed: str) -> pl.DataFrame:
-    """A csv (ids as text) or parquet file with the columns that are needed.
-
-    Raises:
-        ValueError: another kind of file, one that cannot be read, or without a column.
-    """
-    if path.suffix not in (".csv", ".parquet"):
-        raise ValueError(f"{path} ends in {path.suffix!r}; give a .csv or .parquet file.")
-    try:
-        if path.suffix == ".csv":
-            ids = dict.fromkeys(needed, pl.String)
-            table = pl.read_csv(path, schema_overrides=ids, infer_schema_length=None)
-        else:
-            table = pl.read_parquet(path)
-    except pl.exceptions.PolarsError as error:
-        raise ValueError(f"{path} cannot be read ({in_one_line(error, 200)}).") from error
-    missing = [name for name in needed if name not in table.columns]
-    if missing:
-        raise ValueError(
-            f"{path} has the columns {', '.join(map(repr, table.columns))} and not "
-            f"{' and '.join(map(repr, missing))}; rename them."
-        )
-    return table.drop_nulls(list(needed))

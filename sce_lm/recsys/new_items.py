@@ -60,7 +60,7 @@ def append_items(
     """
     extended = extend_tokenizer(tokenizer, items)
     first_new, end = item_tokens(tokenizer).stop, item_tokens(extended).stop
-    new = extended.convert_ids_to_tokens(list(range(first_new, end)))
+    new = list(extended.convert_ids_to_tokens(list(range(first_new, end))))
     if neighbours is not None and features is not None:
         raise ValueError("Both neighbours and features are given; rows are made from one of them.")
     rows: NewRows | None = None
@@ -86,8 +86,9 @@ def _item_tables(model: PreTrainedModel) -> list[Tensor]:
     found = [embeddings.weight]
     if head is not None and head.weight is not embeddings.weight:
         found.append(head.weight)
-    if getattr(head, "bias", None) is not None:
-        found.append(head.bias)
+    bias = getattr(head, "bias", None)
+    if bias is not None:
+        found.append(bias)
     return found
 
 

@@ -9,9 +9,10 @@ import json
 import numpy as np
 import polars as pl
 import torch
+from support.data import shared_data
 from transformers import PhiConfig, PhiForCausalLM
 
-from sce_lm import commands, recsys
+from sce_lm import apply_sce, commands, recsys
 from sce_lm.recsys import SASRecConfig, SASRecForCausalLM, append_items, build_item_tokenizer
 from sce_lm.recsys.new_items import ridge_regression
 
