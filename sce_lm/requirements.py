@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 
-PACKAGES = {"yaml": "pyyaml"}
+PACKAGES = {"yaml": "pyyaml", "faiss": "faiss-cpu"}
 """What pip calls a module, where it is not the module's own name."""
 
 

@@ -50,6 +50,7 @@ def test_an_unknown_command_names_the_nearest(capsys):
         (["train", "none.yaml"], "sce-lm train: There is no configuration file 'none.yaml'"),
         (["evaluate", "none"], "sce-lm evaluate: none has no config.json"),
         (["recommend", "none", "--history", "a"], "sce-lm recommend: none holds no model"),
+        (["export", "none", "--output", "a"], "sce-lm export: none holds no model"),
         (["benchmark", "loss", "--real", "none"], "sce-lm benchmark: none has no config.json"),
         (["init", "lm", "none/a.yaml"], "sce-lm init: [Errno 2] No such file or directory"),
     ],
@@ -66,7 +67,7 @@ def test_a_command_ends_in_a_sentence_that_begins_with_its_name(
 
 
 @pytest.mark.parametrize(
-    "command", ["train", "teach", "evaluate", "recommend", "benchmark", "demo", "init"]
+    "command", ["train", "teach", "evaluate", "recommend", "export", "benchmark", "demo", "init"]
 )
 def test_help_of_a_command_calls_it_by_its_name(command, capsys):
     with pytest.raises(SystemExit) as ended:
@@ -157,3 +158,29 @@ def wheel(tmp_path_factory):
     subprocess.run([*pip, *install], check=True)
     assert (installed / "bin" / "sce-lm").is_file()
     return installed
+
+
+def test_export_writes_an_index_that_recommend_takes(tmp_path, capsys):
+    pytest.importorskip("faiss")
+    recsys = pytest.importorskip("sce_lm.recsys.sasrec", exc_type=ImportError)
+    from sce_lm.recsys import build_item_tokenizer
+
+    tokenizer = build_item_tokenizer(f"i{n}" for n in range(300))
+    config = recsys.SASRecConfig(
+        vocab_size=len(tokenizer), hidden_size=8, max_position_embeddings=9, initializer_range=1.0
+    )
+    for part in (recsys.SASRecForCausalLM(config), tokenizer):
+        part.save_pretrained(tmp_path / "model")
+    model, index = str(tmp_path / "model"), str(tmp_path / "index")
+    capsys.readouterr()
+    assert commands.main(["export", model, "--output", index, "--format", "faiss"]) is None
+    card = json.loads(capsys.readouterr().out)
+    assert card["recall"] >= 0.98
+    assert card["recall_of"] == "exact lists of 10 for 256 histories of one item"
+    listed = []
+    for options in ([], ["--index", index]):
+        assert commands.main(["recommend", model, "--k", "5", *options, "--history", "i3"]) == 0
+        listed.append(capsys.readouterr().out)
+    assert listed[0] == listed[1]
+    with pytest.raises(SystemExit, match="exists already"):
+        commands.main(["export", model, "--output", index])

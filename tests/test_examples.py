@@ -1,10 +1,12 @@
 """The example programs run as they stand."""
 
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
 
+import polars as pl
 import pytest
 import torch
 from support.launch import ONE_THREAD
@@ -80,6 +82,27 @@ def test_item_tokens(tmp_path):
     assert '"ndcg@10"' in printed
     assert "after [" in printed
     assert (output / "model" / "tokenizer.json").exists()
+
+
+def test_recommender_end_to_end(tmp_path):
+    rows = [(f"u{u}", f"i{(3 * u + t) % 31}", t) for t in range(8) for u in range(90)]
+    log = tmp_path / "log.csv"
+    pl.DataFrame(rows, schema=["who", "what", "when"], orient="row").write_csv(log)
+    columns = ("--user", "who", "--item", "what", "--time", "when")
+    printed = run(
+        "recommender_end_to_end.py", log, *columns, "--steps", 40, "--output", tmp_path / "out"
+    )
+    figures = re.findall(
+        r"^(popularity|Markov chain|model) +NDCG@10 ([.\d]+)", printed, re.MULTILINE
+    )
+    ndcg = {name: float(value) for name, value in figures}
+    assert ndcg["popularity"] < ndcg["model"]  # the next item follows from the last one
+    lists = pl.read_parquet(tmp_path / "out" / "lists.parquet")
+    assert lists["user"].n_unique() == 90
+    assert len(lists) == 900
+    assert "31 vectors of 64 numbers" in printed
+    # The first user has seen items 0 to 7, each time in this order.
+    assert "after ['i3', 'i4', 'i5', 'i6', 'i7']: ['i8'" in printed
 
 
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("configs/*.yaml")), ids=lambda p: p.stem)

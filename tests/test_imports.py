@@ -26,7 +26,7 @@ MAY_IMPORT = {
         *("distillation", "requirements", "teacher_files", "teacher_folder"),
     },
     "benchmarks": {
-        *("training", "hf", "distillation", "distributed", "objectives", "candidates"),
+        *("training", "recsys", "hf", "distillation", "distributed", "objectives", "candidates"),
         *("config", "files", "png", "ops"),
     },
     "__main__": {"commands"},

@@ -15,6 +15,8 @@ COMMANDS = {
     "teach": "Store a teacher's best classes for the text that a run trains on.",
     "evaluate": "Evaluate a trained model.",
     "recommend": "Recommend items for raw histories.",
+    "export": "Write a recommender's items as vectors, or as an index for fast lists.",
+    "append_items": "Add new items to a trained recommender.",
     "benchmark": "Measure losses over a large vocabulary.",
     "demo": "Compare three losses on data made from the installed Python packages.",
 }
@@ -32,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int | None:
     if name in ("-h", "--help"):
         print("usage: sce-lm COMMAND ...\n")
         for command, about in COMMANDS.items():
-            print(f"  {command:<10} {about}")
+            print(f"  {command:<12} {about}")
         print("\n`sce-lm COMMAND --help` lists its options.")
         return None
     (nearest,) = difflib.get_close_matches(name, COMMANDS, n=1, cutoff=0.0)

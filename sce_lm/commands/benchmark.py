@@ -6,6 +6,7 @@
     sce-lm benchmark train examples/configs/lm_embedded.yaml --steps 150 --seeds 0 1
     sce-lm benchmark scale --plot scale.png
     sce-lm benchmark kernels --json kernels.json
+    sce-lm benchmark index --items 100000 1000000
 
 `--help` after a subcommand lists its options and the methods that it can measure. Tables go to
 standard output, progress to standard error, and with `--json FILE` everything to a file, with

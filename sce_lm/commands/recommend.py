@@ -3,11 +3,12 @@
     sce-lm recommend RUN_DIR --history ID [ID ...] --k 10
     sce-lm recommend RUN_DIR --input LOG.csv --output LISTS.parquet --k 10
 
-Lists are exact: the best of the whole catalogue by the model's own logits. These compare the items
-of one user, and neither users nor models. An input file is an interaction log (a row an event; csv,
-parquet, JSON lines, RecBole's .inter) or, in parquet or JSON lines, a row a user with a list of
-items; its columns are named as in the run unless told otherwise. An output file (csv, parquet, JSON
-lines) has a row a recommendation: user, rank, item, score, source.
+Lists are exact (the best of the whole catalogue) unless an --index proposes what is scored. Scores
+are the model's own logits: they compare the items of one user, and neither users nor models. An
+input file is an interaction log (a row an event; csv, parquet, JSON lines, RecBole's .inter) or, in
+parquet or JSON lines, a row a user with a list of items; its columns are named as in the run unless
+told otherwise. An output file (csv, parquet, JSON lines) has a row a recommendation: user, rank,
+item, score, source.
 
 A user of whose history nothing is known gets the most popular items of the training data (source
 "popularity", the score is their number of events); where a model was saved without that, one row
@@ -24,14 +25,11 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
 from transformers import PreTrainedTokenizerBase
 
 from sce_lm import recsys
 from sce_lm.commands import COMMANDS
-from sce_lm.files import read_json
-from sce_lm.training.models import load_model, load_tokenizer
-from sce_lm.training.run_folder import RunFolder
+from sce_lm.training.recommenders import load_recommender
 
 NOTHING_KNOWN = 3
 """The exit code where no list is the model's."""
@@ -77,6 +75,14 @@ def read_arguments(prog: str, given: Sequence[str]) -> argparse.Namespace:
         type=Path,
         help="file of items never to list, an id a line; unknown ones are counted",
     )
+    parser.add_argument(
+        "--trained_only",
+        action="store_true",
+        help="leave out items without training, such as appended ones",
+    )
+    parser.add_argument(
+        "--index", type=Path, help="folder of sce-lm export: approximate lists, in far less time"
+    )
     parser.add_argument("--user_column", help="column of the input with the user")
     parser.add_argument("--item_column", help="column of the input with the item, or their list")
     parser.add_argument("--time_column", help="column of the input with the time")
@@ -110,23 +116,14 @@ def spelled_out(arguments: Sequence[str]) -> list[str]:
 def main(prog: str, arguments: Sequence[str]) -> int:
     """List items, and return 0, or NOTHING_KNOWN."""
     told = read_arguments(prog, arguments)
-    trained = RunFolder(told.run)
-    folder, trained_with = told.run, {}
-    if trained.model.is_dir():
-        folder, trained_with = trained.model, read_json(trained.config)
-    if not RunFolder(folder).config.exists():
-        raise ValueError(
-            f"{told.run} holds no model; give the folder of a finished run, or one written by "
-            "save_pretrained."
-        )
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = load_model(folder, device_map=device).eval()
-    tokenizer = load_tokenizer(folder)
+    model, tokenizer, trained_with = load_recommender(told.run)
     options = {
         "exclude_seen": not told.keep_seen,
         "candidates": read_ids(told.candidates, tokenizer),
         "exclude": read_ids(told.exclude, tokenizer) or (),
+        "trained_only": told.trained_only,
         "max_length": trained_with.get("sequence_length"),
+        "index": None if told.index is None else recsys.load_index(told.index, tokenizer),
         "batch_size": told.batch_size,
     }
     if told.history:

@@ -21,13 +21,16 @@ from sce_lm.recsys.evaluation import (
     ranking_report,
 )
 from sce_lm.recsys.events import Events, filter_interactions
+from sce_lm.recsys.export import EXPORT_FORMATS, export, load_index
+from sce_lm.recsys.item_index import ItemIndex
+from sce_lm.recsys.item_vectors import ItemVectors, item_vectors
+from sce_lm.recsys.new_items import append_items
 from sce_lm.recsys.recommendation import Recommendations, recommend
 from sce_lm.recsys.recommendation_files import read_histories, recommend_file
 from sce_lm.recsys.scoring import Scorer
 from sce_lm.recsys.sequences import catalogue, statistics, training_dataset, user_sequences
 from sce_lm.recsys.splits import Split, last_items, last_n, leave_one_out, temporal_split
 from sce_lm.recsys.tokenizer import (
-    append_items,
     build_item_tokenizer,
     count_items,
     is_item_tokenizer,
@@ -49,8 +52,11 @@ else:
 
 
 __all__ = [
+    "EXPORT_FORMATS",
     "Events",
+    "ItemIndex",
     "ItemRanking",
+    "ItemVectors",
     "Recommendations",
     "SASRecConfig",
     "SASRecForCausalLM",
@@ -62,13 +68,16 @@ __all__ = [
     "check_list_lengths",
     "count_items",
     "evaluate_items",
+    "export",
     "filter_interactions",
     "is_item_tokenizer",
     "item_counts",
     "item_tokens",
+    "item_vectors",
     "last_items",
     "last_n",
     "leave_one_out",
+    "load_index",
     "markov_scorer",
     "popularity_scorer",
     "rank_items",

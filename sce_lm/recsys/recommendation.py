@@ -1,11 +1,12 @@
-"""What to recommend next for raw histories, new users included: exact lists over the catalogue.
+"""What to recommend next for raw histories, new users included: lists over the whole catalogue.
 
     model, tokenizer = AutoModelForCausalLM.from_pretrained(f), AutoTokenizer.from_pretrained(f)
     found = recommend(model, tokenizer, [["B001", "B007"], ["B100"]], k=10)
     found.items[0], found.scores[0]
 
 A list is the k best of all items by the model's own logits, equal scores in the order of the
-catalogue; the catalogue is scored a tile at a time (`sce_lm.recsys.scoring`). Items that the
+catalogue; the catalogue is scored a tile at a time (`sce_lm.recsys.scoring`), or an approximate
+index proposes what to score (`sce_lm.recsys.item_index`). Items that the
 tokenizer does not know are skipped and counted. A user of whose history nothing is known gets the
 most popular items, marked as such, where the tokenizer carries the counts of a training (that of a
 run of sce-lm train does), and else an empty list.
@@ -23,7 +24,8 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from sce_lm.recsys.ids import id_text
-from sce_lm.recsys.scoring import model_scorer, seen_items, top_items
+from sce_lm.recsys.item_index import ItemIndex
+from sce_lm.recsys.scoring import encoded_scores, history_encoder, seen_items, top_items
 from sce_lm.recsys.tokenizer import item_counts, item_tokens
 
 Source = Literal["model", "popularity", "none"]
@@ -63,7 +65,9 @@ def recommend(
     exclude_seen: bool = True,
     candidates: Iterable[object] | None = None,
     exclude: Iterable[object] = (),
+    trained_only: bool = False,
     max_length: int | None = None,
+    index: ItemIndex | None = None,
     batch_size: int = 256,
     tile_size: int = 16_384,
     progress: bool = False,
@@ -80,8 +84,12 @@ def recommend(
         exclude_seen: leave out the items of a user's whole history.
         candidates: the only items to choose from; None: the whole catalogue.
         exclude: items to recommend to nobody.
+        trained_only: leave out the items that do not occur in the training data, such as appended
+            ones, whose place in a list may mean nothing.
         max_length: the model reads only this many of the latest items; None: as many as it has
             positions.
+        index: proposes the items that are scored; lists may lack some of the best. None: all items
+            are scored.
         batch_size: users at a time.
         tile_size: tokens scored at a time; scores take ``batch_size * tile_size`` numbers.
         progress: show a progress bar.
@@ -89,7 +97,9 @@ def recommend(
     Raises:
         TypeError: a history, ``candidates`` or ``exclude`` is no list.
         ValueError: ``k`` is below 1 or above the number of items to choose from, there are none to
-            choose from, another number is below 1, or a table has no column ``history``.
+            choose from, another number is below 1, a table has no column ``history``, the index is
+            not of this model's items, or ``trained_only`` is asked for and the tokenizer does not
+            carry the counts of a training.
     """
     sizes = {"max_length": max_length, "batch_size": batch_size, "tile_size": tile_size}
     for name, value in sizes.items():
@@ -112,6 +122,9 @@ def recommend(
             else "There are no items to choose from: exclude takes away the whole catalogue; "
             "exclude fewer."
         )
+    if trained_only:
+        allowed[catalogue.start :] &= _trained(tokenizer)
+        choice = int(allowed.sum())
     if not 1 <= k <= choice:
         raise ValueError(
             f"k is {k}, but there are {choice} items to choose from; choose k from 1 to {choice}."
@@ -132,20 +145,18 @@ def recommend(
     lengths = np.array([len(history) for history in tokens], dtype=np.int64)
     by_length = np.argsort(-lengths, kind="stable")[: int((lengths > 0).sum())]
     with (
-        model_scorer(model, max_length) as score,
+        history_encoder(model, max_length) as encode,
         tqdm(total=len(by_length), unit=" users", disable=not progress, leave=False) as bar,
     ):
         for start in range(0, len(by_length), batch_size):
             users = by_length[start : start + batch_size].tolist()
             batch = [tokens[user] for user in users]
-            best_scores, best = top_items(
-                score(batch),
-                catalogue,
-                k,
-                masked=seen_items(batch) if exclude_seen else None,
-                allowed=allowed,
-                tile_size=tile_size,
-            )
+            encoded, masked = encode(batch), seen_items(batch) if exclude_seen else None
+            filters = {"masked": masked, "allowed": allowed, "tile_size": tile_size}
+            if index is None:
+                best_scores, best = top_items(encoded_scores(encoded), catalogue, k, **filters)
+            else:
+                best_scores, best = index.top_items(encoded, catalogue, k, **filters)
             take(users, "model", best_scores.tolist(), best.tolist())
             bar.update(len(users))
     nothing_known = np.flatnonzero(lengths == 0).tolist()
@@ -202,6 +213,17 @@ def _encode(
         unknown += len(ids) - len(known)
         tokens.append(known)
     return tokens, unknown
+
+
+def _trained(tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
+    """bool [items], which of them occur in the training data."""
+    counts = item_counts(tokenizer)
+    if counts is None:
+        raise ValueError(
+            "trained_only needs to know which items were trained, and the tokenizer does not carry "
+            "the counts of a training; note them by count_items."
+        )
+    return torch.from_numpy(counts > 0)
 
 
 def _known(

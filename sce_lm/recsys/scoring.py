@@ -35,6 +35,11 @@ ScoreTile = Callable[[int, int], Tensor]
 """(start, stop) -> scores [users, stop - start], at least fp32, which the caller may overwrite."""
 Scorer = Callable[[Histories], ScoreTile]
 """A batch of histories (token ids, oldest first) -> their scores, a tile at a time."""
+Encoded = tuple[Tensor, Head | None]
+"""Hidden states [users, d] behind the histories and the head that scores them; or, of a model that
+does more to its logits than a head does, these themselves [users, V] and None."""
+Encoder = Callable[[Histories], Encoded]
+"""A batch of histories -> what their scores are made of."""
 
 
 @torch.no_grad()
@@ -132,8 +137,8 @@ def _top_columns(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 @contextmanager
-def model_scorer(model: nn.Module, max_length: int | None = None) -> Iterator[Scorer]:
-    """A causal language model as a scorer, in evaluation mode and without gradients.
+def history_encoder(model: nn.Module, max_length: int | None = None) -> Iterator[Encoder]:
+    """A causal language model as an encoder of histories, in evaluation mode, without gradients.
 
     Inside, its head answers with lazy logits; behind, the model is as it was.
 
@@ -146,7 +151,7 @@ def model_scorer(model: nn.Module, max_length: int | None = None) -> Iterator[Sc
     start = None if max_length is None else -max_length
 
     @torch.no_grad()
-    def score(histories: Histories) -> ScoreTile:
+    def encode(histories: Histories) -> Encoded:
         device = next(model.parameters()).device
         recent = [torch.from_numpy(as_tokens(history[start:])) for history in histories]
         last = torch.tensor([len(history) - 1 for history in recent], device=device)
@@ -156,10 +161,9 @@ def model_scorer(model: nn.Module, max_length: int | None = None) -> Iterator[Sc
         logits, users = out.logits, torch.arange(len(recent), device=device)
         if not isinstance(logits, LazyLogits) or logits.transform is None:
             # The model did more to its logits than scale and cap them: take the real ones.
-            logits = logits[users, last]
-            return lambda start, stop: logits[:, start:stop].to(_score_dtype(logits), copy=True)
+            return logits[users, last], None
         hidden, head = logits.parts()
-        return head_scores(hidden[users, last], head)
+        return hidden[users, last], head
 
     was_training, is_stock = model.training, objective_of(model) is None
     if is_stock:
@@ -167,11 +171,27 @@ def model_scorer(model: nn.Module, max_length: int | None = None) -> Iterator[Sc
     model.eval()
     try:
         with lazy_logits(model):
-            yield score
+            yield encode
     finally:
         model.train(was_training)
         if is_stock:
             remove_sce(model)
+
+
+@contextmanager
+def model_scorer(model: nn.Module, max_length: int | None = None) -> Iterator[Scorer]:
+    """A causal language model as a scorer; arguments as of :func:`history_encoder`."""
+    with history_encoder(model, max_length) as encode:
+        yield lambda histories: encoded_scores(encode(histories))
+
+
+def encoded_scores(encoded: Encoded) -> ScoreTile:
+    """The scores of what an encoder gave."""
+    hidden_states, head = encoded
+    if head is not None:
+        return head_scores(hidden_states, head)
+    dtype = score_dtype(hidden_states)
+    return lambda start, stop: hidden_states[:, start:stop].to(dtype, copy=True)
 
 
 def num_positions(model: nn.Module) -> int | None:
@@ -200,7 +220,7 @@ def head_scores(hidden_states: Tensor, head: Head) -> ScoreTile:
         hidden_states: [users, d], with d the width of weight and low-rank operand together.
         head: the output head.
     """
-    dtype = _score_dtype(hidden_states)
+    dtype = score_dtype(hidden_states)
     hidden_states = head.extend(hidden_states, dtype)
 
     def score_tile(start: int, stop: int) -> Tensor:
@@ -210,5 +230,6 @@ def head_scores(hidden_states: Tensor, head: Head) -> ScoreTile:
     return score_tile
 
 
-def _score_dtype(tensor: Tensor) -> torch.dtype:
+def score_dtype(tensor: Tensor) -> torch.dtype:
+    """What scores are computed in: fp32, and fp64 stays fp64."""
     return torch.promote_types(tensor.dtype, torch.float32)

@@ -1,9 +1,9 @@
 """Items as tokens: a stock Hugging Face tokenizer whose words are raw item ids.
 
 Id 0 is padding, id 1 stands for an unknown item, and the catalogue follows from ``FIRST_ITEM`` on
-in the order given. A catalogue that grows is therefore appended to (:func:`append_items`), and the
-rows of a trained model keep their meaning. There is no beginning-of-sequence token: as in SASRec,
-the first item of a history is context only.
+in the order given. A catalogue that grows is therefore appended to
+(:func:`~sce_lm.recsys.append_items`), and the rows of a trained model keep their meaning. There is
+no beginning-of-sequence token: as in SASRec, the first item of a history is context only.
 
 One item id is one word, spaces included, since nothing splits the text. ``tokenizer(ids,
 is_split_into_words=True)`` encodes a history with its attention mask; ``convert_tokens_to_ids`` and
@@ -19,7 +19,7 @@ import numpy as np
 import polars as pl
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from sce_lm.recsys.ids import id_text
 
@@ -76,32 +76,19 @@ def build_item_tokenizer(items: Iterable[object]) -> PreTrainedTokenizerFast:
     )
 
 
-def append_items(
-    tokenizer: PreTrainedTokenizerBase,
-    items: Iterable[object],
-    model: PreTrainedModel | None = None,
+def extend_tokenizer(
+    tokenizer: PreTrainedTokenizerBase, items: Iterable[object]
 ) -> PreTrainedTokenizerFast:
     """A tokenizer that also knows new items; those it knew keep their tokens and counts.
-
-    (``tokenizer.add_tokens`` is not for item ids: it would find them inside of longer ids.)
-
-    Args:
-        tokenizer: an item tokenizer; it stays as it is.
-        items: item ids of any type; those that it knows already change nothing.
-        model: resized in place to the new tokenizer. Old rows keep their values, and new ones are
-            drawn round the mean of the old, as transformers does: train on before recommending.
 
     Raises:
         ValueError: an id that cannot be a token.
     """
-    tokens = item_tokens(tokenizer)
-    known = tokenizer.convert_ids_to_tokens(list(tokens))
+    known = tokenizer.convert_ids_to_tokens(list(item_tokens(tokenizer)))
     extended = build_item_tokenizer(dict.fromkeys((*known, *(id_text(item) for item in items))))
     counts = item_counts(tokenizer)
     if counts is not None:
         _set_counts(extended, np.pad(counts, (0, len(item_tokens(extended)) - len(counts))))
-    if model is not None:
-        model.resize_token_embeddings(len(extended))
     return extended
 
 

@@ -23,9 +23,8 @@ from pathlib import Path
 
 import polars as pl
 
-from sce_lm.files import in_one_line, write_json
+from sce_lm.files import in_one_line, new_folder, write_json
 from sce_lm.recsys import Split
-from sce_lm.training.embedded.sources import new_folder
 from sce_lm.training.fingerprint import Fingerprint
 from sce_lm.training.run_folder import RunFolder
 from sce_lm.training.task import Task

@@ -304,3 +304,16 @@ def test_a_state_that_has_seen_text_is_taken_over(tmp_path, monkeypatch):
     monkeypatch.setattr(side_by_side, "build", spy)
     measure_method(str(tmp_path), {"name": "sce"}, True, asdict(QUICK), 32)
     assert seen[-1].state.counts.sum() >= 50 * 32
+
+
+def test_index(tmp_path):
+    pytest.importorskip("faiss")
+    benchmark(
+        *("index", "--items", 2000, 3000, "--dim", 8, "--users", 32, "--batch_size", 16),
+        *("--json", tmp_path / "index.json"),
+    )
+    found = Results.load(tmp_path / "index.json").comparisons
+    assert [c.title.split(",")[0] for c in found] == ["Clusters", "Independent"]
+    for comparison in found:
+        assert [row["label"] for row in comparison.rows] == ["exact", "faiss"] * 2
+        assert all(row["recall"] > 0.9 for row in comparison.rows)

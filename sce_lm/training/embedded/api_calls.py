@@ -24,12 +24,12 @@ from pathlib import Path
 import polars as pl
 from tqdm.auto import tqdm
 
+from sce_lm.files import new_folder
 from sce_lm.training.embedded import calls
 from sce_lm.training.embedded.sources import (
     DEFAULT_PACKAGES,
     find_sources,
     fingerprint,
-    new_folder,
     read_files,
 )
 

@@ -5,20 +5,17 @@ They start in a few hundredths of a second, and nothing is forked from a process
 tokenizers already run threads.
 """
 
-import contextlib
 import hashlib
 import importlib.metadata
 import importlib.util
 import json
 import os
 import platform
-import shutil
 import subprocess
 import sys
 import sysconfig
 import threading
-import uuid
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -133,22 +130,3 @@ def _version_of(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None  # standard library, or named unlike its distribution: the files tell
-
-
-@contextlib.contextmanager
-def new_folder(folder: Path) -> Iterator[Path]:
-    """A temporary folder beside `folder`, renamed to it when the block ends without an error.
-
-    Where another process has finished the same folder meanwhile, that one stays.
-    """
-    temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
-    temporary.mkdir(parents=True)
-    try:
-        yield temporary
-        try:
-            temporary.rename(folder)
-        except OSError:
-            if not folder.is_dir():
-                raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)

@@ -26,12 +26,12 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerFast
 
+from sce_lm.files import new_folder
 from sce_lm.training.embedded import docstrings
 from sce_lm.training.embedded.sources import (
     DEFAULT_PACKAGES,
     find_sources,
     fingerprint,
-    new_folder,
     read_files,
 )
 
