@@ -28,10 +28,6 @@ REFUSED = {
     "labels first without labels": {"labels_first": 3, "shared_labels": False},
     "row control without a tail": {"row_control_variate": True, "tail_candidates": 0},
     "row control and sparse_grad": {"row_control_variate": True, "sparse_grad": True},
-    "row control for bucket samples": {
-        "row_control_variate": True,
-        "bucket_sampling": "priority",
-    },
     "a target of nothing": {"target_relative_error": 0.0},
     "a target without a tail": {"target_relative_error": 0.1, "tail_candidates": 0},
     "a target for bucket samples": {

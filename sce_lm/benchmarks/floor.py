@@ -64,7 +64,7 @@ def floor_terms(amounts: dict[str, int], rates: dict[str, float]) -> dict[str, f
 
 
 def work_of(
-    specification: dict[str, Any], labels: torch.Tensor, counts: torch.Tensor
+    specification: dict[str, Any], labels: torch.Tensor, counts: torch.Tensor, width: int
 ) -> Work | None:
     """The work of a method; None where the equation above does not describe it.
 
@@ -72,6 +72,7 @@ def work_of(
         specification: a :class:`~sce_lm.benchmarks.methods.Method`'s.
         labels: ``[N]``.
         counts: ``[V]``, how often each class was a label before.
+        width: d.
     """
     vocab_size = len(counts)
     if specification["name"] in PEERS:
@@ -81,7 +82,7 @@ def work_of(
         return Work(shared=vocab_size)
     if not isinstance(objective, SCE):
         return None
-    sizes = objective.config.resolve(len(labels), vocab_size)
+    sizes = objective.config.resolve(len(labels), vocab_size, width=width)
     listed = torch.topk(counts, sizes.shared_frequent).indices
     if objective.config.shared_labels:
         listed = torch.cat([listed, labels])
@@ -109,7 +110,7 @@ def measure_floor(
         specification, labels, counts: as in :func:`work_of`.
         weight: ``[V, d]``, of which dtype and device are taken.
     """
-    work = work_of(specification, labels, counts)
+    work = work_of(specification, labels, counts, weight.shape[1])
     if work is None:
         return {}
     n, (v, d) = len(labels), weight.shape
