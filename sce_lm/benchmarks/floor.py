@@ -45,6 +45,8 @@ class Work:
     """K_b."""
     reads_weight: bool = False
     """Whether W is read for its mean alone."""
+    expects_rows: bool = False
+    """Whether every row's gradient is expected from the buckets' centres."""
 
     def amounts(self, n: int, v: int, d: int, itemsize: int, *, trainable: bool) -> dict[str, int]:
         """Operations of the products and bytes of the passes over memory."""
@@ -52,7 +54,7 @@ class Work:
         return {
             "shared": factor * n * self.shared * d,
             "buckets": factor * n * self.bucket_candidates * d,
-            "scan": 2 * self.buckets * v * d,
+            "scan": (2 + 2 * (self.expects_rows and trainable)) * self.buckets * v * d,
             "read W": table * (self.reads_weight and trainable),  # of a frozen one it is known
             "write dW": table * trainable,
         }
@@ -93,6 +95,7 @@ def work_of(
         buckets=sizes.num_buckets,
         bucket_candidates=min(sizes.bucket_candidates, rest),
         reads_weight=sizes.control_variate and not sizes.num_buckets,
+        expects_rows=sizes.row_control_variate and sizes.num_buckets > 0,
     )
 
 

@@ -21,11 +21,12 @@ def bucket_samples(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """A priority sample of the catalogue for each bucket.
 
-        q_kj = (1 - 1/2) · share_kj / sum_i share_ki + 1/2 · prior_j
+        q_kj = (|share_kj| / sum_i |share_ki| + prior_j) / 2
 
     Args:
         share: ``[n_b, V]`` of :func:`~sce_lm.candidates.center_softmax.center_softmax`, without a
-            control variate: the softmax at the bucket's centre (times the slope of a soft cap).
+            control variate: the softmax at the bucket's centre times the slope of what the
+            model does to its logits.
         log_prior: ``[V]`` fp64; -inf leaves a class out.
         size: K, at most the number of classes that are not left out; where shapes are static, at
             most V.
@@ -38,7 +39,7 @@ def bucket_samples(
     prior = log_prior.exp() * PRIOR_SHARE
     ids, log_weights = [], []
     for part in share.split(max(1, SCORES // share.shape[1])):
-        own = part.double()
+        own = part.to(torch.float64, copy=True).abs_()
         total = own.sum(dim=1, keepdim=True).clamp_min_(torch.finfo(own.dtype).tiny)
         own *= (1.0 - PRIOR_SHARE) / total
         own = own.add_(prior).log_().masked_fill_(left_out, -torch.inf)
