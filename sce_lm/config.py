@@ -1,28 +1,26 @@
 """`SCEConfig`: every choice of the SCE losses in one place, checked once, resolved once.
 
-What "auto" chooses from N positions and V classes (:meth:`SCEConfig.resolve`). The width d enters
-every term of the cost alike, so it decides nothing.
+What "auto" chooses from N positions, V classes and the head's width d (:meth:`SCEConfig.resolve`):
 
-=========================  =======  ====================  =========  ====
-problem                    buckets  candidates of each    frequent   tail
-=========================  =======  ====================  =========  ====
-V < 65,536                 none                           2,048      4,096
-V >= 65,536, N large       64       32·N/64, 1,024-4,096  1,024      2,048
-the same, fewer positions  N/32                           1,024      2,048
-scan over 4,096·N/V        fewer, from 8 buckets on       1,024      2,048
-the same, fewer than 8     none                           2,048      4,096
-=========================  =======  ====================  =========  ====
+================================  =======  ==================  =======  ========  =====
+problem                           buckets  lists of each       rows     frequent  tail
+================================  =======  ==================  =======  ========  =====
+d >= 256 (language models)        N/64     samples of 4,096    control  1,024     none
+                                  8 to 64
+d < 256, V >= 65,536, N large     64       32·N/64 largest,             1,024     2,048
+                                           1,024 to 4,096
+the same, scan over 4,096·N/V     fewer    the same                     1,024     2,048
+d < 256, buckets fewer than 8     none                                  2,048     4,096
+d < 256, V < 65,536               none                                  2,048     4,096
+================================  =======  ==================  =======  ========  =====
 
-* Pretrained language models are peaked: most of the mass lies on few, context-dependent tokens,
-  which buckets hold with certainty. Gemma 3 270M (V=262,144, d=640), 8,192 positions of wikitext,
-  as measured by ``scripts/benchmark.py estimators``: candidates of a bucket against bias of the
-  loss, deviation of log Zhat and cosine of dL/dh: 1,024: -.015, .119, .995; 2,048: -.013, .103,
-  .997; 3,072: -.010, .092, .997; 4,096: -.008, .086, .998 (a tail of 1,024 beside them). Their rows
-  are gathered once a call, at a cost that many positions share: hence 32 of them for each position
-  of a bucket. With a tail of 2,048 the deviation falls by another eighth, at 8 % more time.
-* Below 65,536 classes logits of models trained from scratch are flat enough that a larger tail
-  gains as much, and the scan, ``num_buckets · V / N`` products a position, is not needed. It is
-  bounded for millions of classes too: without buckets no part of a call grows with V.
+* Pretrained language models are peaked: most of the mass lies on few, context-dependent tokens.
+  A sample for each bucket, by the softmax at its centre, finds them, and what it misses it knows
+  the weight of. Its scan costs ``num_buckets / N`` of a pass of the exact loss.
+* "rows control" is ``row_control_variate``, where the head is trained with a dense gradient.
+* Narrow heads are those of recommenders, flat enough that a tail gains as much. Noise and scores of
+  the scan would cost more there than its products, and without buckets no part of a call grows
+  with V.
 * A Llama trained from scratch for 150 steps on the demo's text (V=32,768, d=256, 2,040 positions a
   step, one seed), frequent + tail: held-out NLL and accuracy. Exact loss 6.398 and .128; 1,024 +
   2,048: 6.443, .130; 4,096 + 2,048: 6.414, .131; 1,024 + 5,120: 6.409, .129; 2,048 + 4,096: 6.382,
@@ -44,8 +42,10 @@ from sce_lm.ops.positions import LossTerms
 
 Auto = Literal["auto"]
 
+WIDE = 256
+"""Width of a head from which on "auto" takes it for a language model's."""
 SCAN_PRODUCTS = 4096
-"""Inner products a position that the catalogue scan may cost under "auto"."""
+"""Inner products a position that the catalogue scan of a narrow head may cost under "auto"."""
 CANDIDATES_PER_POSITION = 32
 """Candidates of a bucket for each of its positions: gathering their rows costs that much."""
 MIN_FLOOR = 0.03
@@ -163,10 +163,11 @@ class SCEConfig(LikelihoodConfig):
     bucket_candidates: int | Auto = "auto"
     """Candidates of each bucket: the classes with the largest logits at its centre."""
 
-    bucket_sampling: Literal["top", "priority"] = "top"
+    bucket_sampling: Literal["auto", "top", "priority"] = "auto"
     """"priority": instead of the largest, a priority sample of everything outside the shared list
     by the softmax at the bucket's centre, mixed with ``prior``. Such a sample is the bucket's own
-    tail, so there is no other and no control variate."""
+    tail, so there is no other and no control variate. "auto": "priority" for wide heads, unless
+    ``tail_candidates``, ``control_variate`` or ``target_relative_error`` ask for one tail."""
 
     shared_labels: bool = True
     """Keep the labels of the batch as candidates of every position, with certainty."""
@@ -202,12 +203,12 @@ class SCEConfig(LikelihoodConfig):
     """Take the tail's part that is known in closed form out of the sample (Jensen control
     variate). "auto" chooses by a running average of the variance with and without it."""
 
-    row_control_variate: bool = False
+    row_control_variate: bool | Auto = "auto"
     """Give every row of the head the gradient that the batch's k-means centres expect of it, and
-    let the tail's draws correct it: what this adds has mean 0. Without it Adam moves rows that are
-    seldom drawn less far than exact gradients do (:mod:`sce_lm.objectives.row_control`). It reads W
-    once a call and makes a second gradient of its size; the centres are those of the buckets,
-    or 16."""
+    let the draws correct it: what this adds has mean 0. Without it Adam moves rows that are
+    seldom drawn less far than exact gradients do (:mod:`sce_lm.objectives.row_control`). It makes a
+    second gradient of W's size; the centres are those of the buckets, or 16. "auto": where buckets
+    are sampled, which scans W anyway, and the gradient is dense."""
 
     labels_first: int = 0
     """In the first so many calls (batches) the batch's labels alone are candidates, uncorrected: an
@@ -221,9 +222,10 @@ class SCEConfig(LikelihoodConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_choice(self, "bucket_sampling", "top", "priority")
-        check_choice(self, "control_variate", True, False, "auto")
-        for name in ("row_control_variate", "shared_labels", "sparse_grad"):
+        check_choice(self, "bucket_sampling", "auto", "top", "priority")
+        for name in ("control_variate", "row_control_variate"):
+            check_choice(self, name, True, False, "auto")
+        for name in ("shared_labels", "sparse_grad"):
             check_choice(self, name, True, False)
         for name in ("num_buckets", "shared_frequent", "tail_candidates"):
             check_count(self, name, low=0, auto=True)
@@ -258,6 +260,14 @@ class SCEConfig(LikelihoodConfig):
         if not shares:
             raise ValueError('SCEConfig.prior is empty; give a component, for instance "labels".')
 
+    def _samples_buckets(self, width: int) -> bool:
+        """Whether a bucket, if there is one, has a sample of its own in place of a common tail."""
+        if self.bucket_sampling != "auto":
+            return self.bucket_sampling == "priority"
+        asks_for_a_tail = self.tail_candidates != "auto" or self.control_variate is True
+        asks_for_a_tail |= self.target_relative_error is not None
+        return width >= WIDE and not asks_for_a_tail
+
     def prior_shares(self) -> dict[str, float]:
         """Components of the tail's proposal and their shares, which sum to 1."""
         if isinstance(self.prior, str):
@@ -288,8 +298,9 @@ class SCEConfig(LikelihoodConfig):
                     "sample of everything that is not shared; leave it out, or use "
                     'bucket_sampling="top"',
                 )
-        has_tail = self.tail_candidates != 0 and self.bucket_sampling == "top"
-        if self.label_smoothing and not (has_tail or self.bucket_sampling == "priority"):
+        is_sampled = self.bucket_sampling == "priority"
+        has_tail = self.tail_candidates != 0 and not is_sampled
+        if self.label_smoothing and not (has_tail or is_sampled):
             refuse(
                 "label_smoothing",
                 "spreads over the whole vocabulary, of which the partition function without a "
@@ -306,11 +317,12 @@ class SCEConfig(LikelihoodConfig):
                 "target_relative_error",
                 "sets the size of a sampled tail; give one, or leave target_relative_error out",
             )
-        if self.row_control_variate and (not has_tail or self.sparse_grad):
+        is_drawn = has_tail or is_sampled
+        if self.row_control_variate is True and (not is_drawn or self.sparse_grad):
             refuse(
                 "row_control_variate",
-                "corrects a dense gradient by the draws of a tail; it goes with a tail, "
-                'bucket_sampling="top" and sparse_grad=False, or leave it out',
+                "corrects a dense gradient by what was drawn; it goes with a tail or sampled "
+                "buckets and with sparse_grad=False, or leave it out",
             )
         if self.num_buckets == 0 and self.bucket_candidates != "auto":
             refuse(
@@ -342,6 +354,7 @@ class SCEConfig(LikelihoodConfig):
         prefer_control_variate: bool = True,
         num_labels: int | torch.Tensor = 0,
         rows: int | None = None,
+        width: int = WIDE,
     ) -> SCESizes:
         """A number for every "auto", and no list longer than there are positions or classes.
 
@@ -353,6 +366,7 @@ class SCEConfig(LikelihoodConfig):
                 and the floor is one then.
             rows: those of the V that this rank holds, if the head is cut by rows: each list is cut
                 in proportion, and ``num_labels`` are the labels among them. None: all of them.
+            width: d, the head's width.
         """
         n, v = num_positions, vocab_size
         rows = v if rows is None else rows
@@ -360,19 +374,24 @@ class SCEConfig(LikelihoodConfig):
         def here(size: int) -> int:
             return -(-min(size, v) * rows // v)
 
-        has_tail = self.bucket_sampling == "top"
-        auto_candidates = 1024
-        auto_buckets = max(1, min(64, n // 32))
-        if has_tail:  # else there must be a bucket, whatever the scan costs
-            auto_buckets = min(auto_buckets, SCAN_PRODUCTS * n // v)
+        is_sampled = self._samples_buckets(width)
+        if is_sampled:
+            auto_buckets = max(1, min(64, max(n // 64, MIN_BUCKETS)))
+        else:
+            auto_buckets = min(64, n // 32, SCAN_PRODUCTS * n // v)
             auto_buckets = auto_buckets if v >= 2**16 and auto_buckets >= MIN_BUCKETS else 0
         num_buckets = min(_pick(self.num_buckets, auto_buckets), n)
         bucket_positions = -(-n // num_buckets) if num_buckets else 0
-        if has_tail:
+        is_sampled = is_sampled and num_buckets > 0
+        auto_candidates = 4096
+        if not is_sampled:
             auto_candidates = max(1024, min(CANDIDATES_PER_POSITION * bucket_positions, 4096))
         # The same number of candidates again where there are no buckets.
         auto_frequent, auto_tail = (1024, 2048) if num_buckets else (2048, 4096)
-        tail = here(_pick(self.tail_candidates, auto_tail if has_tail else 0))
+        tail = here(_pick(self.tail_candidates, 0 if is_sampled else auto_tail))
+        of_rows = self.row_control_variate
+        if of_rows == "auto":
+            of_rows = is_sampled and not self.sparse_grad
         control = prefer_control_variate if self.control_variate == "auto" else self.control_variate
         floor = self.uniform_floor
         if floor == "auto":
@@ -387,7 +406,9 @@ class SCEConfig(LikelihoodConfig):
             ),
             shared_frequent=here(_pick(self.shared_frequent, auto_frequent)),
             tail_candidates=tail,
+            bucket_sampling="priority" if is_sampled else "top",
             control_variate=control and tail > 0,
+            row_control_variate=of_rows,
             uniform_floor=floor,
         )
 
@@ -409,8 +430,12 @@ class SCESizes:
     """Most frequent labels kept as candidates of every position."""
     tail_candidates: int
     """Size of the priority sample."""
+    bucket_sampling: Literal["top", "priority"]
+    """Whether a bucket's candidates are the largest, or a sample."""
     control_variate: bool
     """Whether the tail uses the control variate."""
+    row_control_variate: bool
+    """Whether a dense gradient of the head has every row, where the head is trained."""
     uniform_floor: float | torch.Tensor
     """Share of the tail's proposal that is spread evenly."""
 
@@ -423,6 +448,7 @@ class SCESizes:
             shared_frequent=0,
             tail_candidates=0,
             control_variate=False,
+            row_control_variate=False,
         )
 
     def __str__(self) -> str:

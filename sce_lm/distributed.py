@@ -254,6 +254,9 @@ class VocabParallel(Objective):
                 f"{lacks} has no vocabulary-parallel form; use corrected SCE (SCEConfig()) or "
                 'objectives.get("exact") with a head that is sharded by rows.'
             )
+        if isinstance(objective, SCE):  # each rank chooses from its own rows alone
+            by_rank = replace(objective.config, bucket_sampling="top", row_control_variate=False)
+            objective = SCE(by_rank, objective.state)
         self.name, self.config, self.state = objective.name, objective.config, objective.state
         self.objective, self.shard = objective, shard
         self.vocab_size = shard.vocab_size
@@ -321,11 +324,11 @@ class VocabParallel(Objective):
 
 def _not_by_rank(config: SCEConfig) -> str | None:
     """What a rank cannot choose by itself, or from its own labels alone."""
-    if config.bucket_sampling != "top":
+    if config.bucket_sampling == "priority":
         return f"bucket_sampling={config.bucket_sampling!r}"
     if config.target_relative_error is not None:
         return "target_relative_error"
-    if config.row_control_variate:
+    if config.row_control_variate is True:
         return "row_control_variate"
     others = sorted(set(config.prior_shares()) - {"labels", "uniform"})
     return f"prior {others[0]!r}" if others else None

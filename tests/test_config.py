@@ -28,10 +28,6 @@ REFUSED = {
     "labels first without labels": {"labels_first": 3, "shared_labels": False},
     "row control without a tail": {"row_control_variate": True, "tail_candidates": 0},
     "row control and sparse_grad": {"row_control_variate": True, "sparse_grad": True},
-    "row control for bucket samples": {
-        "row_control_variate": True,
-        "bucket_sampling": "priority",
-    },
     "a target of nothing": {"target_relative_error": 0.0},
     "a target without a tail": {"target_relative_error": 0.1, "tail_candidates": 0},
     "a target for bucket samples": {
@@ -114,6 +110,38 @@ def test_every_field_is_documented_and_printed():
 
 
 @pytest.mark.parametrize(
+    ("n", "buckets"), [(1, 1), (511, 8), (2048, 32), (8192, 64), (100_000, 64)]
+)
+def test_a_wide_head_has_sampled_buckets(n, buckets):
+    for v in (30_000, 262_144):
+        sizes = SCEConfig().resolve(n, v, width=640)
+        assert (sizes.num_buckets, sizes.bucket_candidates) == (buckets, 4096)
+        assert (sizes.shared_frequent, sizes.tail_candidates) == (1024, 0)
+        assert sizes.bucket_sampling == "priority"
+        assert sizes.row_control_variate
+    assert not SCEConfig(sparse_grad=True).resolve(n, 10**6).row_control_variate
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"tail_candidates": 100},
+        {"tail_candidates": 0},
+        {"control_variate": True},
+        {"target_relative_error": 0.1},
+        {"bucket_sampling": "top"},
+        {"num_buckets": 0},
+    ],
+    ids=str,
+)
+def test_who_asks_for_a_tail_has_one(options):
+    sizes = SCEConfig(**options).resolve(4096, 100_000, width=640)
+    assert sizes.bucket_sampling == "top"
+    assert (sizes.tail_candidates > 0) == (options.get("tail_candidates") != 0)
+    assert not sizes.row_control_variate
+
+
+@pytest.mark.parametrize(
     ("n", "v", "buckets", "candidates"),
     [
         (4096, 50_000, 0, 0),
@@ -124,8 +152,8 @@ def test_every_field_is_documented_and_printed():
         (4096, 10_000_000, 0, 0),
     ],
 )
-def test_auto_sizes(n, v, buckets, candidates):
-    sizes = SCEConfig().resolve(n, v)
+def test_auto_sizes_of_a_narrow_head(n, v, buckets, candidates):
+    sizes = SCEConfig().resolve(n, v, width=64)
     assert (sizes.num_buckets, sizes.bucket_candidates) == (buckets, candidates)
     expected = (1024, 2048) if buckets else (2048, 4096)
     assert (sizes.shared_frequent, sizes.tail_candidates) == expected

@@ -180,7 +180,7 @@ def _measure_costs(
         rows = measure_methods(problem, Path(name), [methods()[STOCK], *settled], how)
     for row, (method, _) in zip(rows[1:], asked):
         row["specification"] = method.specification
-        row["resolved"] = method.resolved(problem.positions, problem.vocab_size)
+        row["resolved"] = method.resolved(problem.positions, problem.vocab_size, problem.width)
     return problem, rows
 
 

@@ -45,6 +45,8 @@ class Work:
     """K_b."""
     reads_weight: bool = False
     """Whether W is read for its mean alone."""
+    expects_rows: bool = False
+    """Whether every row's gradient is expected from the buckets' centres."""
 
     def amounts(self, n: int, v: int, d: int, itemsize: int, *, trainable: bool) -> dict[str, int]:
         """Operations of the products and bytes of the passes over memory."""
@@ -52,7 +54,7 @@ class Work:
         return {
             "shared": factor * n * self.shared * d,
             "buckets": factor * n * self.bucket_candidates * d,
-            "scan": 2 * self.buckets * v * d,
+            "scan": (2 + 2 * (self.expects_rows and trainable)) * self.buckets * v * d,
             "read W": table * (self.reads_weight and trainable),  # of a frozen one it is known
             "write dW": table * trainable,
         }
@@ -64,7 +66,7 @@ def floor_terms(amounts: dict[str, int], rates: dict[str, float]) -> dict[str, f
 
 
 def work_of(
-    specification: dict[str, Any], labels: torch.Tensor, counts: torch.Tensor
+    specification: dict[str, Any], labels: torch.Tensor, counts: torch.Tensor, width: int
 ) -> Work | None:
     """The work of a method; None where the equation above does not describe it.
 
@@ -72,6 +74,7 @@ def work_of(
         specification: a :class:`~sce_lm.benchmarks.methods.Method`'s.
         labels: ``[N]``.
         counts: ``[V]``, how often each class was a label before.
+        width: d.
     """
     vocab_size = len(counts)
     if specification["name"] in PEERS:
@@ -81,7 +84,7 @@ def work_of(
         return Work(shared=vocab_size)
     if not isinstance(objective, SCE):
         return None
-    sizes = objective.config.resolve(len(labels), vocab_size)
+    sizes = objective.config.resolve(len(labels), vocab_size, width=width)
     listed = torch.topk(counts, sizes.shared_frequent).indices
     if objective.config.shared_labels:
         listed = torch.cat([listed, labels])
@@ -92,6 +95,7 @@ def work_of(
         buckets=sizes.num_buckets,
         bucket_candidates=min(sizes.bucket_candidates, rest),
         reads_weight=sizes.control_variate and not sizes.num_buckets,
+        expects_rows=sizes.row_control_variate and sizes.num_buckets > 0,
     )
 
 
@@ -109,7 +113,7 @@ def measure_floor(
         specification, labels, counts: as in :func:`work_of`.
         weight: ``[V, d]``, of which dtype and device are taken.
     """
-    work = work_of(specification, labels, counts)
+    work = work_of(specification, labels, counts, weight.shape[1])
     if work is None:
         return {}
     n, (v, d) = len(labels), weight.shape

@@ -193,7 +193,7 @@ def loss_cost(
     repeats: int,
 ) -> Result:
     """One method on one shape, trainable head: seconds, peak memory, the host alone, the floor."""
-    n, v, _ = sizes
+    n, v, width = sizes
     found = methods.methods(vocab_size=v)[method]
     peer, specification = found.peer, found.specification
     reason = peer.unavailable(n * v, device) if peer else None
@@ -206,7 +206,11 @@ def loss_cost(
     cost = cost_of(loss, inputs, repeats=repeats, budget=10.0)
     host = _host_seconds(loss, inputs, device, repeats)
     result: Result = asdict(cost) | {"sizes": sizes, "dtype": dtype, "host_seconds": host}
-    result |= asdict(found) | {"positions": n, "vocab_size": v, "resolved": found.resolved(n, v)}
+    result |= asdict(found) | {
+        "positions": n,
+        "vocab_size": v,
+        "resolved": found.resolved(n, v, width),
+    }
     result |= {"version": peer.version} if peer else {}
     counts = torch.bincount(past, minlength=v)
     floor = measure_floor(specification, inputs["labels"], inputs["weight"], counts, trainable=True)
@@ -273,7 +277,7 @@ def training_step(
     size = {"model": model, "parameters": trained.num_parameters(), "positions": positions}
     return {
         **{**asdict(asked), **size, "vocab_size": config.vocab_size, "step": found},
-        "resolved": asked.resolved(positions, config.vocab_size),
+        "resolved": asked.resolved(positions, config.vocab_size, config.hidden_size),
     }
 
 

@@ -11,11 +11,13 @@ import dataclasses
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from sce_lm import objectives
 from sce_lm.benchmarks.loss_cost import Loss, loss_of
 from sce_lm.benchmarks.peers import PEERS, Peer
+from sce_lm.config import SCEConfig
 from sce_lm.objectives import Objective
 from sce_lm.ops.logits import LogitTransform
 
@@ -46,13 +48,16 @@ class Method:
         shown = ", ".join(f"{name}={value}" for name, value in options.items())
         return Method(self.name, f"{self.label}, {shown}", self.specification | options)
 
-    def resolved(self, positions: int, vocab_size: int) -> dict[str, Any]:
+    def resolved(self, positions: int, vocab_size: int, width: int) -> dict[str, Any]:
         """Every option, with a number for each "auto" that the sizes of a problem decide."""
         if self.peer is not None:
             return self.specification
         objective = objectives.get(**self.specification)
         found = objective.to_dict()
-        sizes = getattr(objective.config, "resolve", lambda *_: None)(positions, vocab_size)
+        resolve = getattr(objective.config, "resolve", lambda *_: None)
+        if isinstance(objective.config, SCEConfig):
+            resolve = partial(resolve, width=width)
+        sizes = resolve(positions, vocab_size)
         if dataclasses.is_dataclass(sizes) and not isinstance(sizes, type):
             # The floor falls with the labels that were seen, of which a problem knows nothing.
             found |= dataclasses.asdict(sizes) | {"uniform_floor": found.get("uniform_floor")}

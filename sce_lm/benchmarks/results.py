@@ -159,7 +159,9 @@ def changed_options(row: Mapping[str, Any], sizes: Mapping[str, Any]) -> list[st
         return []
     at = {**sizes, **row}
     try:
-        today = Method("", "", row["specification"]).resolved(at["positions"], at["vocab_size"])
+        today = Method("", "", row["specification"]).resolved(
+            at["positions"], at["vocab_size"], at["width"]
+        )
     except ValueError as error:
         return [str(error)]
     was = row["resolved"]

@@ -103,7 +103,7 @@ def _line(
     for n, v in sizes:
         report.progress(f"{method.label}: {n:,} positions, {v:,} classes")
         row = {**asdict(method), "grows": grows, "positions": n, "vocab_size": v}
-        row["resolved"] = method.resolved(n, v)
+        row["resolved"] = method.resolved(n, v, arguments.dim)
         needed = EXACT_GRADIENTS * 4 * v * arguments.dim * is_exact
         expected = seconds_a_logit * n * v * is_exact
         if needed > free_memory(arguments.device):

@@ -57,7 +57,7 @@ def measure_methods(
     for number, method in enumerate(methods, start=1):
         progress(f"{number}/{len(methods)} {method.label}")
         row: dict[str, Any] = {**asdict(method), "notes": [], "positions": problem.positions}
-        row["resolved"] = method.resolved(problem.positions, problem.vocab_size)
+        row["resolved"] = method.resolved(problem.positions, problem.vocab_size, problem.width)
         rows.append(row)
         if method.peer is not None:
             reason = _unavailable(method, row, problem.vocab_size, settings.device)

@@ -88,7 +88,7 @@ def measure(arguments: argparse.Namespace) -> Sequence[results.Comparison]:
             device=arguments.device,
         )
         if "positions" in row:
-            row["resolved"] = method.resolved(row["positions"], row["vocab_size"])
+            row["resolved"] = method.resolved(row["positions"], row["vocab_size"], row["width"])
         rows.append(row)
     sizes = next((row for row in rows if "positions" in row), None)
     if sizes is None:
@@ -104,7 +104,7 @@ def measure(arguments: argparse.Namespace) -> Sequence[results.Comparison]:
         f"{sizes['vocab_size']:,}, {sizes['parameters'] / 1e6:.0f}M parameters, "
         f"{arguments.dtype}, {trained}"
     )
-    known = {name: sizes[name] for name in ("positions", "vocab_size", "parameters")}
+    known = {n: sizes[n] for n in ("positions", "vocab_size", "width", "parameters")}
     return [results.Comparison(title, known, rows)]
 
 
@@ -134,9 +134,12 @@ def measure_step(
             f"the text has {blocks.numel():,} tokens and {tokens:,} a step were asked for; give "
             "more text by --text, or fewer --tokens."
         )
+    output: Any = trained.get_output_embeddings()
+    vocab_size, width = output.weight.shape
     sizes = {
         "positions": count * (blocks.shape[1] - 1),
-        "vocab_size": len(trained.get_output_embeddings().weight),
+        "vocab_size": vocab_size,
+        "width": width,
         "parameters": trained.num_parameters(),
     }
     if lora:

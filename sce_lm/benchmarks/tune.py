@@ -114,7 +114,7 @@ def problem(
     positions: int, vocab: int, width: int
 ) -> tuple[torch.Tensor, dict[Callable[[], Any], tuple[str, ...]]]:
     """A weight on the GPU, and operations on it, each with the kernels that it launches."""
-    sizes = SCEConfig().resolve(positions, vocab)
+    sizes = SCEConfig(bucket_sampling="top").resolve(positions, vocab, width=width)
     options: dict[str, Any] = {"device": "cuda", "dtype": torch.bfloat16}
     hidden = torch.randn(positions, width, **options, requires_grad=True)
     weight = torch.randn(vocab, width, **options).div_(width**0.5).requires_grad_()

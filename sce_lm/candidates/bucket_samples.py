@@ -1,35 +1,32 @@
-"""A weighted sample of the catalogue for each bucket, by the softmax at its centre."""
+"""A weighted sample of the catalogue for each bucket, by what its centre expects of each class."""
 
 from __future__ import annotations
-
-import math
 
 import torch
 
 from sce_lm.candidates.priority import priority_samples
-from sce_lm.ops.head import EVERYTHING, Head
 
 PRIOR_SHARE = 0.5
 """Share of the tail's proposal in that of a bucket's own sample, for positions far from its
 centre."""
-SCORES = 2**23
-"""Scores of centres held at a time (32 MiB in fp32)."""
+SCORES = 2**22
+"""Densities held at a time (32 MiB of fp64)."""
 
 
 def bucket_samples(
-    centers: torch.Tensor,
-    head: Head,
+    share: torch.Tensor,
     log_prior: torch.Tensor,
     size: int,
     generator: torch.Generator,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """A priority sample of the catalogue for each bucket.
 
-        q_kj = (1 - share) · softmax_j(g(c_k·w_j + b_j)) + share · prior_j
+        q_kj = (|share_kj| / sum_i |share_ki| + prior_j) / 2
 
     Args:
-        centers: ``[n_b, d]``.
-        head: the output head.
+        share: ``[n_b, V]`` of :func:`~sce_lm.candidates.center_softmax.center_softmax`, without a
+            control variate: the softmax at the bucket's centre times the slope of what the
+            model does to its logits.
         log_prior: ``[V]`` fp64; -inf leaves a class out.
         size: K, at most the number of classes that are not left out; where shapes are static, at
             most V.
@@ -38,15 +35,14 @@ def bucket_samples(
         Ids ascending in each row and their log-weights, each ``[n_b, K]``. Static shapes may leave
         places empty, with the log-weight -inf and any id.
     """
-    dtype = centers.dtype
-    rows = head.rows(EVERYTHING, dtype)
     left_out = log_prior == -torch.inf
-    prior = log_prior + math.log(PRIOR_SHARE)
+    prior = log_prior.exp() * PRIOR_SHARE
     ids, log_weights = [], []
-    for part in head.extend(centers, dtype).split(max(1, SCORES // len(rows))):
-        scores = head.post((part @ rows.T).double())
-        scores = torch.log_softmax(scores, dim=1) + math.log1p(-PRIOR_SHARE)
-        own = torch.logaddexp(scores, prior).masked_fill_(left_out, -torch.inf)
+    for part in share.split(max(1, SCORES // share.shape[1])):
+        own = part.to(torch.float64, copy=True).abs_()
+        total = own.sum(dim=1, keepdim=True).clamp_min_(torch.finfo(own.dtype).tiny)
+        own *= (1.0 - PRIOR_SHARE) / total
+        own = own.add_(prior).log_().masked_fill_(left_out, -torch.inf)
         drawn, c = priority_samples(own, size, generator)
         drawn, order = torch.sort(drawn, dim=1)
         ids.append(drawn)

@@ -63,7 +63,8 @@ def distilled_candidates(
     generator: torch.Generator | None,
 ) -> Candidates:
     """The lists of one call; ``shared`` is ascending, and there is no control variate."""
-    sce = SCE(replace(config, control_variate=False), state)
+    of_students = {"bucket_sampling": "top", "control_variate": False, "row_control_variate": False}
+    sce = SCE(replace(config, **of_students), state)
     wanted = positions.labels
     if isinstance(teacher, TopKTeacher):
         wanted = torch.cat([wanted, teacher.ids.reshape(-1)])

@@ -1,8 +1,8 @@
 """Is corrected SCE's sample large enough? What it says of itself, and what follows from that.
 
-Every so many calls the tail's variance is estimated on some positions, with and without control
-variate. The averages choose the control variate, feed the logs and the advice, and with
-``target_relative_error`` set the size of the next tail.
+Every so many calls the variance of what was drawn is estimated on some positions, of a tail with
+and without control variate. The averages choose the control variate, feed the logs and the advice,
+and with ``target_relative_error`` set the size of the next tail.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ import torch
 from sce_lm.candidates.state import SCEState
 from sce_lm.config import SCEConfig
 from sce_lm.objectives.call import Call
-from sce_lm.ops.candidate_cross_entropy import candidate_variance
+from sce_lm.ops.candidate_variance import bucket_variance, candidate_variance
 from sce_lm.ops.candidates import Candidates
 from sce_lm.ops.head import Head
 from sce_lm.ops.positions import Positions
 
 MONITOR_EVERY = 8
-"""Calls between two measurements of the tail's variance."""
+"""Calls between two measurements of the variance."""
 MONITOR_POSITIONS = 256
 """Positions that each of them looks at, spread evenly over the batch."""
 MIN_TAIL = 64
@@ -42,15 +42,19 @@ def relative_error(
     candidates: Candidates,
     log_partition: torch.Tensor,
 ) -> torch.Tensor | None:
-    """The tail's relative error ``[N]`` if statistics were asked for; now and then the state's
-    averages are brought up to date."""
+    """Relative error ``[N]`` of what was drawn if statistics were asked for; now and then the
+    state's averages are brought up to date."""
     monitors = call.counted and (state.step - 1) % MONITOR_EVERY == 0
-    if not len(candidates.tail) or not (monitors or call.want_statistics):
+    is_drawn = len(candidates.tail) > 0 or candidates.bucket_log_weights is not None
+    if not is_drawn or not (monitors or call.want_statistics):
         return None
-    chosen = None
+    chosen = torch.arange(len(positions), device=log_partition.device)
     if not call.want_statistics:
         chosen = _spread(positions, min(len(positions), MONITOR_POSITIONS))
-    plain, control = candidate_variance(head, positions, candidates, log_partition, chosen)
+    if candidates.bucket_log_weights is not None:
+        plain = control = bucket_variance(head, positions, candidates, log_partition, chosen)
+    else:
+        plain, control = candidate_variance(head, positions, candidates, log_partition, chosen)
     own = control if candidates.control_variate else plain
     if monitors:
         state.average(
@@ -89,11 +93,11 @@ def set_tail(state: SCEState, target: float, size: int, variance: float, vocab_s
     state.tail_candidates = min(max(round(wanted), MIN_TAIL), largest)
 
 
-def advice(config: SCEConfig, state: SCEState, tail: int, covered: int) -> str | None:
+def advice(config: SCEConfig, state: SCEState, option: str, size: int, covered: int) -> str | None:
     """One sentence on what should be changed, or None.
 
     Args:
-        tail: size of the latest tail.
+        option, size: what sets the size of the samples, and the latest size.
         covered: classes of the latest call if its lists held them all, else 0.
     """
     if covered:
@@ -103,13 +107,12 @@ def advice(config: SCEConfig, state: SCEState, tail: int, covered: int) -> str |
             "bucket_candidates."
         )
     error = state.summary().get("relative_error", 0.0)
-    if error <= HIGH_ERROR or config.target_relative_error is not None or not tail:
+    if error <= HIGH_ERROR or config.target_relative_error is not None or not size:
         return None
-    wanted = tail * (error / GOOD_ERROR) ** 2
+    wanted = size * (error / GOOD_ERROR) ** 2
     return (
         f"the partition function's relative error is {error:.2f}, so the loss is biased by "
-        f"about {error**2 / 2:.2f} nats: there are too few candidates. tail_candidates="
-        f"{math.ceil(wanted / 1024) * 1024} instead of {tail} would bring it to about "
-        f"{GOOD_ERROR}, and so would target_relative_error={GOOD_ERROR}; more buckets or "
-        "shared candidates help as well."
+        f"about {error**2 / 2:.2f} nats: there are too few candidates. {option}="
+        f"{math.ceil(wanted / 1024) * 1024} instead of {size} would bring it to about "
+        f"{GOOD_ERROR}; more buckets or shared candidates help as well."
     )

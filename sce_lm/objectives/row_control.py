@@ -1,6 +1,6 @@
 """A control variate of the head's own gradient: what k-means centres expect of every row.
 
-Of a class j outside the certain lists, exact cross-entropy takes the gradient
+Of a class j outside the certain lists exact cross-entropy takes the gradient
 
     X_j = sum_t a_t share_tj h_t
 
@@ -15,8 +15,9 @@ gradient roughly,
     ghat_j = sum_k a_k share_kj c_k,     a_k = sum_{t at centre k} a_t
 
 and ``ghat_j + [j drawn]·(X_j - ghat_j) / pi_j`` has the mean X_j whatever ghat is. Where there are
-buckets they are the centres, without their own candidates, which are certain. Only gradients of the
-head change: loss and dL/dh are as without.
+buckets they are the centres, without their own candidates if those are certain; where each bucket
+draws for itself, so does its term of ghat. Only gradients of the head change: loss and dL/dh are as
+without.
 """
 
 from __future__ import annotations
@@ -52,7 +53,10 @@ def with_expected_rows(
     left[candidates.shared] = 0.0
     share = share * left[:-1]
     if candidates.bucket_items is not None:
-        share.scatter_(1, candidates.bucket_items, 0.0)
+        known = share.gather(1, candidates.bucket_items)
+        if candidates.bucket_log_weights is not None:
+            known *= candidates.bucket_log_weights.exp()
+        share.scatter_add_(1, candidates.bucket_items, known.neg_())
     a = positions.weight
     return _ExpectedRows.apply(loss, *head.tensors, share, centers, center_of, a)
 

@@ -10,8 +10,9 @@ of the catalogue, different for each position, have sums that add up to an unbia
   of large catalogues a Poisson sample with the same inclusion probabilities. What it is drawn from
   is :mod:`sce_lm.objectives.tail_proposal`.
 
-With ``bucket_sampling="priority"`` the last two are one: each bucket has a priority sample of its
-own, by the softmax at its centre, of everything outside the shared list.
+With ``bucket_sampling="priority"``, the default of wide heads, the last two are one: each bucket
+has a priority sample of its own, by the softmax at its centre, of everything outside the shared
+list.
 
 The tail's control variate is Jensen's tangent. With m the mean raw logit over the rest R, known
 from the mean of W's rows, ``sum_{j in R} (x_j - m) = 0``, so
@@ -76,8 +77,8 @@ class SCE(SampledObjective):
     name = "sce"
     config_class = SCEConfig
     config: SCEConfig
-    tail = 0
-    """Size of the latest tail."""
+    drawn = ("tail_candidates", 0)
+    """The option that sets the size of the latest samples, and that size."""
     covered = 0
     """Classes of the latest call if its lists held them all, else 0."""
 
@@ -109,12 +110,13 @@ class SCE(SampledObjective):
         """
         sizes = self.sizes(head, positions, call, num_classes or head.num_classes)
         proposal = TailProposal(self.config, sizes, head, positions, call)
-        trains_head = head.requires_grad()
+        wants_rows = sizes.row_control_variate and head.requires_grad()
         with torch.no_grad():
             shared, tail, log_weights = call.once("lists", lambda: self._lists(proposal))
-            centers, candidates = self._candidates(proposal, shared, tail, log_weights)
-            expected = None
-            if self.config.row_control_variate and trains_head and len(tail):
+            candidates, centers, expected = self._candidates(proposal, shared, tail, log_weights)
+            if not wants_rows or not (len(tail) or expected):
+                expected = None
+            elif expected is None:
                 expected = _expected(proposal, centers, candidates)
         return Chosen(candidates, proposal, expected)
 
@@ -126,7 +128,12 @@ class SCE(SampledObjective):
         if torch.is_tensor(num_labels):
             num_labels = num_labels.double()
         sizes = self.config.resolve(
-            len(positions), num_classes, call.prefer_control_variate, num_labels, rows
+            len(positions),
+            num_classes,
+            call.prefer_control_variate,
+            num_labels,
+            rows,
+            head.weight.shape[1],
         )
         before = call.once("calls before", lambda: state.step - call.counted)
         if before < self.config.labels_first:
@@ -188,13 +195,14 @@ class SCE(SampledObjective):
 
     def _candidates(
         self, proposal: TailProposal, shared, tail, log_weights
-    ) -> tuple[torch.Tensor | None, Candidates]:
-        """The buckets' centres ``[n_b, d]``, and all lists."""
+    ) -> tuple[Candidates, torch.Tensor | None, CenterSoftmax | None]:
+        """All lists; the buckets' centres ``[n_b, d]``, and the softmax there if it was needed."""
         config, sizes = self.config, proposal.sizes
         head, call, hidden = proposal.head, proposal.call, proposal.positions.hidden
-        centers = items = bucket_of = bucket_weights = None
+        centers = items = bucket_of = bucket_weights = expected = None
+        is_sampled = sizes.bucket_sampling == "priority"
         rest = head.num_classes - len(shared)  # at least: places may be empty
-        if config.bucket_sampling == "priority" and call.is_valid is not None:
+        if is_sampled and call.is_valid is not None:
             rest = head.num_classes  # without a tail there must be buckets; slots may be empty
         own = min(sizes.bucket_candidates, rest)
         rest = rest if call.is_valid is None else head.num_classes
@@ -206,15 +214,16 @@ class SCE(SampledObjective):
                 call.stream("buckets"),
                 proposal.positions.is_valid,
             )
-            if config.bucket_sampling == "priority":
+            if is_sampled:
                 prior = proposal.log_density().index_fill_(0, _ids(shared, call), -torch.inf)
+                expected = center_softmax(centers, bucket_of, head, control_variate=False)
                 noise = call.stream("tail")
-                items, bucket_weights = bucket_samples(centers, head, prior, own, noise)
+                items, bucket_weights = bucket_samples(expected.share, prior, own, noise)
             else:
                 excluded = _with_masked(_ids(shared, call), head)
                 items = catalogue_topk(centers, head, own, excluded=excluded, backend=call.backend)
         has_control = sizes.control_variate and len(tail) > 0
-        return centers, Candidates(
+        candidates = Candidates(
             shared,
             tail,
             log_weights,
@@ -225,6 +234,7 @@ class SCE(SampledObjective):
             control_variate=sizes.control_variate,
             sparse_grad=config.sparse_grad,
         )
+        return candidates, centers, expected
 
     def observe(
         self,
@@ -240,7 +250,9 @@ class SCE(SampledObjective):
             log_partition: ``[N]`` log Zhat.
         """
         candidates = chosen.candidates
-        self.tail = len(candidates.tail)
+        self.drawn = ("tail_candidates", len(candidates.tail))
+        if candidates.bucket_items is not None and candidates.bucket_log_weights is not None:
+            self.drawn = ("bucket_candidates", candidates.bucket_items.shape[1])
         error = monitor.relative_error(
             self.config, self.state, head, positions, call, candidates, log_partition
         )
@@ -265,13 +277,15 @@ class SCE(SampledObjective):
             fitted = min(1.0, KMEANS_POSITIONS_PER_BUCKET * buckets / num_positions)
             scan = buckets * vocab_size / num_positions
             products += own + scan + buckets * (KMEANS_STEPS * fitted + 1)
-        has_scanned = candidates.bucket_items is None and "gradient" in self.config.prior_shares()
+        has_scanned = candidates.bucket_log_weights is not None
+        if candidates.bucket_items is None:
+            has_scanned = "gradient" in self.config.prior_shares()
         if expected is not None and not has_scanned:
             products += len(expected.centers) * vocab_size / num_positions
         return products
 
     def advice(self) -> str | None:
-        return monitor.advice(self.config, self.state, self.tail, self.covered)
+        return monitor.advice(self.config, self.state, *self.drawn, self.covered)
 
 
 def _expected(

@@ -144,13 +144,13 @@ def loss_bytes(objective: Objective, positions: int, vocab_size: int, width: int
     """Peak of a forward and backward pass of a loss with a trainable head, over its inputs."""
     if objective.name == "exact":
         return _exact_bytes(positions, vocab_size, width)
-    candidates = _gathered_rows(objective, positions, vocab_size)
+    candidates = _gathered_rows(objective, positions, vocab_size, width)
     rows = 8 * candidates * width  # the rows and their gradient
     gradient = 4 * vocab_size * width
     if getattr(objective.config, "sparse_grad", False):
         gradient = 4 * (candidates + positions) * width
-    if isinstance(objective.config, SCEConfig) and objective.config.row_control_variate:
-        gradient += _row_control_bytes(objective.config, positions, vocab_size, width)
+    if isinstance(objective.config, SCEConfig):
+        gradient += _at_centers_bytes(objective.config, positions, vocab_size, width)
     own = getattr(objective.config, "shared", True) is False
     negatives = getattr(objective.config, "num_negatives", 0)
     work = OWN_WORK * positions * negatives if own else WORK
@@ -164,17 +164,21 @@ def _exact_bytes(positions: int, vocab_size: int, width: int) -> int:
     return block + 4 * (positions + vocab_size) * width
 
 
-def _row_control_bytes(config: SCEConfig, positions: int, vocab_size: int, width: int) -> int:
-    """A second gradient of the head, and twice the softmax at the centres."""
-    buckets = config.resolve(positions, vocab_size).num_buckets
-    return 4 * vocab_size * (width + 2 * (buckets or CENTERS))
+def _at_centers_bytes(config: SCEConfig, positions: int, vocab_size: int, width: int) -> int:
+    """Twice the softmax at the centres, and for the row control variate a second gradient of the
+    head."""
+    sizes = config.resolve(positions, vocab_size, width=width)
+    softmax = 8 * vocab_size * (sizes.num_buckets or CENTERS)
+    if sizes.row_control_variate:
+        return 4 * vocab_size * width + softmax
+    return softmax if sizes.bucket_sampling == "priority" else 0
 
 
-def _gathered_rows(objective: Objective, positions: int, vocab_size: int) -> int:
+def _gathered_rows(objective: Objective, positions: int, vocab_size: int, width: int) -> int:
     """Rows of the head that are gathered in a call, about."""
     config = objective.config
     if isinstance(config, SCEConfig):
-        sizes = config.resolve(positions, vocab_size)
+        sizes = config.resolve(positions, vocab_size, width=width)
         labels = min(positions, vocab_size) if config.shared_labels else 0
         buckets = sizes.num_buckets * sizes.bucket_candidates
         return labels + sizes.shared_frequent + sizes.tail_candidates + buckets

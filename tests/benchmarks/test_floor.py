@@ -14,7 +14,7 @@ COUNTS = torch.arange(V, 0, -1)
 
 
 def test_tail_only():
-    work = work_of(methods(2048)["sce-tail"].specification, LABELS, COUNTS)
+    work = work_of(methods(2048)["sce-tail"].specification, LABELS, COUNTS, D)
     assert work == Work(shared=2048, reads_weight=True)
     trained = work.amounts(N, V, D, 4, trainable=True)
     frozen = work.amounts(N, V, D, 4, trainable=False)
@@ -26,19 +26,20 @@ def test_tail_only():
 
 
 def test_default():
-    work = work_of({"name": "sce"}, LABELS, COUNTS)
+    work = work_of({"name": "sce"}, LABELS, COUNTS, D)
     # The 500 labels are among the 1,024 most frequent classes.
-    assert work == Work(shared=1024 + 2048, buckets=55, bucket_candidates=1216)
+    assert work == Work(shared=1024, buckets=32, bucket_candidates=4096, expects_rows=True)
     amounts = work.amounts(N, V, D, 4, trainable=True)
-    assert amounts["buckets"] == 6 * N * 1216 * D
-    assert amounts["scan"] == 2 * 55 * V * D
+    assert amounts["buckets"] == 6 * N * 4096 * D
+    assert amounts["scan"] == 4 * 32 * V * D
+    assert work.amounts(N, V, D, 4, trainable=False)["scan"] == 2 * 32 * V * D
     assert amounts["read W"] == 0  # the scan reads it
 
 
 def test_exact_and_methods_without_a_formula():
     for specification in ({"name": "stock"}, {"name": "exact"}):
-        assert work_of(specification, LABELS, COUNTS) == Work(shared=V)
-    assert work_of({"name": "sce", "published": True}, LABELS, COUNTS) is None
+        assert work_of(specification, LABELS, COUNTS, D) == Work(shared=V)
+    assert work_of({"name": "sce", "published": True}, LABELS, COUNTS, D) is None
 
 
 def test_terms_are_amounts_at_their_rates():

@@ -55,10 +55,10 @@ def test_a_target_waits_for_the_tail():
     )
     for _ in range(9):
         objective(*problem[:3]).backward()
-        assert objective.tail == 0
+        assert objective.drawn == ("tail_candidates", 0)
         assert objective.advice() is None
     objective(*problem[:3]).backward()
-    assert objective.tail == 100
+    assert objective.drawn == ("tail_candidates", 100)
 
 
 def test_what_means_nothing_is_refused():

@@ -17,11 +17,15 @@ LISTS = {
     "tail": {"num_buckets": 0, "shared_labels": False, "shared_frequent": 0},
     "shared": {"num_buckets": 0, "shared_frequent": 12},
     "buckets": {"num_buckets": 3, "bucket_candidates": 10, "shared_frequent": 12},
+    "samples": {"num_buckets": 3, "bucket_sampling": "priority", "shared_frequent": 12},
 }
 
 
 def objective(lists="tail", *, row_control=True, control=False, m=30, **options):
-    fields = {"tail_candidates": m, "control_variate": control, "row_control_variate": row_control}
+    fields = {"tail_candidates": m, "control_variate": control}
+    if lists == "samples":
+        fields = {"bucket_candidates": m}
+    fields["row_control_variate"] = row_control
     return sce.SCE(SCEConfig(**{**LISTS[lists], **fields, **options}))
 
 
@@ -62,8 +66,12 @@ def test_it_adds_the_written_out_sum(lists, post, control, monkeypatch):
     drawn = dict(zip(candidates.tail.tolist(), candidates.tail_log_weights.exp().tolist()))
     for k in range(len(centers)):
         g_mean = post(x[k].mean())
-        e = (g_mean - log_z[k]).exp() * post.slope(g_mean) if control else 0.0
+        has_control = control and lists != "samples"
+        e = (g_mean - log_z[k]).exp() * post.slope(g_mean) if has_control else 0.0
         own = [] if candidates.bucket_items is None else candidates.bucket_items[k].tolist()
+        if candidates.bucket_log_weights is not None:
+            drawn = dict(zip(own, candidates.bucket_log_weights[k].exp().tolist()))
+            own = []
         for j in set(range(V)) - set(candidates.shared.tolist()) - set(own):
             s = post(x[k, j])
             p = (s - log_z[k]).exp() * post.slope(s)
@@ -92,20 +100,23 @@ def mean_added(problem, draws, **options):
     return (found.mean(dim=0) / error.clamp_min(1e-12)).abs().max()
 
 
-def test_its_mean_over_draws_is_nothing():
-    assert mean_added(make_problem(N, V, D), 200, lists="tail", prior="uniform") < 5.0
+@pytest.mark.parametrize("lists", ["tail", "samples"])
+def test_its_mean_over_draws_is_nothing(lists):
+    assert mean_added(make_problem(N, V, D), 200, lists=lists, prior="uniform") < 5.0
 
 
-def test_forgotten_weights_are_found(monkeypatch):
+@pytest.mark.parametrize("lists", ["tail", "samples"])
+def test_forgotten_weights_are_found(lists, monkeypatch):
     wrapped = sce.with_expected_rows
 
     def planted(loss, head, positions, candidates, expected):
-        forgotten = torch.zeros_like(candidates.tail_log_weights)
-        candidates = dataclasses.replace(candidates, tail_log_weights=forgotten)
+        name = "tail_log_weights" if lists == "tail" else "bucket_log_weights"
+        forgotten = {name: torch.zeros_like(getattr(candidates, name))}
+        candidates = dataclasses.replace(candidates, **forgotten)
         return wrapped(loss, head, positions, candidates, expected)
 
     monkeypatch.setattr(sce, "with_expected_rows", planted)
-    assert mean_added(make_problem(N, V, D), 200, lists="tail", prior="uniform") > 5.0
+    assert mean_added(make_problem(N, V, D), 200, lists=lists, prior="uniform") > 5.0
 
 
 @pytest.mark.parametrize("lists", LISTS)

@@ -45,6 +45,7 @@ PUBLISHED = {
     "bucket_candidates": 256,
 }
 NO_TAIL = {"tail_candidates": 0, "control_variate": False}
+AS_IT_WAS = {"bucket_sampling": "top", "row_control_variate": False}
 TOLD = [
     "correction",
     "assignment",
@@ -60,18 +61,18 @@ TOLD = [
 @pytest.mark.parametrize(
     ("saved", "expected", "told"),
     [
-        (CORRECTED, SCEConfig(tail_candidates=77), TOLD),
+        (CORRECTED, SCEConfig(tail_candidates=77, **AS_IT_WAS), TOLD),
         (
             UNCORRECTED,
-            SCEConfig(num_buckets=64, bucket_candidates=1024, **NO_TAIL),
+            SCEConfig(num_buckets=64, bucket_candidates=1024, **NO_TAIL, **AS_IT_WAS),
             [*TOLD, "with tail_candidates 0, control_variate False, num_buckets 64"],
         ),
         (
             {**UNCORRECTED, "num_buckets": 4, "bucket_candidates": 30},
-            SCEConfig(num_buckets=4, bucket_candidates=30, **NO_TAIL),
+            SCEConfig(num_buckets=4, bucket_candidates=30, **NO_TAIL, **AS_IT_WAS),
             ["with tail_candidates 0, control_variate False instead"],
         ),
-        ({**UNCORRECTED, "num_buckets": 0}, SCEConfig(num_buckets=0, **NO_TAIL), []),
+        ({**UNCORRECTED, "num_buckets": 0}, SCEConfig(num_buckets=0, **NO_TAIL, **AS_IT_WAS), []),
         (
             PUBLISHED,
             SCEConfig.published(),

@@ -72,4 +72,4 @@ def test_an_objective_without_a_target_leaves_another_ones_tail(tmp_path):
     objective.state.save(tmp_path / "state.safetensors")
     without.state.load(tmp_path / "state.safetensors")
     call(without, problem, 99)
-    assert objective.tail > without.tail == 64
+    assert objective.drawn[1] > without.drawn[1] == 64
