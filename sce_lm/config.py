@@ -5,8 +5,9 @@ What "auto" chooses from N positions, V classes and the head's width d (:meth:`S
 ================================  =======  ==================  =======  ========  =====
 problem                           buckets  lists of each       rows     frequent  tail
 ================================  =======  ==================  =======  ========  =====
-d >= 256 (language models)        N/64     samples of 4,096    control  1,024     none
-                                  8 to 64
+d >= 256 (language models)        N/64     samples of V/32,    control  1,024     none
+                                  16 to    but 4,096 at least
+                                  64
 d < 256, V >= 65,536, N large     64       32·N/64 largest,             1,024     2,048
                                            1,024 to 4,096
 the same, scan over 4,096·N/V     fewer    the same                     1,024     2,048
@@ -376,14 +377,14 @@ class SCEConfig(LikelihoodConfig):
 
         is_sampled = self._samples_buckets(width)
         if is_sampled:
-            auto_buckets = max(1, min(64, max(n // 64, MIN_BUCKETS)))
+            auto_buckets = max(1, min(64, max(n // 64, min(16, n // 16))))
         else:
             auto_buckets = min(64, n // 32, SCAN_PRODUCTS * n // v)
             auto_buckets = auto_buckets if v >= 2**16 and auto_buckets >= MIN_BUCKETS else 0
         num_buckets = min(_pick(self.num_buckets, auto_buckets), n)
         bucket_positions = -(-n // num_buckets) if num_buckets else 0
         is_sampled = is_sampled and num_buckets > 0
-        auto_candidates = 4096
+        auto_candidates = max(4096, v // 32)
         if not is_sampled:
             auto_candidates = max(1024, min(CANDIDATES_PER_POSITION * bucket_positions, 4096))
         # The same number of candidates again where there are no buckets.

@@ -110,12 +110,12 @@ def test_every_field_is_documented_and_printed():
 
 
 @pytest.mark.parametrize(
-    ("n", "buckets"), [(1, 1), (511, 8), (2048, 32), (8192, 64), (100_000, 64)]
+    ("n", "buckets"), [(1, 1), (100, 6), (511, 16), (2048, 32), (8192, 64), (100_000, 64)]
 )
 def test_a_wide_head_has_sampled_buckets(n, buckets):
-    for v in (30_000, 262_144):
+    for v, candidates in ((30_000, 4096), (262_144, 8192)):
         sizes = SCEConfig().resolve(n, v, width=640)
-        assert (sizes.num_buckets, sizes.bucket_candidates) == (buckets, 4096)
+        assert (sizes.num_buckets, sizes.bucket_candidates) == (buckets, candidates)
         assert (sizes.shared_frequent, sizes.tail_candidates) == (1024, 0)
         assert sizes.bucket_sampling == "priority"
         assert sizes.row_control_variate

@@ -28,9 +28,9 @@ def test_tail_only():
 def test_default():
     work = work_of({"name": "sce"}, LABELS, COUNTS, D)
     # The 500 labels are among the 1,024 most frequent classes.
-    assert work == Work(shared=1024, buckets=32, bucket_candidates=4096, expects_rows=True)
+    assert work == Work(shared=1024, buckets=32, bucket_candidates=4748, expects_rows=True)
     amounts = work.amounts(N, V, D, 4, trainable=True)
-    assert amounts["buckets"] == 6 * N * 4096 * D
+    assert amounts["buckets"] == 6 * N * 4748 * D
     assert amounts["scan"] == 4 * 32 * V * D
     assert work.amounts(N, V, D, 4, trainable=False)["scan"] == 2 * 32 * V * D
     assert amounts["read W"] == 0  # the scan reads it
