@@ -33,8 +33,9 @@ def main(arguments: Sequence[str] | None = None) -> int | None:
         return run(name, f"sce-lm {name}", rest)
     if name in ("-h", "--help"):
         print("usage: sce-lm COMMAND ...\n")
+        width = max(map(len, COMMANDS))
         for command, about in COMMANDS.items():
-            print(f"  {command:<12} {about}")
+            print(f"  {command:<{width}}  {about}")
         print("\n`sce-lm COMMAND --help` lists its options.")
         return None
     (nearest,) = difflib.get_close_matches(name, COMMANDS, n=1, cutoff=0.0)
