@@ -43,12 +43,12 @@ def systematic_counts(
 ) -> torch.Tensor:
     """The same for systematic draws; arguments and result as of :func:`multinomial_counts`."""
     cumulative = _cumulative(log_weights)
-    total = cumulative[:, -1:].clone()
+    total = cumulative[:, -1:].clamp_min(1.0)  # as it is, or 0 for a row without classes
     u = torch.rand(total.shape, generator=generator, dtype=torch.float64, device=total.device)
-    # A row without classes divides 0 by 1; draws + u may be rounded up to draws + 1.
-    share = cumulative.div_(total.masked_fill_(total == 0, 1.0))
-    below = share.mul_(draws).add_(u).floor_().clamp_max_(draws)
-    return torch.diff(below, dim=1, prepend=torch.zeros_like(u)).to(log_weights.dtype)
+    below = torch.add(u, cumulative.div_(total), alpha=draws).floor_()
+    below.clamp_max_(draws)  # draws + u may be rounded up
+    below[:, 1:].sub_(below[:, :-1].clone())
+    return below.to(log_weights.dtype)
 
 
 def _cumulative(log_weights: torch.Tensor) -> torch.Tensor:
