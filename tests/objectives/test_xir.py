@@ -24,15 +24,20 @@ def estimator(name, **options):
 
 
 def spy(monkeypatch):
-    """Logs of resampling weights, and counts, of each call to multinomial_counts."""
+    """Logs of resampling weights, and counts, of each call that draws."""
     calls = []
-    draw = module.multinomial_counts
 
-    def watched(log_weights, draws, generator):
-        calls.append((log_weights, draw(log_weights, draws, generator)))
-        return calls[-1][1]
+    def watch(name):
+        draw = getattr(module, name)
 
-    monkeypatch.setattr(module, "multinomial_counts", watched)
+        def watched(log_weights, draws, generator):
+            calls.append((log_weights, draw(log_weights, draws, generator)))
+            return calls[-1][1]
+
+        monkeypatch.setattr(module, name, watched)
+
+    watch("multinomial_counts")
+    watch("systematic_counts")
     return calls
 
 
@@ -100,7 +105,10 @@ def test_negatives_weigh_as_p_squared_as_published_and_as_p_corrected(corrected)
     everyone = torch.arange(V - 1)
     pool = module._Pool(everyone, torch.zeros(V - 1, dtype=torch.float64))  # n_j = pop_j
     generator = torch.Generator().manual_seed(0)
-    c, drawn = module._resample(head, positions, pool, 400_000, generator, corrected=corrected)
+    count = module.systematic_counts if corrected else module.multinomial_counts
+    c, drawn = module._resample(
+        head, positions, pool, 400_000, generator, corrected=corrected, count=count
+    )
     assert drawn.sum() == 400_000
     s = (hidden[:1] @ weight.T + bias)[:, : V - 1]
     found = torch.softmax(s + c, dim=1)
@@ -199,10 +207,10 @@ def test_planted_errors_are_found(monkeypatch):
         assert found()
     with monkeypatch.context() as planted:  # the label twice
 
-        def with_label(head, positions, *args, corrected):
+        def with_label(head, positions, *args, **options):
             nobody = torch.full_like(positions.labels, -1)
             kept = Positions(positions.hidden, nobody)
-            return resample(head, kept, *args, corrected=corrected)
+            return resample(head, kept, *args, **options)
 
         make = module.PositionCandidates
         planted.setattr(module, "_resample", with_label)
@@ -213,6 +221,24 @@ def test_planted_errors_are_found(monkeypatch):
         )
         assert found()
     assert not found()
+
+
+@pytest.mark.parametrize("correction", ["none", "importance"])
+@pytest.mark.parametrize("resampling", ["auto", "independent", "systematic"])
+def test_draws_are_of_the_kind_that_was_asked_for(resampling, correction, monkeypatch):
+    problem, calls = make_problem(40, V, 6), spy(monkeypatch)
+    bir = estimator("bir", num_negatives=25, correction=correction, resampling=resampling)
+    bir(*problem[:3], bias=problem.bias)
+    log_w, k = calls[0]
+    is_systematic = ((k - 25 * torch.softmax(log_w, dim=1)).abs() < 1).all()
+    by_itself = resampling == "auto" and correction == "importance"
+    assert is_systematic == (resampling == "systematic" or by_itself)
+
+
+@pytest.mark.parametrize("name", CORRECTED)
+def test_partition_is_unbiased_with_independent_draws(name):
+    made = estimator(name, **CORRECTED[name], resampling="independent")
+    assert pool_bias(made, 60).is_zero
 
 
 @pytest.mark.parametrize("name", ["bir", "xir"])
@@ -299,6 +325,7 @@ def test_a_cache_survives_saving_and_is_refused_by_a_smaller_catalogue(tmp_path)
         ("bir", {"correction": "importance", "popularity": "log"}, "flattens what"),
         ("xir", {"num_negatives": 1}, "half of the draws come from the cache"),
         ("xir", {"correction": "importance", "cache_weight": 0.2}, "one pool"),
+        ("bir", {"resampling": "some"}, "choose one of 'auto', 'independent', 'systematic'"),
         ("xir", {"cache_from": "some"}, "choose one of 'all', 'drawn'"),
         ("xir", {"decay": 1.5}, "XIRConfig.decay is 1.5"),
     ],
