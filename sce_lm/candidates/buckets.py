@@ -7,6 +7,8 @@ import torch
 KMEANS_STEPS = 4
 KMEANS_POSITIONS_PER_BUCKET = 64
 """The centres are fitted on at most this many positions a bucket; all are assigned at the end."""
+FAINT = 2.0**-100
+"""Weight of a bucket's last centre in its mean: only an empty bucket shows it."""
 
 
 def kmeans_buckets(
@@ -31,26 +33,25 @@ def kmeans_buckets(
     if is_valid is not None:
         order = order[torch.argsort(is_valid[order], descending=True, stable=True)]
     some = order[: num_buckets * KMEANS_POSITIONS_PER_BUCKET]
-    sample, is_there = hidden[some], None if is_valid is None else is_valid[some]
-    centers = sample[:num_buckets].clone()
+    counts = hidden.new_ones(len(hidden)) if is_valid is None else is_valid.to(hidden.dtype)
+    sample, counts_there = hidden[some], counts[some]
+    centers = sample[:num_buckets]
     for _ in range(KMEANS_STEPS):
-        centers = _bucket_means(sample, _nearest(sample, centers), centers, is_there)
+        centers = _bucket_means(sample, _nearest(sample, centers), centers, counts_there)
     bucket = _nearest(hidden, centers)
-    return _bucket_means(hidden, bucket, centers, is_valid), bucket
+    return _bucket_means(hidden, bucket, centers, counts), bucket
 
 
 def _nearest(hidden: torch.Tensor, centers: torch.Tensor) -> torch.Tensor:
-    """argmin |h - c|² = argmax h·c - |c|²/2."""
-    offset = centers.square().sum(dim=1).mul_(-0.5)
-    return torch.addmm(offset, hidden, centers.T).argmax(dim=1)
+    """argmin |h - c|² = argmin |c|² - 2 h·c."""
+    return torch.addmm(centers.square().sum(dim=1), hidden, centers.T, alpha=-2.0).argmin(dim=1)
 
 
-def _bucket_means(hidden, bucket, centers, is_valid=None):
-    """Mean of each bucket; an empty one keeps its centre."""
-    one = hidden.new_ones(1).expand(len(hidden)) if is_valid is None else is_valid.to(hidden.dtype)
-    count = hidden.new_zeros(len(centers)).index_add_(0, bucket, one).unsqueeze(1)
-    total = torch.zeros_like(centers).index_add_(0, bucket, hidden)
-    return torch.where(count > 0, total / count.clamp_min(1), centers)
+def _bucket_means(hidden, bucket, centers, counts):
+    """Mean of each bucket, where a position counts 1 or (and is 0 itself) 0; an empty bucket keeps
+    its centre."""
+    count = centers.new_full((len(centers),), FAINT).index_add_(0, bucket, counts)
+    return (centers * FAINT).index_add_(0, bucket, hidden) / count.unsqueeze(1)
 
 
 def random_centers(

@@ -18,8 +18,8 @@ def label_prior(counts: torch.Tensor, power: float) -> torch.Tensor:
         counts: ``[V]`` label counts; if all are 0, the prior is 0 too.
         power: 1 follows the frequencies, 0 makes every class seen so far equally likely.
     """
-    seen = counts.to(torch.float64)
-    frequency = torch.where(counts > 0, seen.pow(power), seen)
+    # 0^0 is 1, and classes that were never seen have no part in the prior.
+    frequency = counts.double().pow(power) if power else (counts > 0).double()
     return frequency / frequency.sum().clamp_min(1.0)
 
 

@@ -62,7 +62,7 @@ def valid_mask(
         valid_positions(labels, ignore_index, vocab_size, None, weights)
         looked_at.add(key)
     is_valid = labels != ignore_index
-    is_label = (labels >= 0) & (labels < vocab_size) | ~is_valid
+    is_label = (labels.clamp(0, vocab_size - 1) == labels) | ~is_valid
     rule = LABEL_RULE.format(vocab_size=vocab_size, ignore_index=ignore_index)
     torch.ops.aten._assert_async.msg(is_label.all(), f"labels holds an id {rule}")
     if weights is not None:

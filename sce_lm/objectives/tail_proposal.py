@@ -36,10 +36,9 @@ class TailProposal:
 
     def log_density(self) -> torch.Tensor:
         """log q, fp64 ``[V]``, -inf for masked classes."""
-        counts = self.call.counts
-        mixture = torch.zeros(len(counts), dtype=torch.float64, device=counts.device)
-        for name, share in self.config.prior_shares().items():
-            mixture += share * self._component(name)
+        shares = self.config.prior_shares()
+        parts = [self._component(name).mul_(share) for name, share in shares.items()]
+        mixture = sum(parts[1:], parts[0])
         return log_with_floor(mixture, self.sizes.uniform_floor, self.head.masked)
 
     def _component(self, name: str) -> torch.Tensor:

@@ -23,8 +23,8 @@ from sce_lm.ops.triton.hidden_gradient import RowTerm, hidden_gradient
 from sce_lm.ops.triton.logit_gradient import LossGradient, column_block, logit_gradient
 from sce_lm.ops.triton.row_gradient import RowTarget, row_gradient
 
-WORKSPACE_ELEMENTS = 2**26
-"""Elements of the logit gradient held at a time (128 MiB in half precision)."""
+WORKSPACE_ELEMENTS = 2**28
+"""Elements of the logit gradient held at a time (512 MiB in half precision)."""
 
 
 class Piece(NamedTuple):

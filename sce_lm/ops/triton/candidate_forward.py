@@ -26,7 +26,7 @@ import triton
 import triton.language as tl
 
 from sce_lm.ops.logits import LogitTransform
-from sce_lm.ops.triton.candidate_lists import CandidateList, position_tiles
+from sce_lm.ops.triton.candidate_lists import CandidateList, positions_of_tile
 from sce_lm.ops.triton.configurations import configuration
 from sce_lm.ops.triton.logit_math import grouped, raw_logits, transform
 
@@ -90,14 +90,12 @@ def forward_kernel(
     BLOCK_WIDTH: tl.constexpr,
 ):
     tile, split = grouped(tl.program_id(0), num_tiles, num_splits)
-    segment = tl.load(tile_segment + tile)
-    start = tl.load(tile_start + tile)
-    end = tl.load(bounds + segment + 1)
-    if start >= end:
-        return
-    place = start + tl.arange(0, BLOCK_POSITIONS)
+    segment, end, place, position = positions_of_tile(
+        order, bounds, tile_segment, tile_start, tile, num_positions, BLOCK_POSITIONS
+    )
     is_position = place < end
-    position = tl.load(order + place, mask=is_position, other=0)
+    if tl.max(is_position.to(tl.int32), axis=0) == 0:
+        return
     if labels is not None:
         label = tl.load(labels + position).to(tl.int32)
 
@@ -216,7 +214,7 @@ def list_sums(
     """
     num_positions, width = hidden.shape
     blocks = configuration(_kind(members), hidden, weight)
-    tiles = position_tiles(members, blocks.block_positions)
+    tiles = members.tiles(blocks.block_positions)
     column_tiles = triton.cdiv(members.num_columns, blocks.block_columns)
     tiles_per_split = max(1, triton.cdiv(column_tiles, MAX_SPLITS))
     splits = max(1, triton.cdiv(column_tiles, tiles_per_split))

@@ -17,7 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
-from sce_lm.ops.triton.candidate_lists import CandidateList, position_tiles
+from sce_lm.ops.triton.candidate_lists import CandidateList, positions_of_tile
 from sce_lm.ops.triton.configurations import configuration
 
 
@@ -53,6 +53,7 @@ def hidden_gradient_kernel(
     sums,
     factor,
     out,
+    num_positions,
     first_column,
     end_column,
     num_columns,
@@ -68,14 +69,12 @@ def hidden_gradient_kernel(
     BLOCK_WIDTH: tl.constexpr,
 ):
     tile = tl.program_id(0) // num_width_tiles
-    segment = tl.load(tile_segment + tile)
-    start = tl.load(tile_start + tile)
-    end = tl.load(bounds + segment + 1)
-    if start >= end:
-        return
-    place = start + tl.arange(0, BLOCK_POSITIONS)
+    segment, end, place, position = positions_of_tile(
+        order, bounds, tile_segment, tile_start, tile, num_positions, BLOCK_POSITIONS
+    )
     is_position = place < end
-    position = tl.load(order + place, mask=is_position, other=0)
+    if tl.max(is_position.to(tl.int32), axis=0) == 0:
+        return
     lane = tl.program_id(0) % num_width_tiles * BLOCK_WIDTH + tl.arange(0, BLOCK_WIDTH)
     is_lane = lane < width
     inside = is_position[:, None] & is_lane[None, :]
@@ -145,7 +144,7 @@ def hidden_gradient(
     """
     width = weight.shape[1]
     blocks = configuration("hidden_gradient", weight)
-    tiles = position_tiles(members, blocks.block_positions)
+    tiles = members.tiles(blocks.block_positions)
     width_tiles = triton.cdiv(width, blocks.block_width)
     blocks.launch(
         hidden_gradient_kernel,
@@ -162,6 +161,7 @@ def hidden_gradient(
         sums,
         factor,
         out,
+        members.num_positions,
         columns.start,
         columns.stop,
         members.num_columns,

@@ -26,7 +26,7 @@ import triton
 import triton.language as tl
 
 from sce_lm.ops.logits import LogitTransform
-from sce_lm.ops.triton.candidate_lists import CandidateList, position_tiles
+from sce_lm.ops.triton.candidate_lists import CandidateList, positions_of_tile
 from sce_lm.ops.triton.configurations import configuration
 from sce_lm.ops.triton.logit_math import grouped, raw_logits, slope, transform
 
@@ -74,6 +74,7 @@ def logit_gradient_kernel(
     single,
     at_single,
     out,
+    num_positions,
     first_column,
     end_column,
     num_columns,
@@ -92,14 +93,12 @@ def logit_gradient_kernel(
     BLOCK_WIDTH: tl.constexpr,
 ):
     tile, column_tile = grouped(tl.program_id(0), num_tiles, num_column_tiles)
-    segment = tl.load(tile_segment + tile)
-    start = tl.load(tile_start + tile)
-    end = tl.load(bounds + segment + 1)
-    if start >= end:
-        return
-    place = start + tl.arange(0, BLOCK_POSITIONS)
+    segment, end, place, position = positions_of_tile(
+        order, bounds, tile_segment, tile_start, tile, num_positions, BLOCK_POSITIONS
+    )
     is_position = place < end
-    position = tl.load(order + place, mask=is_position, other=0)
+    if tl.max(is_position.to(tl.int32), axis=0) == 0:
+        return
     column = first_column + column_tile * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
     is_column = column < end_column
     if ids is not None:
@@ -183,7 +182,7 @@ def logit_gradient(
     """
     width = hidden.shape[1]
     blocks = configuration(_kind(members), hidden, weight)
-    tiles = position_tiles(members, blocks.block_positions)
+    tiles = members.tiles(blocks.block_positions)
     column_tiles = triton.cdiv(len(columns), blocks.block_columns)
     blocks.launch(
         logit_gradient_kernel,
@@ -208,6 +207,7 @@ def logit_gradient(
         loss.ids,
         loss.at_ids,
         out,
+        members.num_positions,
         columns.start,
         columns.stop,
         members.num_columns,

@@ -25,6 +25,8 @@ from sce_lm.ops.triton.supported import device_supported
 
 DRAWS = 16
 """Most classes that a slab draws."""
+NOTHING = 1e-290
+"""Mass that stands for none, so that nothing is divided by 0."""
 KEEP = 32
 """Candidates that a program keeps: more than ``DRAWS``, a power of two."""
 
@@ -128,8 +130,7 @@ def _sample(log_proposal: Tensor, size: int, seed: Tensor) -> tuple[Tensor, Tens
     num_slabs = triton.cdiv(size, DRAWS)
     slab = torch.arange(num_slabs, device=seed.device)
     draws = size // num_slabs + (slab < size % num_slabs)
-    q = (log_proposal.double() - log_proposal.amax()).exp()
-    mass = expected_draws(q, size).cumsum(0)
+    mass = expected_draws(torch.softmax(log_proposal.double(), dim=0), size).cumsum(0)
     edges = draws.cumsum(0) * (mass[-1] / size)
     bounds = torch.nn.functional.pad(torch.searchsorted(mass, edges, right=True), (1, 0))
     bounds[-1] = len(log_proposal)
@@ -165,8 +166,8 @@ def expected_draws(q: torch.Tensor, size: int) -> torch.Tensor:
     k for as long as the next one would be certain too, and falls from there: t is the largest.
     """
     top = torch.topk(q, min(size, len(q))).values
-    rest = (q.sum() - top.sum()).clamp_min(0.0)
-    after = rest + top.flip(0).cumsum(0).flip(0)
-    t = ((size - torch.arange(len(top), device=q.device)) / after).amax()
+    rest = (q.sum() - top.sum()).clamp_min(NOTHING)
+    after = rest + top.flip(0).cumsum(0)  # of the last k first
+    left = torch.arange(size - len(top) + 1, size + 1, dtype=q.dtype, device=q.device)
     # Rounding must not keep a class that is certain below 1.
-    return torch.where(q > 0, (q * t * (1 + 1e-6)).clamp_max(1.0), 0.0)
+    return (q * ((left / after).amax() * (1 + 1e-6))).clamp_max(1.0)

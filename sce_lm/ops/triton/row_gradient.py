@@ -44,6 +44,7 @@ def row_gradient_kernel(
     factor,
     out,
     bias_out,
+    num_positions,
     first_column,
     end_column,
     num_columns,
@@ -59,8 +60,11 @@ def row_gradient_kernel(
     width_tile = tl.program_id(0) % num_width_tiles
     tile = tl.program_id(0) // num_width_tiles
     segment = (tile // num_column_tiles).to(tl.int64)
-    start = tl.load(bounds + segment)
-    end = tl.load(bounds + segment + 1)
+    start = segment * 0
+    end = start + num_positions
+    if bounds is not None:
+        start = tl.load(bounds + segment)
+        end = tl.load(bounds + segment + 1)
     local = tile % num_column_tiles * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
     column = first_column + local
     is_column = column < end_column
@@ -71,7 +75,10 @@ def row_gradient_kernel(
     for place_start in range(start, end, BLOCK_POSITIONS):
         place = place_start + tl.arange(0, BLOCK_POSITIONS)
         is_position = place < end
-        position = tl.load(order + place, mask=is_position, other=0)
+        if order is not None:
+            position = tl.load(order + place, mask=is_position, other=0)
+        else:
+            position = tl.where(is_position, place, 0)
         g = tl.load(
             gradient + place[None, :] * stride_gradient + local[:, None],
             mask=is_position[None, :] & is_column[:, None],
@@ -142,6 +149,7 @@ def row_gradient(
         target.factor,
         target.rows,
         target.bias,
+        members.num_positions,
         columns.start,
         columns.stop,
         members.num_columns,

@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 
 from sce_lm.ops.head import Head
-from sce_lm.ops.logit_stream import LOWEST, Top
+from sce_lm.ops.logit_stream import Top
 from sce_lm.ops.logits import LogitTransform
 from sce_lm.ops.row_reductions import Asked, RowReductions, of_softmax
 from sce_lm.ops.triton.backward_pass import backward_pass
 from sce_lm.ops.triton.candidate_forward import list_sums
 from sce_lm.ops.triton.candidate_lists import whole_catalogue
 from sce_lm.ops.triton.logit_gradient import LossGradient
+from sce_lm.ops.triton.merge_splits import merge_splits
 from sce_lm.ops.triton.row_dot import row_dot
 from sce_lm.ops.triton.row_gradient import RowTarget
 from sce_lm.ops.triton.supported import contiguous, products_supported
@@ -82,34 +83,20 @@ def _forward(
     """log Z, logits at ids, entropy, expected logit, sum, best logit and its class; empty where
     they are not asked for."""
     post = LogitTransform(scale, soft_cap)
-    classes = whole_catalogue(len(hidden), len(weight), hidden.device)
+    classes = whole_catalogue(len(hidden), len(weight))
     wanted = {"best": best, "moment": expectation, "logit_sum": logit_sum}
     sums = list_sums(hidden, weight, bias, None, classes, post, **wanted)
-    peak = sums.top.amax(dim=0)
-    # All classes of a split, or all there are, may be masked by -inf.
-    shift = (sums.top - peak.clamp_min(torch.finfo(peak.dtype).min)).clamp_min_(LOWEST)
-    weights = shift.exp()
-    total = (sums.total * weights).sum(dim=0)
-    log_total = total.log()
-
-    entropy, expected = peak.new_empty(0), peak.new_empty(0)
-    if sums.moment is not None:
-        mean = ((sums.moment + shift * sums.total) * weights).sum(dim=0) / total
-        entropy, expected = log_total - mean, peak + mean
-    value, winner = peak.new_empty(0, 1), peak.new_empty(0, 1, dtype=torch.int64)
-    if sums.best is not None and sums.best_item is not None:
-        # The splits are ascending ranges of classes: of several largest logits the first counts.
-        value, split = sums.best.max(dim=0, keepdim=True)
-        winner = sums.best_item.gather(0, split).long().view(-1, 1)
-        value = value.view(-1, 1)
+    merged = merge_splits(sums)
     return (
-        peak + log_total,
-        peak.new_empty(0) if ids is None else post(row_dot(hidden, weight, ids, bias)),
-        entropy,
-        expected,
-        peak.new_empty(0) if sums.logit_sum is None else sums.logit_sum.sum(dim=0),
-        value,
-        winner,
+        merged.log_partition,
+        hidden.new_empty(0, dtype=torch.float32)
+        if ids is None
+        else post(row_dot(hidden, weight, ids, bias)),
+        merged.entropy,
+        merged.expected,
+        merged.logit_sum,
+        merged.best.view(-1, 1),
+        merged.best_item.view(-1, 1),
     )
 
 
@@ -148,7 +135,7 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of hidden states, weight and bias, empty where they are not needed, from that of
     the logits (:class:`~sce_lm.ops.logit_stream.LogitGradient`)."""
-    classes = whole_catalogue(len(hidden), len(weight), hidden.device)
+    classes = whole_catalogue(len(hidden), len(weight))
     parts = (probability, log_probability, constant, at_ids)
     # The kernels work on ratios in [-1, 1], as backward_pass.normalised says.
     factor = torch.stack([p.abs().amax() for p in parts if p is not None]).amax()
