@@ -11,8 +11,8 @@ from sce_lm.ops.head import Head
 CENTERS = 16
 """Centres where there are no buckets to take them from; their scan costs 16·V/N products a
 position."""
-TILE_ELEMENTS = 2**23
-"""Scores held at a time (32 MiB in fp32)."""
+TILE_ELEMENTS, DEVICE_TILE_ELEMENTS = 2**23, 2**26
+"""Scores, or numbers of the head, held at a time (32 MiB in fp32; a device needs few launches)."""
 
 
 class CenterSoftmax(NamedTuple):
@@ -50,7 +50,8 @@ def center_softmax(
     """
     extended, masked, post = head.extend(centers, centers.dtype), head.masked, head.post
     vocab_size, width = head.weight.shape
-    tile = max(1, TILE_ELEMENTS // max(len(centers), width))
+    elements = TILE_ELEMENTS if centers.device.type == "cpu" else DEVICE_TILE_ELEMENTS
+    tile = max(1, elements // max(len(centers), width))
     scores = torch.cat(
         [
             extended @ head.rows(slice(start, start + tile), centers.dtype).T

@@ -12,7 +12,7 @@ import torch
 from support.data import shared_data
 from transformers import PhiConfig, PhiForCausalLM
 
-from sce_lm import apply_sce, commands, recsys
+from sce_lm import SCEConfig, apply_sce, commands, recsys
 from sce_lm.recsys import SASRecConfig, SASRecForCausalLM, append_items, build_item_tokenizer
 from sce_lm.recsys.new_items import ridge_regression
 
@@ -187,7 +187,8 @@ def test_new_items_are_found_by_their_neighbours_and_features():
     model = apply_sce(
         SASRecForCausalLM(
             SASRecConfig(vocab_size=len(tokenizer), hidden_size=32, max_position_embeddings=50)
-        )
+        ),
+        SCEConfig(),
     )
     _train(model, train, steps=400)
 
