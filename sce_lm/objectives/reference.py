@@ -27,7 +27,7 @@ def exact_reference(head: Head, positions: Positions):
 
 
 def candidate_reference(head: Head, positions: Positions, candidates: Candidates):
-    """log Zhat_t - s_ty with the strata's inclusion weights written out for all V classes."""
+    """log Zhat_t - s_ty with the lists' inclusion weights written out for all V classes."""
     labels, post = positions.labels, head.post
     x = raw_logits(head, positions.hidden)
     s = post(x)

@@ -1,4 +1,4 @@
-"""Buckets of positions, the catalogue scan, and the strata they make."""
+"""Buckets of positions, the catalogue scan, and the lists they make."""
 
 import torch
 from hypothesis import given, settings

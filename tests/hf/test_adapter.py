@@ -166,7 +166,7 @@ def test_loss_weights_that_reach_no_loss():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_covering_sce_equals_stock(name):
-    """SCE whose strata cover the vocabulary: scale, cap, bias, ties and router loss go through."""
+    """SCE whose lists cover the vocabulary: scale, cap, bias, ties and router loss go through."""
     config = SCEConfig(
         num_buckets=3,
         bucket_candidates=20,

@@ -11,7 +11,7 @@ import math
 import pytest
 import torch
 from support.masks import AT_THE_END, MASKS, OBJECTIVES, OTHERS, SCATTERED, make_pair, stock_loss
-from support.monte_carlo import PLAIN, STRATA, call_bias, exact_loss, peaked_problem
+from support.monte_carlo import LISTS, PLAIN, call_bias, exact_loss, peaked_problem
 from support.problems import Problem, gradients, relative_error
 
 import sce_lm.objectives.sce as sce
@@ -174,7 +174,7 @@ def test_under_a_soft_cap_a_masked_class_counts(control, mask):
     exact = exact_loss(problem, post)
     assert exact.isfinite().all()
     config = SCEConfig(
-        **{**STRATA["all"], "tail_candidates": 80, "uniform_floor": 0.5, "control_variate": control}
+        **{**LISTS["all"], "tail_candidates": 80, "uniform_floor": 0.5, "control_variate": control}
     )
     bias = call_bias(sce.SCE(config), problem, 400, post=post)
     assert (bias.standard_error < 0.02).all()
@@ -221,11 +221,11 @@ def _peaked(post=PLAIN, mask=-torch.inf, **options):
 
 
 MONTE_CARLO = {
-    "tail, control": {**STRATA["tail"], "control_variate": True},
-    "all, control": {**STRATA["all"], "control_variate": True},
-    "all, plain": {**STRATA["all"], "control_variate": False},
-    "buckets, control": {**STRATA["buckets"], "control_variate": True},
-    "mixture": {**STRATA["tail"], "prior": {"labels": 1, "gradient": 1}},
+    "tail, control": {**LISTS["tail"], "control_variate": True},
+    "all, control": {**LISTS["all"], "control_variate": True},
+    "all, plain": {**LISTS["all"], "control_variate": False},
+    "buckets, control": {**LISTS["buckets"], "control_variate": True},
+    "mixture": {**LISTS["tail"], "prior": {"labels": 1, "gradient": 1}},
 }
 """Samples of a catalogue with masks in between, whose draws are not those without them."""
 
@@ -250,7 +250,7 @@ def test_partition_is_unbiased_with_masks_in_between(name, mask):
 @pytest.mark.parametrize("control", [pytest.param(False, marks=SLOW), True])
 def test_large_catalogues_with_masks_are_unbiased(control, monkeypatch):
     monkeypatch.setattr(sce, "LARGE_CATALOGUE", 0)
-    options = {**STRATA["buckets"], "tail_candidates": 80, "uniform_floor": 0.5}
+    options = {**LISTS["buckets"], "tail_candidates": 80, "uniform_floor": 0.5}
     estimator = sce.SCE(SCEConfig(**options, control_variate=control))
     bias = call_bias(estimator, _peaked(mask=-1e9), 400)
     assert (bias.standard_error <= 0.012).all()

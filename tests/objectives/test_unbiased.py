@@ -9,7 +9,7 @@ import dataclasses
 import pytest
 import torch
 from support.estimators import measure
-from support.monte_carlo import CAP, PLAIN, STRATA, peaked_problem
+from support.monte_carlo import CAP, LISTS, PLAIN, peaked_problem
 from support.planted import PLANTED, plant
 
 import sce_lm.candidates.priority as priority
@@ -26,9 +26,9 @@ def bucket_samples(**options):
     return sce.SCE(SCEConfig(**{**fields, **options}))
 
 
-def objective(strata, *, control, m=80, **options):
+def objective(lists, *, control, m=80, **options):
     fields = {"tail_candidates": m, "control_variate": control, "uniform_floor": 0.3}
-    return sce.SCE(SCEConfig(**{**fields, **STRATA[strata], **options}))
+    return sce.SCE(SCEConfig(**{**fields, **LISTS[lists], **options}))
 
 
 def check(estimator, problem, post=PLAIN, draws=1000):
@@ -50,9 +50,9 @@ SLOW = pytest.mark.slow
     ],
 )
 @pytest.mark.parametrize("control", [False, True], ids=["plain", "control"])
-@pytest.mark.parametrize("strata", STRATA)
-def test_partition_is_unbiased(strata, control, with_bias, post):
-    check(objective(strata, control=control), peaked_problem(post, with_bias=with_bias), post)
+@pytest.mark.parametrize("lists", LISTS)
+def test_partition_is_unbiased(lists, control, with_bias, post):
+    check(objective(lists, control=control), peaked_problem(post, with_bias=with_bias), post)
 
 
 PRIORS = {
@@ -72,12 +72,12 @@ MIXTURE = {"labels": 2.0, "gradient": 1.0}
 
 
 @pytest.mark.parametrize(
-    ("prior", "strata", "control"),
+    ("prior", "lists", "control"),
     [("gradient", "tail", True), (MIXTURE, "tail", False), (MIXTURE, "buckets", True)],
     ids=str,
 )
-def test_gradients_at_the_centres_and_mixtures_are_unbiased(prior, strata, control):
-    check(objective(strata, control=control, prior=prior), peaked_problem())
+def test_gradients_at_the_centres_and_mixtures_are_unbiased(prior, lists, control):
+    check(objective(lists, control=control, prior=prior), peaked_problem())
 
 
 @pytest.mark.parametrize(
@@ -113,9 +113,9 @@ def test_planted_errors_are_found(error, control, monkeypatch):
         post = PLAIN
     # The wrong threshold is off by 1/m of what is sampled: a small m and a wide spread show it.
     is_tau = error == "tau the m-th"
-    strata, m, draws, spread = ("tail", 3, 8000, 1.0) if is_tau else ("buckets", 80, 1000, 0.5)
+    lists, m, draws, spread = ("tail", 3, 8000, 1.0) if is_tau else ("buckets", 80, 1000, 0.5)
     estimator, problem = (
-        objective(strata, control=control, m=m),
+        objective(lists, control=control, m=m),
         peaked_problem(post, spread=spread),
     )
     bias = measure(estimator, problem, post, draws, plant(error, monkeypatch))
@@ -196,9 +196,9 @@ def test_weights_of_a_large_catalogue_matter(control, monkeypatch):
     assert not measure(objective("buckets", control=control), peaked_problem(), PLAIN, 1000).is_zero
 
 
-@pytest.mark.parametrize("strata", ["buckets", "all"])
-def test_without_correction_it_is_biased(strata):
-    estimator = objective(strata, control=False, m=0)
+@pytest.mark.parametrize("lists", ["buckets", "all"])
+def test_without_correction_it_is_biased(lists):
+    estimator = objective(lists, control=False, m=0)
     assert not measure(estimator, peaked_problem(), PLAIN, 20).is_zero
 
 

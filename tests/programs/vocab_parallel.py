@@ -18,7 +18,7 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from support.launch import start
-from support.monte_carlo import CAP, PLAIN, STRATA, call_bias, exact_loss, peaked_problem
+from support.monte_carlo import CAP, LISTS, PLAIN, call_bias, exact_loss, peaked_problem
 from support.planted import plant
 from support.problems import Problem, gradients, make_problem, relative_error
 
@@ -397,7 +397,7 @@ def statistics() -> None:
     candidates are ids of the whole head, each rank's among its own rows."""
     problem = peaked_problem()
     rows = own_rows(len(problem.weight))
-    objective = SCE(SCEConfig(tail_candidates=60, control_variate=False, **STRATA["all"]))
+    objective = SCE(SCEConfig(tail_candidates=60, control_variate=False, **LISTS["all"]))
     own = shard(problem, len(problem.weight))
     exact = exact_loss(problem)
     errors, logs = [], []
@@ -420,13 +420,13 @@ def statistics() -> None:
     torch.testing.assert_close(reported, spread, rtol=0.15, atol=0)
 
 
-def bias_of(strata: str, post, draws: int, *, control: bool, m: int = 80, spread: float = 0.5):
+def bias_of(lists: str, post, draws: int, *, control: bool, m: int = 80, spread: float = 0.5):
     """The Monte-Carlo test of one process, whose rows are now spread over ranks."""
     problem = peaked_problem(post, spread=spread)
     vocab_size = len(problem.weight)
     own, rows = shard(problem, vocab_size), own_rows(vocab_size)
     config = SCEConfig(
-        tail_candidates=m, control_variate=control, uniform_floor=0.3, **STRATA[strata]
+        tail_candidates=m, control_variate=control, uniform_floor=0.3, **LISTS[lists]
     )
     objective = SCE(config)
     # A past in which some classes were seen five times as often as others.
@@ -446,15 +446,15 @@ def unbiased() -> None:
 
 
 def unbiased_in_all_cases() -> None:
-    for strata in STRATA:
+    for lists in LISTS:
         for post in (PLAIN, CAP):
             for control in (False, True):
-                check_unbiased(strata, post, control=control)
+                check_unbiased(lists, post, control=control)
 
 
-def check_unbiased(strata: str, post, *, control: bool) -> None:
+def check_unbiased(lists: str, post, *, control: bool) -> None:
     draws = 600 + 300 * dist.get_world_size()  # each rank's noise adds to it
-    bias = bias_of(strata, post, draws, control=control)
+    bias = bias_of(lists, post, draws, control=control)
     assert (bias.standard_error <= 0.003).all(), bias
     assert bias.is_zero, bias
 

@@ -17,7 +17,7 @@ FREQUENCY = Categorical((20.0 + (torch.arange(V) * 37 % 60)).log())
 PAST = (FREQUENCY.log_prob(torch.arange(V)).exp() * 1e12).long()
 """Label counts of a long past of that distribution."""
 PLAIN, CAP = LogitTransform(), LogitTransform(1.2, 12.0)
-STRATA = {
+LISTS = {
     "tail": {"num_buckets": 0, "shared_labels": False, "shared_frequent": 0},
     "buckets": {
         "num_buckets": 2,

@@ -25,7 +25,7 @@ from sce_lm.ops.positions import LossTerms, Positions
 from sce_lm.ops.static_shapes import needs_static_shapes
 from sce_lm.ops.triton.backward_pass import backward_pass, normalised
 from sce_lm.ops.triton.candidate_forward import list_sums
-from sce_lm.ops.triton.candidate_lists import Strata, candidate_lists
+from sce_lm.ops.triton.candidate_lists import CandidateTensors, candidate_lists
 from sce_lm.ops.triton.control_variate import (
     Control,
     Rest,
@@ -100,20 +100,20 @@ def _forward(
     position: the gradient at the label's raw logit, ``pull``, the gradient at the mean logit, and
     which were clamped; and the mean rows. The last four are empty without control variate."""
     post, terms = LogitTransform(scale, soft_cap), LossTerms(z_loss, label_smoothing)
-    strata = Strata(
+    tensors = CandidateTensors(
         shared, tail, tail_log_weights, bucket_items, bucket_of, bucket_log_weights, masked
     )
     label_raw = row_dot(hidden, weight, labels, bias)
     label_s = post(label_raw)
     sums = [
         list_sums(hidden, weight, bias, labels, members, post, control=control_variate)
-        for members in candidate_lists(strata, len(hidden))
+        for members in candidate_lists(tensors, len(hidden))
     ]
     shift = torch.cat([s.top for s in sums]).amax(dim=0).maximum(label_s)
     control = rest = None
     if control_variate:
-        rest = rest_of(weight, bias, strata, labels, row_sum)
-        outside = outside_lists(labels, strata, len(weight))
+        rest = rest_of(weight, bias, tensors, labels, row_sum)
+        outside = outside_lists(labels, tensors, len(weight))
         control = Control(hidden, label_raw, outside, rest, sums, post)
         shift = control.shift(shift)
     e_label = (label_s - shift).exp()
@@ -183,16 +183,16 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of hidden states, weight and bias, empty where they are not needed; with
     ``sparse_grad`` the weight's are rows ``[U, d]``, and their ids come last."""
-    strata = Strata(
+    tensors = CandidateTensors(
         shared, tail, tail_log_weights, bucket_items, bucket_of, bucket_log_weights, masked
     )
-    lists = candidate_lists(strata, len(hidden))
+    lists = candidate_lists(tensors, len(hidden))
     ratio, factor = normalised(grad_loss)
     grad_label = grad_label * ratio
     rest = None
     if control_variate:
         of = torch.zeros_like(labels) if bucket_of is None else bucket_of
-        rest = Rest(rest_size(strata, len(weight)), mean_rows, None, of)
+        rest = Rest(rest_size(tensors, len(weight)), mean_rows, None, of)
         grad_mean = grad_mean * ratio
     loss = LossGradient(
         log_partition,

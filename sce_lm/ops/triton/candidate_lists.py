@@ -89,7 +89,7 @@ def positions_of_tile(
     return segment, end, place, position
 
 
-class Strata(NamedTuple):
+class CandidateTensors(NamedTuple):
     """The tensors of :class:`sce_lm.ops.candidates.Candidates`."""
 
     shared: torch.Tensor
@@ -125,7 +125,7 @@ def whole_catalogue(num_positions: int, vocab_size: int) -> CandidateList:
     return CandidateList(vocab_size, None, num_positions, kind="catalogue")
 
 
-def candidate_lists(candidates: Strata, num_positions: int) -> list[CandidateList]:
+def candidate_lists(candidates: CandidateTensors, num_positions: int) -> list[CandidateList]:
     """Shared, tail and bucket lists of a call; at least one, which may be empty."""
     shared, tail, c, items, bucket_of, bucket_c, _ = candidates
     lists = []

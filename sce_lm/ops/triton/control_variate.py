@@ -18,7 +18,7 @@ import torch
 from sce_lm.ops.logits import LogitTransform
 from sce_lm.ops.static_shapes import needs_static_shapes
 from sce_lm.ops.triton.candidate_forward import ListSums
-from sce_lm.ops.triton.candidate_lists import Strata
+from sce_lm.ops.triton.candidate_lists import CandidateTensors
 from sce_lm.ops.triton.row_dot import row_dot
 from sce_lm.ops.triton.row_sum import row_sum
 
@@ -45,17 +45,17 @@ class Rest:
         return self.size.clamp_min(1) if torch.is_tensor(self.size) else max(self.size, 1)
 
 
-def rest_size(strata: Strata, vocab_size: int) -> int | torch.Tensor:
+def rest_size(tensors: CandidateTensors, vocab_size: int) -> int | torch.Tensor:
     """|R|: what neither the shared list nor a bucket's own holds."""
-    own = 0 if strata.bucket_items is None else strata.bucket_items.shape[1]
-    masked = 0 if strata.masked is None else len(strata.masked)
-    return vocab_size - own - masked - strata.num_shared
+    own = 0 if tensors.bucket_items is None else tensors.bucket_items.shape[1]
+    masked = 0 if tensors.masked is None else len(tensors.masked)
+    return vocab_size - own - masked - tensors.num_shared
 
 
 def rest_of(
     weight: torch.Tensor,
     bias: torch.Tensor | None,
-    strata: Strata,
+    tensors: CandidateTensors,
     labels: torch.Tensor,
     total: torch.Tensor | None,
 ) -> Rest:
@@ -66,7 +66,7 @@ def rest_of(
         total: ``[d]``, with a bias ``[d + 1]``, sum of all rows that are not masked; None: the
             weight is read.
     """
-    shared, items, masked = strata.shared, strata.bucket_items, strata.masked
+    shared, items, masked = tensors.shared, tensors.bucket_items, tensors.masked
     width = weight.shape[1]
     if total is None:
         total = weight.sum(dim=0, dtype=torch.float32)
@@ -75,7 +75,7 @@ def rest_of(
         if bias is not None:
             finite = bias if masked is None else bias.index_fill(0, masked, 0.0)
             total = torch.cat([total, finite.sum(dtype=torch.float32).view(1)])
-    certain = _long_sum(weight, shared, strata.num_shared)
+    certain = _long_sum(weight, shared, tensors.num_shared)
     rows = (total[:width] - certain).float().unsqueeze(0)
     biases = None
     if bias is not None:
@@ -84,13 +84,13 @@ def rest_of(
             certain = certain.masked_fill(shared < 0, 0.0)
         biases = (total[width:] - certain.sum(dtype=torch.float32)).float()
     bucket_of = torch.zeros_like(labels)
-    if items is not None and strata.bucket_of is not None:
-        bucket_of = strata.bucket_of
+    if items is not None and tensors.bucket_of is not None:
+        bucket_of = tensors.bucket_of
         edges = torch.arange(len(items) + 1, device=weight.device) * items.shape[1]
         rows = rows - row_sum(weight, items.reshape(-1), edges)
         if biases is not None and bias is not None:
             biases = biases - bias[items].sum(dim=1, dtype=torch.float32)
-    rest = Rest(rest_size(strata, len(weight)), rows, biases, bucket_of)
+    rest = Rest(rest_size(tensors, len(weight)), rows, biases, bucket_of)
     biases = None if biases is None else biases / rest.divisor
     return replace(rest, rows=rows / rest.divisor, bias=biases)
 
@@ -104,16 +104,16 @@ def _long_sum(
     return row_sum(weight, ids, chunks.clamp_max_(count)).sum(dim=0)
 
 
-def outside_lists(labels: torch.Tensor, strata: Strata, vocab_size: int) -> torch.Tensor:
+def outside_lists(labels: torch.Tensor, tensors: CandidateTensors, vocab_size: int) -> torch.Tensor:
     """``[N]`` fp32, 1 where the label lies in R: in neither the shared list nor its bucket's, and
     not masked."""
-    known = _is_in(labels, strata.shared)
-    if strata.masked is not None:
-        known |= _is_in(labels, strata.masked)
-    if strata.bucket_items is not None and strata.bucket_of is not None:
-        bucket = torch.arange(len(strata.bucket_items), device=labels.device)
-        keys = strata.bucket_items + bucket.unsqueeze(1) * vocab_size
-        known |= _is_in(labels + strata.bucket_of * vocab_size, keys.reshape(-1))
+    known = _is_in(labels, tensors.shared)
+    if tensors.masked is not None:
+        known |= _is_in(labels, tensors.masked)
+    if tensors.bucket_items is not None and tensors.bucket_of is not None:
+        bucket = torch.arange(len(tensors.bucket_items), device=labels.device)
+        keys = tensors.bucket_items + bucket.unsqueeze(1) * vocab_size
+        known |= _is_in(labels + tensors.bucket_of * vocab_size, keys.reshape(-1))
     return (~known).float()
 
 
