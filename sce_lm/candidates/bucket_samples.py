@@ -6,9 +6,10 @@ import torch
 
 from sce_lm.candidates.priority import priority_samples
 
-PRIOR_SHARE = 0.5
+PRIOR_SHARE = 0.1
 """Share of the tail's proposal in that of a bucket's own sample, for positions far from its
-centre."""
+centre. Gemma 3 270M, 511 positions, 16 samples of 8,192: .75, .5, .25 and .1 gave deviations of log
+Zhat of .133, .116, .069 and .053, and cosines of dL/dh of .9949, .9962, .9972 and .9978."""
 SCORES = 2**22
 """Densities held at a time (32 MiB of fp64)."""
 
@@ -21,7 +22,7 @@ def bucket_samples(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """A priority sample of the catalogue for each bucket.
 
-        q_kj = (|share_kj| / sum_i |share_ki| + prior_j) / 2
+        q_kj = 0.9 · |share_kj| / sum_i |share_ki| + 0.1 · prior_j
 
     Args:
         share: ``[n_b, V]`` of :func:`~sce_lm.candidates.center_softmax.center_softmax`, without a

@@ -287,11 +287,18 @@ def test_sce_loss_is_the_objective():
     assert 0 < stats.products_per_position < 2 * 80 + 200
 
 
-def test_the_monitor_estimates_the_spread_of_zhat():
+@pytest.mark.parametrize(
+    "drawn",
+    [
+        {"num_buckets": 0, "tail_candidates": 60, "control_variate": False},
+        {"num_buckets": 2, "bucket_candidates": 60, "bucket_sampling": "priority"},
+    ],
+    ids=["a tail", "buckets"],
+)
+def test_the_monitor_estimates_the_spread_of_zhat(drawn):
     """The mean of Vhat over draws is the variance of Zhat over draws."""
     problem = make_problem(4, 150, 5)
-    config = SCEConfig(num_buckets=0, shared_frequent=0, tail_candidates=60, control_variate=False)
-    objective = objectives.from_config(config)
+    objective = objectives.from_config(SCEConfig(shared_frequent=0, **drawn))
     log_z, errors = [], []
     for seed in range(800):
         loss, stats = objective(

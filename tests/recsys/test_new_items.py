@@ -4,6 +4,7 @@ import pytest
 
 pytest.importorskip("sce_lm.recsys.sasrec", exc_type=ImportError)
 
+import copy
 import json
 
 import numpy as np
@@ -221,7 +222,7 @@ def test_new_items_are_found_by_their_neighbours_and_features():
         "neighbours": {"neighbours": fair},
         "features": {"features": features},
     }.items():
-        fresh = SASRecForCausalLM(model.config)
+        fresh = SASRecForCausalLM(copy.deepcopy(model.config))
         fresh.load_state_dict(state)
         extended = append_items(tokenizer, list(fair), fresh.eval(), **given)
         lists = recsys.recommend(fresh, extended, [history for history, _ in questions], 50)
