@@ -85,6 +85,7 @@ def test_item_tokens(tmp_path):
 
 
 def test_recommender_end_to_end(tmp_path):
+    pytest.importorskip("sce_lm.recsys.sasrec", exc_type=ImportError)
     rows = [(f"u{u}", f"i{(3 * u + t) % 31}", t) for t in range(8) for u in range(90)]
     log = tmp_path / "log.csv"
     pl.DataFrame(rows, schema=["who", "what", "when"], orient="row").write_csv(log)

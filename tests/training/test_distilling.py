@@ -125,7 +125,8 @@ def test_what_cannot_teach_is_refused(corpus, teacher, tmp_path):
 
     bare = tmp_path / "bare"
     AutoModelForCausalLM.from_pretrained(teacher).save_pretrained(bare)
-    refused("has no tokenizer beside it", teacher=str(bare))
+    # Older versions of transformers cannot load a tokenizer that is not there.
+    refused("has no tokenizer beside it|cannot be loaded", teacher=str(bare))
     other = tmp_path / "other"
     tokenizer = AutoTokenizer.from_pretrained(corpus / "tokenizer")
     tokenizer.add_tokens(["<one more>"])
