@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch.utils.checkpoint import checkpoint
 
 if __name__ == "__main__":
@@ -234,6 +235,8 @@ def train_on_ranks() -> None:
     }
     if rank == 0:
         write(folder / "ranks.json", records)
+    dist.barrier()
+    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
