@@ -20,6 +20,7 @@ important=(
     tests/test_distributed.py::test_its_estimator_is_unbiased
     tests/benchmarks/test_commands.py
     tests/benchmarks/test_comparison.py
+    tests/test_requirements.py
 )
 
 # A file of tests is one worker's, as its fixtures are: some start several processes.

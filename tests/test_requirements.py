@@ -51,6 +51,7 @@ def test_the_core_needs_nothing_else(tmp_path, code, more):
     assert result.returncode == 0, result.stderr
 
 
+@pytest.mark.slow
 def test_the_benchmark_of_the_loss_needs_nothing_else(tmp_path):
     sizes = ("--tokens", 48, "--vocab", 300, "--dim", 8, "--repeats", 1)
     # Each method takes processes of its own.
