@@ -61,6 +61,12 @@ SUMMARY = (
         ("fine-tuning-gemma", 0, "exact (ours)", "test.nll", ".4f"),
     ),
     (
+        "the same with plain `SCEConfig()`, the first seed",
+        "test NLL {a}, exact {b}",
+        ("fine-tuning-default", 0, "SCE (default)", "test.nll", ".4f"),
+        ("fine-tuning-gemma", 1, "exact (ours)", "test.nll", ".4f"),
+    ),
+    (
         "MovieLens-1M, whole catalogue",
         "NDCG@10 {a}, exact {b} (published for exact: .1821)",
         ("items-movielens-1m", 0, "as configured", "test.ndcg@10", ".4f"),
