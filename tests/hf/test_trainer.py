@@ -204,8 +204,9 @@ def test_label_smoothing_of_the_trainers_own_keeps_a_sampled_objective(tmp_path)
         losses[name] = log.losses
         if config is not None:
             assert objective_of(model).state.step == 6
-    for name in ("all", "option"):
-        assert losses[name] == pytest.approx(losses["stock"], rel=1e-4)
+    assert losses["all"] == pytest.approx(losses["stock"], rel=1e-4)
+    if TRANSFORMERS_5:  # before, its smoother's losses are not divided by the accumulated batches
+        assert losses["option"] == pytest.approx(losses["stock"], rel=1e-4)
     assert losses["few"] != pytest.approx(losses["stock"], rel=1e-3)
     assert losses["few"] == pytest.approx(losses["stock"], rel=0.2)
 
