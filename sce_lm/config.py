@@ -168,7 +168,8 @@ class SCEConfig(LikelihoodConfig):
     """"priority": instead of the largest, a priority sample of everything outside the shared list
     by the softmax at the bucket's centre, mixed with ``prior``. Such a sample is the bucket's own
     tail, so there is no other and no control variate. "auto": "priority" for wide heads, unless
-    ``tail_candidates``, ``control_variate`` or ``target_relative_error`` ask for one tail."""
+    ``tail_candidates``, ``control_variate`` or ``target_relative_error`` ask for one tail, or
+    ``sparse_grad`` for a call that does not grow with V."""
 
     shared_labels: bool = True
     """Keep the labels of the batch as candidates of every position, with certainty."""
@@ -266,7 +267,7 @@ class SCEConfig(LikelihoodConfig):
         if self.bucket_sampling != "auto":
             return self.bucket_sampling == "priority"
         asks_for_a_tail = self.tail_candidates != "auto" or self.control_variate is True
-        asks_for_a_tail |= self.target_relative_error is not None
+        asks_for_a_tail |= self.target_relative_error is not None or self.sparse_grad
         return width >= WIDE and not asks_for_a_tail
 
     def prior_shares(self) -> dict[str, float]:

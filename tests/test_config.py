@@ -129,6 +129,7 @@ def test_a_wide_head_has_sampled_buckets(n, buckets):
         {"tail_candidates": 0},
         {"control_variate": True},
         {"target_relative_error": 0.1},
+        {"sparse_grad": True},
         {"bucket_sampling": "top"},
         {"num_buckets": 0},
     ],
