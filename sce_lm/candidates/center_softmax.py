@@ -6,13 +6,14 @@ from typing import NamedTuple
 
 import torch
 
+from sce_lm.ops.gradient_memory import tile_rows
 from sce_lm.ops.head import Head
 
 CENTERS = 16
 """Centres where there are no buckets to take them from; their scan costs 16·V/N products a
 position."""
-TILE_ELEMENTS, DEVICE_TILE_ELEMENTS = 2**23, 2**26
-"""Scores, or numbers of the head, held at a time (32 MiB in fp32; a device needs few launches)."""
+TILE_ELEMENTS = 2**23
+"""Scores, or numbers of the head, held at a time on a CPU (32 MiB in fp32)."""
 
 
 class CenterSoftmax(NamedTuple):
@@ -50,8 +51,7 @@ def center_softmax(
     """
     extended, masked, post = head.extend(centers, centers.dtype), head.masked, head.post
     vocab_size, width = head.weight.shape
-    elements = TILE_ELEMENTS if centers.device.type == "cpu" else DEVICE_TILE_ELEMENTS
-    tile = max(1, elements // max(len(centers), width))
+    tile = tile_rows(TILE_ELEMENTS, max(len(centers), width), centers.device)
     scores = torch.cat(
         [
             extended @ head.rows(slice(start, start + tile), centers.dtype).T

@@ -48,8 +48,9 @@ def relative_error(
     is_drawn = len(candidates.tail) > 0 or candidates.bucket_log_weights is not None
     if not is_drawn or not (monitors or call.want_statistics):
         return None
-    chosen = torch.arange(len(positions), device=log_partition.device)
-    if not call.want_statistics:
+    if call.want_statistics:
+        chosen = torch.arange(len(positions), device=log_partition.device)
+    else:
         chosen = _spread(positions, min(len(positions), MONITOR_POSITIONS))
     if candidates.bucket_log_weights is not None:
         plain = control = bucket_variance(head, positions, candidates, log_partition, chosen)

@@ -25,9 +25,9 @@ from __future__ import annotations
 import torch
 from torch.autograd.function import once_differentiable
 
-from sce_lm.candidates.center_softmax import DEVICE_TILE_ELEMENTS, CenterSoftmax
+from sce_lm.candidates.center_softmax import CenterSoftmax
 from sce_lm.ops.candidates import Candidates
-from sce_lm.ops.gradient_memory import TILE_ELEMENTS, gradient_memory
+from sce_lm.ops.gradient_memory import TILE_ELEMENTS, gradient_memory, tile_rows
 from sce_lm.ops.head import Head, Needs
 from sce_lm.ops.positions import Positions
 
@@ -90,8 +90,7 @@ class _ExpectedRows(torch.autograd.Function):
 def _product(share: torch.Tensor, rows: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """``share.T @ rows`` in the dtype and memory of a gradient of ``like``."""
     out = gradient_memory(like, like.dtype)
-    elements = TILE_ELEMENTS if rows.device.type == "cpu" else DEVICE_TILE_ELEMENTS
-    step = max(1, elements // max(1, rows[:1].numel()))
+    step = tile_rows(TILE_ELEMENTS, rows[:1].numel(), rows.device)
     for start in range(0, len(out), step):
         out[start : start + step] = share[:, start : start + step].T @ rows
     return out

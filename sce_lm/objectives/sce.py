@@ -114,9 +114,9 @@ class SCE(SampledObjective):
         with torch.no_grad():
             shared, tail, log_weights = call.once("lists", lambda: self._lists(proposal))
             candidates, centers, expected = self._candidates(proposal, shared, tail, log_weights)
-            if not wants_rows or not (len(tail) or expected):
+            if not wants_rows:
                 expected = None
-            elif expected is None:
+            elif expected is None and len(tail):
                 expected = _expected(proposal, centers, candidates)
         return Chosen(candidates, proposal, expected)
 

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
-TILE_ELEMENTS = 2**22
-"""Elements of the weight summed at a time."""
+TILE_ELEMENTS, DEVICE_TILE_ELEMENTS = 2**22, 2**26
+"""Elements of the weight that are worked on at a time; a device needs few launches."""
 
 _kept = WeakTensorKeyDictionary()
 """Weight to the ``np.ndarray`` that holds its last gradient. NumPy's memory, because its arrays
@@ -43,6 +43,12 @@ def gradient_memory(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         memory = np.empty(size, dtype=np.uint8)
     _kept[weight] = memory
     return torch.from_numpy(memory).view(dtype).view(weight.shape)
+
+
+def tile_rows(elements: int, width: int, device: torch.device) -> int:
+    """Rows of a tile of so many elements, or on a device of ``DEVICE_TILE_ELEMENTS``."""
+    elements = elements if device.type == "cpu" else DEVICE_TILE_ELEMENTS
+    return max(1, elements // max(1, width))
 
 
 def row_sum(weight: torch.Tensor, ids: torch.Tensor | None = None) -> torch.Tensor:
