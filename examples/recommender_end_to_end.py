@@ -53,9 +53,8 @@ def main() -> None:
     events = recsys.filter_interactions(log, min_user_events=3, min_item_events=3)
     tokenizer = recsys.build_item_tokenizer(recsys.catalogue(events))
     split = recsys.leave_one_out(recsys.user_sequences(events, tokenizer))
-    recsys.count_items(
-        tokenizer, split.train
-    )  # what is popular, for users of whom nothing is known
+    # What is popular, for users of whom nothing is known.
+    recsys.count_items(tokenizer, split.train)
     items = recsys.item_tokens(tokenizer)
 
     # 2. The model: SASRec, trained by the ordinary Trainer with SCE in place of cross-entropy.

@@ -4,10 +4,12 @@ Such a module has ``main(prog, arguments)``, which returns the exit status, or N
 what its messages begin with. Naming it in ``COMMANDS`` is all that it takes.
 """
 
+import argparse
 import difflib
 import importlib
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 COMMANDS = {
     "init": "Write a configuration to start from, with every field explained.",
@@ -44,6 +46,26 @@ def main(arguments: Sequence[str] | None = None) -> int | None:
         file=sys.stderr,
     )
     return WRONG_ARGUMENTS
+
+
+def recommender_parser(name: str, prog: str, text: str, told: str) -> argparse.ArgumentParser:
+    """Parser of a command on a trained recommender, whose folder is its first argument ``run``.
+
+    Args:
+        name: of the command.
+        text: its module's docstring; the help ends with it from the words ``told`` on.
+    """
+    parser = argparse.ArgumentParser(
+        prog,
+        description=COMMANDS[name],
+        epilog=text[text.index(told) :],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "run", type=Path, help="folder of a run of sce-lm train, or of a saved model"
+    )
+    return parser
 
 
 def run(name: str, prog: str, arguments: Sequence[str]) -> int | None:

@@ -15,13 +15,12 @@ Items without training have a place in lists that means something with neighbour
 new events, start from the new folder: --model MODEL.
 """
 
-import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
 
 from sce_lm import recsys
-from sce_lm.commands import COMMANDS
+from sce_lm.commands import recommender_parser
 from sce_lm.files import new_folder
 from sce_lm.recsys.new_item_files import read_new_items
 from sce_lm.training.recommenders import load_recommender
@@ -29,17 +28,7 @@ from sce_lm.training.recommenders import load_recommender
 
 def main(prog: str, arguments: Sequence[str]) -> None:
     """Append, save, and print how many items are new."""
-    text = __doc__ or ""
-    parser = argparse.ArgumentParser(
-        prog,
-        description=COMMANDS["append_items"],
-        epilog=text[text.index("What the model") :],
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument(
-        "run", type=Path, help="folder of a run of sce-lm train, or of a saved model"
-    )
+    parser = recommender_parser("append_items", prog, __doc__ or "", "What the model")
     parser.add_argument("--output", type=Path, required=True, help="folder to write; must be new")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--items", type=Path, help="text, an id a line")

@@ -10,13 +10,12 @@ share --recall of exact lists of 10 for the run's test histories (of a folder th
 histories of one item); card.json says what it found.
 """
 
-import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
 
 from sce_lm import recsys
-from sce_lm.commands import COMMANDS
+from sce_lm.commands import recommender_parser
 from sce_lm.training.recommenders import asked_histories, load_recommender
 
 TUNED_ON = 256
@@ -24,17 +23,7 @@ TUNED_ON = 256
 
 def main(prog: str, arguments: Sequence[str]) -> None:
     """Export, and print the card."""
-    text = __doc__ or ""
-    parser = argparse.ArgumentParser(
-        prog,
-        description=COMMANDS["export"],
-        epilog=text[text.index("Inner products") :],
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument(
-        "run", type=Path, help="folder of a run of sce-lm train, or of a saved model"
-    )
+    parser = recommender_parser("export", prog, __doc__ or "", "Inner products")
     parser.add_argument("--output", type=Path, required=True, help="folder to write; must be new")
     parser.add_argument("--format", choices=recsys.EXPORT_FORMATS, default="safetensors")
     parser.add_argument("--recall", type=float, default=0.98, help="of an index, at 10")

@@ -28,7 +28,7 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from sce_lm import recsys
-from sce_lm.commands import COMMANDS
+from sce_lm.commands import recommender_parser
 from sce_lm.training.recommenders import load_recommender
 
 NOTHING_KNOWN = 3
@@ -46,17 +46,7 @@ SKIPPED = {
 
 def read_arguments(prog: str, given: Sequence[str]) -> argparse.Namespace:
     """What the command line says."""
-    text = __doc__ or ""
-    parser = argparse.ArgumentParser(
-        prog,
-        description=COMMANDS["recommend"],
-        epilog=text[text.index("Lists are exact") :],
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument(
-        "run", type=Path, help="folder of a run of sce-lm train, or of a saved model"
-    )
+    parser = recommender_parser("recommend", prog, __doc__ or "", "Lists are exact")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument(
         "--history", action="append", metavar="ID ...", help="items of one user, oldest first"
