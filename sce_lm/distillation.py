@@ -48,6 +48,9 @@ from sce_lm.ops.teachers import HeadTeacher, Rest, Teacher, TopKTeacher
 
 __all__ = ["HeadScores", "StoredTopK", "distillation_loss"]
 
+STORED_COLUMNS = ("teacher_ids", "teacher_log_probs")
+"""Columns of a batch that stand for a teacher: what a :class:`StoredTopK` is made of."""
+
 
 @dataclass(frozen=True)
 class HeadScores:

@@ -20,13 +20,10 @@ from transformers import Trainer
 from sce_lm import objectives
 from sce_lm.candidates.state import SCEState
 from sce_lm.config import SCEConfig
-from sce_lm.distillation import HeadScores, StoredTopK, distillation_loss
+from sce_lm.distillation import STORED_COLUMNS, HeadScores, StoredTopK, distillation_loss
 from sce_lm.hf.adapter import apply_sce, lazy_logits, objective_of
 from sce_lm.ops.divergence import Kind
 from sce_lm.ops.teachers import Rest
-
-STORED = ("teacher_ids", "teacher_log_probs")
-"""Columns that stand for a teacher."""
 
 
 class DistillationTrainer(Trainer):
@@ -106,7 +103,7 @@ class DistillationTrainer(Trainer):
     ) -> Any:
         """Both losses in training, the model's own in evaluation."""
         trainer: Any = super()
-        stored = {name: inputs.pop(name) for name in STORED if name in inputs}
+        stored = {name: inputs.pop(name) for name in STORED_COLUMNS if name in inputs}
         if not model.training:
             return trainer.compute_loss(model, inputs, return_outputs, num_items_in_batch)
         labels = inputs["labels"]
@@ -128,12 +125,12 @@ class DistillationTrainer(Trainer):
         if self.teacher is not None:
             with torch.no_grad(), lazy_logits(self.teacher):
                 return HeadScores.of(self.teacher(**inputs).logits[:, :-1])
-        if len(stored) < len(STORED):
+        if len(stored) < len(STORED_COLUMNS):
             raise ValueError(
                 f"there is no teacher, and the batch has the columns {', '.join(inputs)}; give it "
-                f"{' and '.join(STORED)}, or pass a teacher."
+                f"{' and '.join(STORED_COLUMNS)}, or pass a teacher."
             )
-        ids, log_probs = (stored[name][:, :-1] for name in STORED)
+        ids, log_probs = (stored[name][:, :-1] for name in STORED_COLUMNS)
         return StoredTopK(ids, log_probs, self.rest, self.distill["temperature"])
 
     def _distil(

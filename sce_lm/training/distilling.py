@@ -18,16 +18,13 @@ from transformers import PreTrainedTokenizerBase
 from sce_lm import objectives
 from sce_lm.candidates.state import SCEState
 from sce_lm.config import SCEConfig
-from sce_lm.distillation import HeadScores, StoredTopK, distillation_loss
+from sce_lm.distillation import STORED_COLUMNS, HeadScores, StoredTopK, distillation_loss
 from sce_lm.hf.adapter import apply_sce, lazy_logits
 from sce_lm.objectives import Objective
 from sce_lm.teacher_folder import TeacherFolder
 from sce_lm.training.models import load_model, load_tokenizer
 from sce_lm.training.text_blocks import PackedText
 from sce_lm.training.train_config import TrainConfig
-
-IDS, LOG_PROBS = "teacher_ids", "teacher_log_probs"
-"""What a stored teacher adds to a batch."""
 
 
 class RunTeacher:
@@ -64,12 +61,13 @@ class StoredTeacher:
     def targets(self, rows: Sequence[int]) -> dict[str, torch.Tensor]:
         """As of :class:`RunTeacher`."""
         found = self.folder.rows(rows)
-        return {IDS: found.ids, LOG_PROBS: found.log_probs}
+        return dict(zip(STORED_COLUMNS, (found.ids, found.log_probs)))
 
     def scores(self, inputs: dict[str, torch.Tensor]) -> StoredTopK:
         """As of :class:`RunTeacher`; takes the targets out of ``inputs``."""
         stored = self.folder.stored
-        return StoredTopK(inputs.pop(IDS), inputs.pop(LOG_PROBS), stored.rest, stored.temperature)
+        ids, log_probs = (inputs.pop(name) for name in STORED_COLUMNS)
+        return StoredTopK(ids, log_probs, stored.rest, stored.temperature)
 
 
 class Distillation:
