@@ -208,9 +208,9 @@ class SCEConfig(LikelihoodConfig):
     row_control_variate: bool | Auto = "auto"
     """Give every row of the head the gradient that the batch's k-means centres expect of it, and
     let the draws correct it: what this adds has mean 0. Without it Adam moves rows that are
-    seldom drawn less far than exact gradients do (:mod:`sce_lm.objectives.row_control`). It makes a
-    second gradient of W's size; the centres are those of the buckets, or 16. "auto": where buckets
-    are sampled, which scans W anyway, and the gradient is dense."""
+    seldom drawn less far than exact gradients do (:mod:`sce_lm.objectives.row_control`). The
+    centres are those of the buckets, or 16. "auto": where buckets are sampled, which scans W
+    anyway, and the gradient is dense."""
 
     labels_first: int = 0
     """In the first so many calls (batches) the batch's labels alone are candidates, uncorrected: an

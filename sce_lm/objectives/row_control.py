@@ -17,36 +17,23 @@ gradient roughly,
 and ``ghat_j + [j drawn]·(X_j - ghat_j) / pi_j`` has the mean X_j whatever ghat is. Where there are
 buckets they are the centres, without their own candidates if those are certain; where each bucket
 draws for itself, so does its term of ghat. Only gradients of the head change: loss and dL/dh are as
-without.
+without. It is written into the memory of the gradient that the candidates leave.
 """
 
 from __future__ import annotations
 
-import torch
-from torch.autograd.function import once_differentiable
-
 from sce_lm.candidates.center_softmax import CenterSoftmax
-from sce_lm.ops.candidates import Candidates
-from sce_lm.ops.gradient_memory import TILE_ELEMENTS, gradient_memory, tile_rows
-from sce_lm.ops.head import Head, Needs
-from sce_lm.ops.positions import Positions
+from sce_lm.ops.candidates import Candidates, ExpectedRows
 
 
-def with_expected_rows(
-    loss: torch.Tensor,
-    head: Head,
-    positions: Positions,
-    candidates: Candidates,
-    expected: CenterSoftmax,
-) -> torch.Tensor:
-    """The same loss, whose gradient adds ``(1 - [j drawn] / pi_j)·ghat_j`` to each row.
+def expected_rows(candidates: Candidates, softmax: CenterSoftmax) -> ExpectedRows:
+    """The part ``(1 - [j drawn] / pi_j)·ghat_j`` of each row's gradient.
 
     Args:
-        loss: of :func:`~sce_lm.ops.candidate_cross_entropy.candidate_cross_entropy`.
-        head, positions, candidates: that it was taken on.
-        expected: softmax at the centres; at those of the buckets, if there are any.
+        candidates: those that were drawn.
+        softmax: at the centres; at those of the buckets, if there are any.
     """
-    centers, center_of, share = expected
+    share = softmax.share
     drawn = candidates.tail_log_weights.exp().to(share.dtype)
     left = share.new_ones(share.shape[1] + 1)  # the last place is for empty ones of the shared list
     left.index_add_(0, candidates.tail, drawn, alpha=-1.0)
@@ -57,40 +44,4 @@ def with_expected_rows(
         if candidates.bucket_log_weights is not None:
             known *= candidates.bucket_log_weights.exp()
         share.scatter_add_(1, candidates.bucket_items, known.neg_())
-    a = positions.weight
-    return _ExpectedRows.apply(loss, *head.tensors, share, centers, center_of, a)
-
-
-class _ExpectedRows(torch.autograd.Function):
-    """Identity on the loss; the head's gradient is ``share.T @ (a·centers)``."""
-
-    @staticmethod
-    def forward(ctx, loss, weight, low_rank, bias, share, centers, center_of, position_weight):
-        ctx.needs = Needs.of(ctx).head
-        ctx.save_for_backward(weight, low_rank, bias, share, centers, center_of, position_weight)
-        return loss.view_as(loss)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, *grad_outputs):
-        *tensors, share, centers, center_of, position_weight = ctx.saved_tensors
-        head = Head(*tensors)
-        a = grad_outputs[0] if position_weight is None else grad_outputs[0] * position_weight
-        a_of = share.new_zeros(len(centers))
-        a_of.index_add_(0, center_of, a.to(share.dtype).expand(len(center_of)))
-        rows = head.extend(centers, centers.dtype) * a_of.unsqueeze(1)
-        parts = head.split(ctx.needs, rows[:, head.num_frozen(ctx.needs) :])
-        of_head = [
-            None if part is None or like is None else _product(share, part, like)
-            for part, like in zip(parts, head.tensors)
-        ]
-        return grad_outputs[0], *of_head, None, None, None, None
-
-
-def _product(share: torch.Tensor, rows: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """``share.T @ rows`` in the dtype and memory of a gradient of ``like``."""
-    out = gradient_memory(like, like.dtype)
-    step = tile_rows(TILE_ELEMENTS, rows[:1].numel(), rows.device)
-    for start in range(0, len(out), step):
-        out[start : start + step] = share[:, start : start + step].T @ rows
-    return out
+    return ExpectedRows(share, softmax.centers, softmax.center_of)

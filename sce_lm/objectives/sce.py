@@ -46,7 +46,7 @@ from sce_lm.config import SCEConfig, SCESizes
 from sce_lm.objectives import monitor
 from sce_lm.objectives.base import Statistics
 from sce_lm.objectives.call import Call
-from sce_lm.objectives.row_control import with_expected_rows
+from sce_lm.objectives.row_control import expected_rows
 from sce_lm.objectives.sampled_objective import SampledObjective
 from sce_lm.objectives.tail_proposal import TailProposal
 from sce_lm.ops.candidate_cross_entropy import candidate_cross_entropy
@@ -67,8 +67,6 @@ class Chosen(NamedTuple):
     candidates: Candidates
     proposal: TailProposal
     """What its tail was drawn from."""
-    expected: CenterSoftmax | None
-    """For the row control variate, if it is wanted."""
 
 
 class SCE(SampledObjective):
@@ -91,12 +89,9 @@ class SCE(SampledObjective):
         self, head: Head, positions: Positions, call: Call
     ) -> tuple[torch.Tensor, Statistics]:
         chosen = self.choose(head, positions, call)
-        candidates = chosen.candidates
         loss, log_partition, _ = candidate_cross_entropy(
-            head, positions, candidates, backend=call.backend
+            head, positions, chosen.candidates, backend=call.backend
         )
-        if chosen.expected is not None:
-            loss = with_expected_rows(loss, head, positions, candidates, chosen.expected)
         return loss, self.observe(head, positions, call, chosen, log_partition)
 
     def choose(
@@ -113,12 +108,11 @@ class SCE(SampledObjective):
         wants_rows = sizes.row_control_variate and head.requires_grad()
         with torch.no_grad():
             shared, tail, log_weights = call.once("lists", lambda: self._lists(proposal))
-            candidates, centers, expected = self._candidates(proposal, shared, tail, log_weights)
-            if not wants_rows:
-                expected = None
-            elif expected is None and len(tail):
-                expected = _expected(proposal, centers, candidates)
-        return Chosen(candidates, proposal, expected)
+            candidates, centers, softmax = self._candidates(proposal, shared, tail, log_weights)
+            if wants_rows and (softmax is not None or len(tail)):
+                softmax = softmax or _at_centers(proposal, centers, candidates)
+                candidates = replace(candidates, expected=expected_rows(candidates, softmax))
+        return Chosen(candidates, proposal)
 
     def sizes(self, head: Head, positions: Positions, call: Call, num_classes: int) -> SCESizes:
         """How long this call's lists are."""
@@ -199,7 +193,7 @@ class SCE(SampledObjective):
         """All lists; the buckets' centres ``[n_b, d]``, and the softmax there if it was needed."""
         config, sizes = self.config, proposal.sizes
         head, call, hidden = proposal.head, proposal.call, proposal.positions.hidden
-        centers = items = bucket_of = bucket_weights = expected = None
+        centers = items = bucket_of = bucket_weights = softmax = None
         is_sampled = sizes.bucket_sampling == "priority"
         rest = head.num_classes - len(shared)  # at least: places may be empty
         if is_sampled and call.is_valid is not None:
@@ -216,9 +210,9 @@ class SCE(SampledObjective):
             )
             if is_sampled:
                 prior = proposal.log_density().index_fill_(0, _ids(shared, call), -torch.inf)
-                expected = center_softmax(centers, bucket_of, head, control_variate=False)
+                softmax = center_softmax(centers, bucket_of, head, control_variate=False)
                 noise = call.stream("tail")
-                items, bucket_weights = bucket_samples(expected.share, prior, own, noise)
+                items, bucket_weights = bucket_samples(softmax.share, prior, own, noise)
             else:
                 excluded = _with_masked(_ids(shared, call), head)
                 items = catalogue_topk(centers, head, own, excluded=excluded, backend=call.backend)
@@ -234,7 +228,7 @@ class SCE(SampledObjective):
             control_variate=sizes.control_variate,
             sparse_grad=config.sparse_grad,
         )
-        return candidates, centers, expected
+        return candidates, centers, softmax
 
     def observe(
         self,
@@ -270,7 +264,7 @@ class SCE(SampledObjective):
 
     def _products(self, chosen: Chosen, num_positions: int, vocab_size: int) -> float:
         """Inner products a position: the lists, the catalogue scans and the k-means steps."""
-        candidates, proposal, expected = chosen
+        candidates, proposal = chosen
         products = proposal.products() + len(candidates.shared) + len(candidates.tail)
         if candidates.bucket_items is not None:
             buckets, own = candidates.bucket_items.shape
@@ -280,18 +274,18 @@ class SCE(SampledObjective):
         has_scanned = candidates.bucket_log_weights is not None
         if candidates.bucket_items is None:
             has_scanned = "gradient" in self.config.prior_shares()
-        if expected is not None and not has_scanned:
-            products += len(expected.centers) * vocab_size / num_positions
+        if candidates.expected is not None and not has_scanned:
+            products += len(candidates.expected.centers) * vocab_size / num_positions
         return products
 
     def advice(self) -> str | None:
         return monitor.advice(self.config, self.state, *self.drawn, self.covered)
 
 
-def _expected(
+def _at_centers(
     proposal: TailProposal, centers: torch.Tensor | None, candidates: Candidates
 ) -> CenterSoftmax:
-    """What k-means centres expect of every row; the buckets' centres, where there are any."""
+    """The softmax at k-means centres; at those of the buckets, where there are any."""
     if centers is None or candidates.bucket_of is None:
         return proposal.at_centers()
     return center_softmax(

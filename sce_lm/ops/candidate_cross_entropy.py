@@ -143,7 +143,7 @@ class CandidatePass(Pass):
         lists = Lists(head, positions, candidates, is_static=is_static)
         rest = Rest(lists, candidates.row_sum) if candidates.control_variate else None
         spans = lists.spans()
-        gradients = CandidateGradients(lists, rest, needs, sparse=candidates.sparse_grad)
+        gradients = CandidateGradients(lists, rest, candidates, needs)
         count = len(positions)
         log_partition = lists.dense_rows.new_empty(count + 1)  # one for empty places
         label_logit = torch.empty_like(log_partition)

@@ -78,7 +78,7 @@ class CandidateDivergencePass(Pass):
         lists = Lists(head, positions, candidates)
         spans = lists.spans()
         theirs = self._lists_of_teacher(lists, candidates)
-        gradients = CandidateGradients(lists, None, needs, sparse=candidates.sparse_grad)
+        gradients = CandidateGradients(lists, None, candidates, needs)
         size = max(span.stop - span.start for span in spans), lists.num_columns + 1
         buffer, other = (lists.dense_rows.new_empty(size) for _ in range(2))
         losses, student, of_teacher = lists.dense_rows.new_empty(3, len(positions))

@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 
 from sce_lm.ops.candidate_blocks import Block, Lists
+from sce_lm.ops.candidates import Candidates
 from sce_lm.ops.control_variate import Rest
+from sce_lm.ops.gradient_memory import add_product
 from sce_lm.ops.head import Needs
 from sce_lm.ops.head_loss import OfInputs
 
@@ -16,8 +18,11 @@ class CandidateGradients:
     Columns of the head that are frozen, and lie before those that are not, take no part.
     """
 
-    def __init__(self, lists: Lists, rest: Rest | None, needs: Needs, *, sparse: bool) -> None:
-        self.lists, self.rest, self.needs, self.sparse = lists, rest, needs, sparse
+    def __init__(
+        self, lists: Lists, rest: Rest | None, candidates: Candidates, needs: Needs
+    ) -> None:
+        self.lists, self.rest, self.needs = lists, rest, needs
+        self.sparse, self.expected = candidates.sparse_grad, candidates.expected
         self.with_hidden, self.with_head = needs.hidden, any(needs.head)
         width = lists.dense_rows.shape[1]
         labels = lists.positions.labels
@@ -143,4 +148,19 @@ class CandidateGradients:
             of_head = self.lists.head.gradients(
                 self.needs.head, self.ids, rows, everywhere, sparse=self.sparse
             )
+            self._add_expected(of_head, factor)
         return grad_hidden, *of_head
+
+    def _add_expected(
+        self, of_head: list[torch.Tensor | None], factor: torch.Tensor | None
+    ) -> None:
+        """Add to the head's gradients what is expected of every row."""
+        lists = self.lists
+        expected, of_positions = self.expected, lists.positions.weight
+        if expected is None or of_positions is None:
+            return
+        of_positions = of_positions if factor is None else of_positions * factor
+        rows = expected.rows(lists.head, of_positions)[:, self.num_frozen :]
+        for gradient, part in zip(of_head, lists.head.split(self.needs.head, rows)):
+            if gradient is not None and part is not None:
+                add_product(gradient, expected.share, part)

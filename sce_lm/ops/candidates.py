@@ -3,8 +3,31 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
+
+from sce_lm.ops.head import Head
+
+
+class ExpectedRows(NamedTuple):
+    """What a call adds to the gradient of the head's rows (:mod:`sce_lm.objectives.row_control`):
+    of row j the part ``sum_k a_k share_kj c_k``, with a_k the summed weights of centre k's
+    positions."""
+
+    share: torch.Tensor
+    """``[C, V]`` fp32 or fp64."""
+    centers: torch.Tensor
+    """``[C, d]`` c, in the same dtype (``[C, d + r]`` for a head with a low-rank operand)."""
+    center_of: torch.Tensor
+    """``[N]`` int64: the centre of each position."""
+
+    def rows(self, head: Head, of_positions: torch.Tensor) -> torch.Tensor:
+        """``[C, D]`` ``a_k c_k``, for the 0-dim or ``[N]`` weights of the positions."""
+        a = self.share.new_zeros(len(self.centers))
+        weights = of_positions.to(a.dtype).expand(len(self.center_of))
+        a.index_add_(0, self.center_of, weights)
+        return head.extend(self.centers, a.dtype) * a.unsqueeze(1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +60,8 @@ class Candidates:
     """Take the known part of the tail out of the sample."""
     sparse_grad: bool = False
     """Gradient of the weight as a sparse tensor, without the part through the mean."""
+    expected: ExpectedRows | None = None
+    """What the head's dense gradient has beside that of the loss; None: nothing."""
 
 
 def find(ids: torch.Tensor, ascending: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

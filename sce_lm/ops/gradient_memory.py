@@ -51,6 +51,22 @@ def tile_rows(elements: int, width: int, device: torch.device) -> int:
     return max(1, elements // max(1, width))
 
 
+def add_product(out: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
+    """``out += left.T @ right`` in place, rounded once to the dtype of ``out``.
+
+    Args:
+        out: ``[V, d]`` or ``[V]``.
+        left, right: ``[C, V]`` and ``[C, d]`` or ``[C]``, in one dtype.
+    """
+    out, right = out.view(len(out), -1), right.reshape(len(right), -1)
+    if out.dtype == left.dtype:
+        out.addmm_(left.T, right)
+        return
+    step = tile_rows(TILE_ELEMENTS, out.shape[1], out.device)
+    for start in range(0, len(out), step):
+        out[start : start + step].add_(left[:, start : start + step].T @ right)
+
+
 def row_sum(weight: torch.Tensor, ids: torch.Tensor | None = None) -> torch.Tensor:
     """Sum of the rows of ``weight [V, d]``, or of those at ``ids [M]``, fp64 ``[d]``.
 

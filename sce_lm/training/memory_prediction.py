@@ -165,13 +165,11 @@ def _exact_bytes(positions: int, vocab_size: int, width: int) -> int:
 
 
 def _at_centers_bytes(config: SCEConfig, positions: int, vocab_size: int, width: int) -> int:
-    """Twice the softmax at the centres, and for the row control variate a second gradient of the
-    head."""
+    """Twice the softmax at the centres, where it is asked for."""
     sizes = config.resolve(positions, vocab_size, width=width)
     softmax = 8 * vocab_size * (sizes.num_buckets or CENTERS)
-    if sizes.row_control_variate:
-        return 4 * vocab_size * width + softmax
-    return softmax if sizes.bucket_sampling == "priority" else 0
+    has_softmax = sizes.row_control_variate or sizes.bucket_sampling == "priority"
+    return softmax if has_softmax else 0
 
 
 def _gathered_rows(objective: Objective, positions: int, vocab_size: int, width: int) -> int:

@@ -51,13 +51,13 @@ def added(problem, post=PLAIN, **options):
 @pytest.mark.parametrize("lists", LISTS)
 def test_it_adds_the_written_out_sum(lists, post, control, monkeypatch):
     problem, seen = make_problem(N, V, D), []
-    wrapped = sce.with_expected_rows
+    wrapped = sce.expected_rows
 
-    def spied(loss, head, positions, candidates, expected):
-        seen.append((candidates, expected))
-        return wrapped(loss, head, positions, candidates, expected)
+    def spied(candidates, softmax):
+        seen.append((candidates, softmax))
+        return wrapped(candidates, softmax)
 
-    monkeypatch.setattr(sce, "with_expected_rows", spied)
+    monkeypatch.setattr(sce, "expected_rows", spied)
     found = added(problem, post, lists=lists, control=control)
     [(candidates, (centers, center_of, _))] = seen
     x = (centers @ problem.weight.T + problem.bias).detach()
@@ -107,15 +107,15 @@ def test_its_mean_over_draws_is_nothing(lists):
 
 @pytest.mark.parametrize("lists", ["tail", "samples"])
 def test_forgotten_weights_are_found(lists, monkeypatch):
-    wrapped = sce.with_expected_rows
+    wrapped = sce.expected_rows
 
-    def planted(loss, head, positions, candidates, expected):
+    def planted(candidates, softmax):
         name = "tail_log_weights" if lists == "tail" else "bucket_log_weights"
         forgotten = {name: torch.zeros_like(getattr(candidates, name))}
         candidates = dataclasses.replace(candidates, **forgotten)
-        return wrapped(loss, head, positions, candidates, expected)
+        return wrapped(candidates, softmax)
 
-    monkeypatch.setattr(sce, "with_expected_rows", planted)
+    monkeypatch.setattr(sce, "expected_rows", planted)
     assert mean_added(make_problem(N, V, D), 200, lists=lists, prior="uniform") > 5.0
 
 

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from sce_lm.ops.candidate_cross_entropy import CandidateLoss
-from sce_lm.ops.candidates import Candidates
+from sce_lm.ops.candidates import Candidates, ExpectedRows
+from sce_lm.ops.gradient_memory import add_product
 from sce_lm.ops.head import Head, sparse_gradient
 from sce_lm.ops.logits import LogitTransform
 from sce_lm.ops.positions import LossTerms, Positions
@@ -52,6 +53,9 @@ def candidate_cross_entropy(
     c = candidates
     labels, bias = contiguous(positions.labels, head.bias)
     shared, tail, items, bucket_of = contiguous(c.shared, c.tail, c.bucket_items, c.bucket_of)
+    share = centers = center_of = None
+    if c.expected is not None:
+        share, centers, center_of = c.expected
     losses, log_partition, num_clamped, *_ = _forward(
         positions.hidden.to(head.weight.dtype),
         head.weight,
@@ -65,6 +69,9 @@ def candidate_cross_entropy(
         candidates.bucket_log_weights,
         candidates.row_sum,
         head.masked,
+        share,
+        centers,
+        center_of,
         head.post.scale,
         head.post.soft_cap,
         candidates.control_variate,
@@ -89,6 +96,9 @@ def _forward(
     bucket_log_weights: Tensor | None,
     row_sum: Tensor | None,
     masked: Tensor | None,
+    share: Tensor | None,
+    centers: Tensor | None,
+    center_of: Tensor | None,
     scale: float,
     soft_cap: float | None,
     control_variate: bool,
@@ -172,6 +182,9 @@ def _backward(
     bucket_of: Tensor | None,
     bucket_log_weights: Tensor | None,
     masked: Tensor | None,
+    share: Tensor | None,
+    centers: Tensor | None,
+    center_of: Tensor | None,
     scale: float,
     soft_cap: float | None,
     control_variate: bool,
@@ -281,6 +294,12 @@ def _backward(
         if bias is not None:
             labelled = grad_bias[merged] - (bias_everywhere * factor).to(bias.dtype)
             grad_bias.index_fill_(0, masked, 0.0).index_copy_(0, merged, labelled)
+    if share is not None and centers is not None and center_of is not None:
+        expected = ExpectedRows(share, centers, center_of)
+        rows = expected.rows(Head(weight, None, bias), grad_loss)
+        add_product(grad_weight, share, rows[:, : weight.shape[1]])
+        if bias is not None:
+            add_product(grad_bias, share, rows[:, -1])
     return grad_hidden, grad_weight, grad_bias, ids
 
 
@@ -301,14 +320,14 @@ def _(grad_loss, *arguments):
 
 
 def _save(ctx, inputs, output):
-    ctx.options = inputs[12:]
-    ctx.save_for_backward(*inputs[:10], inputs[11], output[1], *output[3:])
+    ctx.options = inputs[15:]
+    ctx.save_for_backward(*inputs[:10], *inputs[11:15], output[1], *output[3:])
     ctx.mark_non_differentiable(*output[1:])
 
 
 def _differentiate(ctx, grad_loss, *_):
     everything = ctx.saved_tensors  # may be read only once under gradient checkpointing
-    tensors, saved = everything[:11], everything[11:]
+    tensors, saved = everything[:14], everything[14:]
     weight, bias = tensors[1:3]
     needs_hidden, needs_row, needs_bias = ctx.needs_input_grad[:3]
     sparse_grad = ctx.options[-3]
@@ -321,7 +340,7 @@ def _differentiate(ctx, grad_loss, *_):
         grad_hidden if needs_hidden else None,
         grad_weight if needs_row else None,
         grad_bias if bias is not None and needs_bias else None,
-        *[None] * 15,
+        *[None] * 18,
     )
 
 

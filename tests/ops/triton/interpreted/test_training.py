@@ -85,6 +85,7 @@ def losses(family: str, specification: dict, backend: str) -> torch.Tensor:
     ("family", "specification", "operations"),
     [
         ("llama", SCE, BOTH),
+        ("llama", SCE | {"row_control_variate": True}, BOTH),
         ("llama", {"name": "exact"}, set()),
         pytest.param("gemma2", SCE, BOTH, marks=pytest.mark.slow),
         pytest.param(
@@ -101,7 +102,7 @@ def losses(family: str, specification: dict, backend: str) -> torch.Tensor:
         ),
         pytest.param("llama", {"name": "rece"}, {"chunk_cross_entropy"}, marks=pytest.mark.slow),
     ],
-    ids=["sce", "exact", "soft cap", "published", "sampled", "in-batch", "rece"],
+    ids=["sce", "row control", "exact", "soft cap", "published", "sampled", "in-batch", "rece"],
 )
 def test_five_steps_equal_those_of_torch(family, specification, operations, used):
     expected = losses(family, specification, "torch")
@@ -167,9 +168,7 @@ def test_operations_are_registered_for_the_compiler(case):
         c.tail_log_weights,
         c.bucket_items,
         c.bucket_of,
-        None,
-        None,
-        None,
+        *[None] * 6,
         1.0,
         None,
         c.control_variate,
