@@ -7,6 +7,7 @@ what its messages begin with. Naming it in ``COMMANDS`` is all that it takes.
 import argparse
 import difflib
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,6 +27,10 @@ COMMANDS = {
 
 WRONG_ARGUMENTS = 2
 """The exit status that argparse has for them."""
+
+
+SECONDS_BETWEEN_LINES = "30"
+"""Of a progress bar that goes to a file, as tqdm reads it from the environment."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int | None:
@@ -70,6 +75,10 @@ def recommender_parser(name: str, prog: str, text: str, told: str) -> argparse.A
 
 def run(name: str, prog: str, arguments: Sequence[str]) -> int | None:
     """One command; what it raises for the user to read ends the process in a sentence."""
+    if not sys.stderr.isatty():  # each print of a bar is a line there
+        os.environ.setdefault("TQDM_MININTERVAL", SECONDS_BETWEEN_LINES)
+        for library in ("HF_HUB", "HF_DATASETS"):
+            os.environ.setdefault(f"{library}_DISABLE_PROGRESS_BARS", "1")
     try:
         return importlib.import_module(f"sce_lm.commands.{name}").main(prog, arguments)
     except (ValueError, OSError, ImportError) as error:
