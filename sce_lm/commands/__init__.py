@@ -30,7 +30,8 @@ WRONG_ARGUMENTS = 2
 
 
 SECONDS_BETWEEN_LINES = "30"
-"""Of a progress bar that goes to a file, as tqdm reads it from the environment."""
+"""Of a progress bar that goes to a file, and before its first one, as tqdm reads them from the
+environment."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int | None:
@@ -73,12 +74,19 @@ def recommender_parser(name: str, prog: str, text: str, told: str) -> argparse.A
     return parser
 
 
-def run(name: str, prog: str, arguments: Sequence[str]) -> int | None:
-    """One command; what it raises for the user to read ends the process in a sentence."""
-    if not sys.stderr.isatty():  # each print of a bar is a line there
-        os.environ.setdefault("TQDM_MININTERVAL", SECONDS_BETWEEN_LINES)
+def calm_bars() -> None:
+    """Off a terminal, where each print of a progress bar is a line, few prints of ours and none of
+    other libraries; what the user has set stays. To be called before those are imported."""
+    if not sys.stderr.isatty():
+        for option in ("DELAY", "MININTERVAL"):
+            os.environ.setdefault(f"TQDM_{option}", SECONDS_BETWEEN_LINES)
         for library in ("HF_HUB", "HF_DATASETS"):
             os.environ.setdefault(f"{library}_DISABLE_PROGRESS_BARS", "1")
+
+
+def run(name: str, prog: str, arguments: Sequence[str]) -> int | None:
+    """One command; what it raises for the user to read ends the process in a sentence."""
+    calm_bars()
     try:
         return importlib.import_module(f"sce_lm.commands.{name}").main(prog, arguments)
     except (ValueError, OSError, ImportError) as error:

@@ -20,7 +20,7 @@ from transformers.utils import logging
 
 from sce_lm import recsys
 from sce_lm.benchmarks import demo, report, results
-from sce_lm.benchmarks.comparison import Trained, train
+from sce_lm.benchmarks.comparison import Trained, train, validation_curve
 from sce_lm.benchmarks.methods import methods
 from sce_lm.commands import COMMANDS
 from sce_lm.commands.presets import PRESETS
@@ -60,8 +60,12 @@ def main(prog: str, arguments: Sequence[str]) -> None:
     argparse.ArgumentParser(prog, description=COMMANDS["demo"]).parse_args(arguments)
     started = time.perf_counter()
     logging.disable_progress_bar()  # one bar at a time, that of the training
-    language, text = compared("lm", LANGUAGE_MODEL, "Language model", "its documentation")
-    recommender, lists = compared("items", RECOMMENDER, "Recommender", "its functions' calls")
+    language, text = compared(
+        "lm", LANGUAGE_MODEL, "Language model", "words of their documentation"
+    )
+    recommender, lists = compared(
+        "items", RECOMMENDER, "Recommender", "which functions theirs call"
+    )
     for comparison in (text, lists):
         report.print_line(f"\n{comparison.title}")
         for table in demo.TABLES:
@@ -91,15 +95,17 @@ def compared(
 ) -> tuple[list[Trained], results.Comparison]:
     """The methods' runs on a preset with these changes, and the rows that show them."""
     config = TrainConfig(**{**PRESETS[task], **changes})
-    report.print_line(f"\n{what}: data from the installed packages, {of}")
-    sizes = build_task(config).describe()
-    size = ", ".join(f"{sizes[name]:,} {name.replace('_', ' ')}" for name in list(sizes)[:3])
-    report.print_line(f"  {size}")
+    report.print_line(f"\n{what}, on the installed packages: {of}")
+    sizes = list(build_task(config).describe().items())[:3]
+    size = ", ".join(f"{number:,} {name.replace('_', ' ')}" for name, number in sizes)
+    report.print_line(f"  {size}; {config.max_steps} steps by each of three losses")
     found = []
     for name, why in METHODS.items():
         method = methods()[name]
         report.print_line(f"  {method.label}: {why}")
         found.append(train(config, method, FOLDER / task, [config.seed]))
+        seconds, figure = validation_curve(found[-1].records[0], found[-1].task)[-1]
+        report.print_line(f"    {seconds:.0f} s; {found[-1].task.headline[0].upper()} {figure:.4f}")
     return found, demo.shown(found, config, what)
 
 
@@ -120,7 +126,8 @@ def show_text(found: Trained) -> None:
     """A few lines that a language model goes on with."""
     model: Any = load_model(found.folders[0].model).eval()
     tokenizer = found.task.tokenizer
-    report.print_line(f"\nWritten by the language model ({found.method.label}), after a minute:")
+    seconds, _ = validation_curve(found.records[0], found.task)[-1]
+    report.print_line(f"\nWritten after {seconds:.0f} s of training ({found.method.label}):")
     set_seed(0)
     for prompt in PROMPTS:
         asked = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
