@@ -5,8 +5,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/environment.sh
-make_environment
-python -c 'import mkdocs, mkdocstrings' 2>/dev/null || python -m pip install --quiet --editable '.[docs]'
+make_environment docs
 if [ "${1:-}" = "serve" ]; then
     exec python -m mkdocs serve
 fi

@@ -1,4 +1,4 @@
-# Sourced by demo.sh and test.sh: makes .venv in the repository and activates it.
+# Sourced by demo.sh, docs.sh and test.sh: makes .venv in the repository and activates it.
 #
 # torch comes first, and its CPU build where no NVIDIA driver is found, since the ordinary one
 # brings gigabytes of CUDA. Nothing is done where the environment already fits pyproject.toml.
@@ -17,27 +17,37 @@ find_python() {
     return 1
 }
 
-make_environment() {
-    local stamp=.venv/.installed wanted python
+# make_environment EXTRA...: those of pyproject.toml that are wanted.
+make_environment() { make_environment_in .venv "$@"; }
+
+# make_environment_in FOLDER EXTRA...
+make_environment_in() {
+    local folder=$1 wanted python extra extras missing=0
+    shift
+    export PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore
     wanted=$(cat pyproject.toml scripts/environment.sh | cksum)
-    if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$wanted" ]; then
-        say "The environment .venv is ready."
+    for extra in "$@"; do
+        [ "$(cat "$folder/.installed-$extra" 2>/dev/null)" = "$wanted" ] || missing=1
+    done
+    if [ "$missing" = 0 ]; then
+        say "The environment $folder is ready."
     else
-        say "Making the environment .venv (once, a few minutes at most)"
+        say "Making the environment $folder (once, a few minutes at most)"
         python=$(find_python)
-        [ -x .venv/bin/python ] || "$python" -m venv .venv
-        if ! .venv/bin/python -c 'import torch' 2>/dev/null; then
+        [ -x "$folder/bin/python" ] || "$python" -m venv "$folder"
+        if ! "$folder/bin/python" -c 'import torch' 2>/dev/null; then
             if command -v nvidia-smi >/dev/null; then
-                .venv/bin/python -m pip install --quiet 'torch==2.13.0'
+                "$folder/bin/python" -m pip install --quiet 'torch==2.13.0'
             else
                 # What it needs comes with the rest, from the ordinary index alone.
-                .venv/bin/python -m pip install --quiet --no-deps 'torch==2.13.0+cpu' \
+                "$folder/bin/python" -m pip install --quiet --no-deps 'torch==2.13.0+cpu' \
                     --extra-index-url https://download.pytorch.org/whl/cpu
             fi
         fi
-        .venv/bin/python -m pip install --quiet --editable '.[test,plots]'
-        echo "$wanted" > "$stamp"
+        extras=$(IFS=,; echo "$*")
+        "$folder/bin/python" -m pip install --quiet --editable ".[$extras]"
+        for extra in "$@"; do echo "$wanted" > "$folder/.installed-$extra"; done
     fi
     # shellcheck disable=SC1091
-    source .venv/bin/activate
+    source "$folder/bin/activate"
 }

@@ -70,17 +70,74 @@ Records = list[dict[str, Any]]
 """Of a metrics.jsonl, as ``with_costs`` gives them."""
 
 
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """What the runs of a method, one a seed, left behind."""
+
+    method: Method
+    task: Task
+    """Of the last one."""
+    folders: list[RunFolder]
+    records: list[Records]
+    figures: dict[str, Any]
+    """Of the method's row: ``test``, ``seconds_per_step`` and ``loss_seconds_per_step``, a value a
+    seed."""
+
+
+def train(config: TrainConfig, method: Method, folder: Path, seeds: Sequence[int]) -> Trained:
+    """Train ``config`` with a method, once a seed.
+
+    Runs that are finished, or that can be resumed, are not trained anew.
+
+    Args:
+        config: its objective, options, seed and output folder are replaced.
+        folder: where the runs go.
+
+    Raises:
+        FloatingPointError: the loss does not stay finite.
+    """
+    slug = re.sub(r"[^\w.=-]+", "-", method.label).strip("-")
+    folders = [RunFolder(folder / slug / f"seed-{seed}") for seed in seeds]
+    options = {k: v for k, v in method.specification.items() if k != "name"}
+    summaries: list[dict[str, Any]] = []
+    task: Any = None
+    for seed, run_folder in zip(seeds, folders):
+        run = build_run(
+            dataclasses.replace(
+                config,
+                objective=method.specification["name"],
+                objective_options=options,
+                output_dir=str(run_folder),
+                seed=seed,
+            )
+        )
+        summaries.append(run.train())
+        task = run.task
+        # A run, its model and its optimiser refer to each other; the next one needs room.
+        del run
+        gc.collect()
+    records = [
+        with_costs(run_folder.records(), summary["vocabulary"])
+        for run_folder, summary in zip(folders, summaries)
+    ]
+    figures: dict[str, Any] = {
+        name: [summary[name] for summary in summaries]
+        for name in ("seconds_per_step", "loss_seconds_per_step")
+    }
+    figures["test"] = _by_seed([s["test"] | s["objective_error"] for s in summaries])
+    return Trained(method, task, folders, records, figures)
+
+
 def compare(
     config: TrainConfig,
     chosen: Sequence[Method],
     folder: Path,
     seeds: Sequence[int] | None = None,
 ) -> results.Comparison:
-    """Train ``config`` with each method and seed, and measure each loss in a process of its own.
+    """:func:`train` with each method, and measure each loss in a process of its own.
 
-    Runs that are finished, or that can be resumed, are not trained anew. The costs are taken on
-    the hidden states of the first method's trained model for the first batch of training. A method
-    whose loss does not stay finite is reported and left out.
+    The costs are taken on the hidden states of the first method's trained model for the first
+    batch of training. A method whose loss does not stay finite is reported and left out.
 
     Args:
         config: its objective, options, seed and output folder are replaced.
@@ -90,8 +147,8 @@ def compare(
 
     Returns:
         A row for each method, stock cross-entropy and the baselines that need no training:
-        ``trainable``, the loss's cost; ``test`` and ``seconds_per_step``, a value a seed; and
-        ``sooner``, see ``TABLES``.
+        ``trainable``, the loss's cost; the figures of :class:`Trained`; and ``sooner``, see
+        ``TABLES``.
 
     Raises:
         ValueError: a method that is none, before anything is trained.
@@ -99,70 +156,45 @@ def compare(
     """
     seeds = [config.seed] if seeds is None else seeds
     asked = [(method, objectives.get(**method.specification)) for method in chosen]
-    trained: dict[str, list[RunFolder]] = {}
-    records: dict[str, list[Records]] = {}
-    tested: dict[str, dict[str, Any]] = {}
-    task: Task | None = None
-    for method, objective in asked:
-        slug = re.sub(r"[^\w.=-]+", "-", method.label).strip("-")
-        folders = [RunFolder(folder / slug / f"seed-{seed}") for seed in seeds]
-        options = {k: v for k, v in method.specification.items() if k != "name"}
-        summaries = []
+    trained: dict[str, Trained] = {}
+    figures: dict[str, dict[str, Any]] = {}
+    for method in chosen:
         try:
-            for seed, run_folder in zip(seeds, folders):
-                run = build_run(
-                    dataclasses.replace(
-                        config,
-                        objective=objective.name,
-                        objective_options=options,
-                        output_dir=str(run_folder),
-                        seed=seed,
-                    )
-                )
-                summaries.append(run.train())
-                task = run.task
-                # A run, its model and its optimiser refer to each other; the next one needs room.
-                del run
-                gc.collect()
+            trained[method.label] = train(config, method, folder, seeds)
         except FloatingPointError as error:
             if not trained:
                 raise
-            tested[method.label] = {"notes": [f"failed; {error}"]}
+            figures[method.label] = {"notes": [f"failed; {error}"]}
             continue
-        trained[method.label] = folders
-        records[method.label] = [
-            with_costs(run_folder.records(), summary["vocabulary"])
-            for run_folder, summary in zip(folders, summaries)
-        ]
-        tested[method.label] = {
-            "seconds_per_step": [summary["seconds_per_step"] for summary in summaries],
-            "test": _by_seed([s["test"] | s["objective_error"] for s in summaries]),
-        }
-    assert task is not None
+        figures[method.label] = trained[method.label].figures
+    first = next(iter(trained.values()))
 
     curves = folder / "curves.png"
-    draw_curves(records, curves, task.headline[0])
-    for label, shares in _sooner(records, task).items():
-        tested[label]["sooner"] = shares
-    measured, rows = _measure_costs(config, task, trained, asked)
+    draw_curves({n: each.records for n, each in trained.items()}, curves, first.task.headline[0])
+    for label, shares in sooner(trained).items():
+        figures[label]["sooner"] = shares
+    measured, rows = _measure_costs(config, first, asked)
     for row in rows:
-        row |= tested.get(row["label"], {})
-    for label, test in task.baselines().items():
-        rows.append({"label": label, "test": _by_seed([test])})
+        row |= figures.get(row["label"], {})
+    rows += baselines(first.task)
     sizes = dataclasses.asdict(measured) | {"steps": config.max_steps, "curves": str(curves)}
     title = f"{config.max_steps} steps, {len(seeds)} seed(s); the loss on {measured}"
     return results.Comparison(title, sizes, rows)
 
 
+def baselines(task: Task) -> list[dict[str, Any]]:
+    """Rows of the methods that need no training."""
+    return [{"label": label, "test": _by_seed([test])} for label, test in task.baselines().items()]
+
+
 def _measure_costs(
     config: TrainConfig,
-    task: Task,
-    trained: Mapping[str, Sequence[RunFolder]],
+    first: Trained,
     asked: Sequence[tuple[Method, objectives.Objective]],
 ) -> tuple[Any, list[dict[str, Any]]]:
     """The problem of the first run's model, and a row for stock and each method. An objective is
     measured as it is after its first calls, which may be cheaper."""
-    model = load_model(next(iter(trained.values()))[0].model)
+    model, task = load_model(first.folders[0].model), first.task
     apply_sce(model, objectives.get("exact"))
     order = DataOrder(task.num_rows, config.per_device_batch_size, 1, config.seed)
     batch = task.batch(next(order.step_batches(0, 0, 1)))
@@ -190,18 +222,23 @@ def _by_seed(tests: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
     return {name: [test[name] for test in tests] for name in names}
 
 
-def _sooner(runs: Mapping[str, Sequence[Records]], task: Task) -> dict[str, list[float | None]]:
+def sooner(trained: Mapping[str, Trained]) -> dict[str, list[float | None]]:
     """For each method and seed the training time until the validation was as good as the first
     method's best, over that of the first method; None if it never was."""
-    metric, sign = f"validation/{task.headline[0]}", 1 if task.higher_is_better else -1
-
-    def evaluations(records: Records) -> list[tuple[float, float]]:
-        return [(r["seconds"], sign * r[metric]) for r in records if metric in r]
-
-    found: dict[str, list[float | None]] = {label: [] for label in runs}
-    for seed, first in enumerate(next(iter(runs.values()))):
-        goal, seconds = max((value, -t) for t, value in evaluations(first))
-        for label, of_seeds in runs.items():
-            times = [t for t, value in evaluations(of_seeds[seed]) if value >= goal]
+    first = next(iter(trained.values()))
+    sign = 1 if first.task.higher_is_better else -1
+    found: dict[str, list[float | None]] = {label: [] for label in trained}
+    for seed, records in enumerate(first.records):
+        points = validation_curve(records, first.task)
+        goal, seconds = max((sign * value, -time) for time, value in points)
+        for label, runs in trained.items():
+            points = validation_curve(runs.records[seed], first.task)
+            times = [time for time, value in points if sign * value >= goal]
             found[label].append(times[0] / -seconds if times else None)
     return found
+
+
+def validation_curve(records: Records, task: Task) -> list[tuple[float, float]]:
+    """(seconds of training, the task's first validation figure) at each evaluation."""
+    metric = f"validation/{task.headline[0]}"
+    return [(r["seconds"], r[metric]) for r in records if metric in r]

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from sce_lm.png import png
 
@@ -170,8 +170,21 @@ class Plot:
         axes.legend(fontsize=7)
 
 
+class Panel(Protocol):
+    """What :func:`draw` draws: :class:`Plot`, for instance."""
+
+    def lines(self, rows: Sequence[Row]) -> dict[str, list[tuple[float, float]]]:
+        """Points by label; none: there is nothing to draw."""
+        ...
+
+    def draw(
+        self, axes: Any, title: str, lines: Mapping[str, Sequence[tuple[float, float]]]
+    ) -> None:
+        """Into matplotlib's axes."""
+
+
 def draw(
-    path: Path, plots: Sequence[Plot], comparisons: Sequence[tuple[str, Sequence[Row]]]
+    path: Path, plots: Sequence[Panel], comparisons: Sequence[tuple[str, Sequence[Row]]]
 ) -> None:
     """Every plot of every comparison that has points in it, two in a line, as one PNG; no file
     where there is none.

@@ -7,6 +7,7 @@ what its messages begin with. Naming it in ``COMMANDS`` is all that it takes.
 import argparse
 import difflib
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,6 +27,11 @@ COMMANDS = {
 
 WRONG_ARGUMENTS = 2
 """The exit status that argparse has for them."""
+
+
+SECONDS_BETWEEN_LINES = "30"
+"""Of a progress bar that goes to a file, and before its first one, as tqdm reads them from the
+environment."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int | None:
@@ -68,8 +74,19 @@ def recommender_parser(name: str, prog: str, text: str, told: str) -> argparse.A
     return parser
 
 
+def calm_bars() -> None:
+    """Off a terminal, where each print of a progress bar is a line, few prints of ours and none of
+    other libraries; what the user has set stays. To be called before those are imported."""
+    if not sys.stderr.isatty():
+        for option in ("DELAY", "MININTERVAL"):
+            os.environ.setdefault(f"TQDM_{option}", SECONDS_BETWEEN_LINES)
+        for library in ("HF_HUB", "HF_DATASETS"):
+            os.environ.setdefault(f"{library}_DISABLE_PROGRESS_BARS", "1")
+
+
 def run(name: str, prog: str, arguments: Sequence[str]) -> int | None:
     """One command; what it raises for the user to read ends the process in a sentence."""
+    calm_bars()
     try:
         return importlib.import_module(f"sce_lm.commands.{name}").main(prog, arguments)
     except (ValueError, OSError, ImportError) as error:

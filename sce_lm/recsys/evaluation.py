@@ -212,7 +212,9 @@ def rank_items(
         model_scorer(model, max_length) if isinstance(model, nn.Module) else nullcontext(model)
     )
     with scoring as scorer:
-        for users in tqdm(batches, desc="ranking items", disable=not progress, leave=False):
+        for users in tqdm(
+            batches, desc="ranking items", delay=2, disable=not progress, leave=False
+        ):
             batch = [as_tokens(histories[int(user)]) for user in users]
             target = all_targets[users]
             masked = None

@@ -131,7 +131,12 @@ class LanguageModelTask(Task):
         bins = torch.zeros(2, CALIBRATION_BINS, dtype=torch.float64)
         with torch.no_grad():
             for chosen in tqdm(
-                own, on, leave=False, unit="batch", disable=not accelerator.is_main_process
+                own,
+                on,
+                delay=2,
+                leave=False,
+                unit="batch",
+                disable=not accelerator.is_main_process,
             ):
                 inputs = on_device(_blocks(self.held_out, chosen), accelerator.device)
                 tokens = inputs["labels"][:, 1:].numel()

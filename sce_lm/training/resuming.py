@@ -35,6 +35,7 @@ EVALUATION = ("eval_k", "eval_batches", "eval_users", "mask_seen")
 
 NOTED = (
     "max_steps",
+    "num_epochs",
     "eval_every",
     "log_every",
     "patience",

@@ -4,6 +4,8 @@ Everything that can be refused is refused here, what takes no time first, and be
 written.
 """
 
+import dataclasses
+import math
 import warnings
 from datetime import timedelta
 from typing import Any
@@ -56,9 +58,11 @@ def build_run(config: TrainConfig) -> Run:
         accelerator = _start_processes(config, objective)
         if accelerator.is_main_process:
             lock.acquire()
-        changes = _check_folder(config, folder)
+        _check_folder(config, folder)
         set_seed(config.seed)
         task, data_note = _read_data(config, folder, accelerator)
+        config = _with_steps(config, folder, task, accelerator.num_processes)
+        changes = _check_folder(config, folder)
         run = _assemble(config, folder, lock, accelerator, task, objective)
         if not run.is_finished:
             _take_up(run, changes, data_note)
@@ -112,6 +116,18 @@ def _read_data(
     has_begun = folder.has_begun()
     with accelerator.main_process_first():
         return resume_task(config, folder) if has_begun else (build_task(config), None)
+
+
+def _with_steps(config: TrainConfig, folder: RunFolder, task: Task, processes: int) -> TrainConfig:
+    """With the steps of the epochs, if those are given; a run that goes on keeps its own."""
+    if config.num_epochs is None:
+        return config
+    before = folder.fields() if folder.has_begun() else {}
+    if before.get("num_epochs") == config.num_epochs:
+        return dataclasses.replace(config, max_steps=before["max_steps"])
+    rows = config.per_device_batch_size * config.gradient_accumulation_steps * processes
+    steps = math.ceil(config.num_epochs * task.num_rows / rows)
+    return dataclasses.replace(config, max_steps=steps)
 
 
 def _assemble(

@@ -265,7 +265,10 @@ def _option_error(problem: str) -> FieldError:
 class OptimisationFields(Section):
     """Steps, batches, the optimiser and its schedule, precision and seed."""
 
-    max_steps: int = option(1000, "Optimiser steps.", AT_LEAST_1)
+    max_steps: int = option(1000, "Optimiser steps; num_epochs goes before it.", AT_LEAST_1)
+    num_epochs: float | None = option(
+        None, "Passes over the training rows, whose steps are max_steps then.", ABOVE_0
+    )
     per_device_batch_size: int = option(
         8, "Sequences of a forward pass of one process.", AT_LEAST_1
     )

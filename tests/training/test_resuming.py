@@ -1,6 +1,7 @@
 """What may change when a run is resumed, and what is said and kept of it."""
 
 import json
+import math
 import shutil
 
 import pytest
@@ -215,3 +216,27 @@ def test_tensorboard_shows_a_step_once(corpus, tmp_path):
     events.Reload()
     assert [event.step for event in events.Scalars("loss")] == [1, 2, 3, 4, 5, 6]
     assert [event.step for event in events.Scalars("validation/nll")] == [5, 6]
+
+
+def test_epochs_give_the_steps_and_a_run_that_goes_on_keeps_them(corpus, tmp_path):
+    fields = lm_fields(
+        corpus,
+        output_dir=str(tmp_path),
+        num_epochs=0.5,
+        gradient_accumulation_steps=2,
+        checkpoint_every=0,
+    )
+    run = build_run(TrainConfig(**fields))
+    rows = run.task.num_rows * 0.5
+    assert run.config.max_steps == math.ceil(rows / (2 * run.config.per_device_batch_size))
+    assert run.config.max_steps != TrainConfig.max_steps
+    run.folder.begin(run.config, run.learner.objective, run.task.describe())
+    run.lock.release()
+    again = build_run(TrainConfig(**fields))
+    assert again.config.max_steps == run.config.max_steps
+    again.lock.release()
+    more = build_run(TrainConfig(**{**fields, "num_epochs": 1.0}))
+    assert more.config.max_steps == math.ceil(2 * rows / (2 * run.config.per_device_batch_size))
+    more.lock.release()
+    with pytest.raises(ValueError, match="num_epochs is -1"):
+        TrainConfig(**{**fields, "num_epochs": -1})

@@ -18,6 +18,7 @@ import importlib.metadata
 import itertools
 import json
 import random
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -200,7 +201,7 @@ def _train_tokenizer(texts: list[str], vocab_size: int, progress: bool) -> PreTr
         vocab_size=vocab_size,
         special_tokens=[END_OF_TEXT],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=progress,
+        show_progress=progress and sys.stderr.isatty(),  # elsewhere it prints blank lines
     )
     tokenizer.train_from_iterator(texts, trainer, length=len(texts))
     return PreTrainedTokenizerFast(
