@@ -5,8 +5,8 @@
                                                  # users, the names they call are items
 
 Reads the log, holds out each user's last items, trains a SASRec with SCE, reports it beside
-popularity and a Markov chain, saves and reloads it, writes lists for every user of the log, and
-exports the items as vectors and as an index.
+popularity, a Markov chain and item-kNN, saves and reloads it, writes lists for every user of the
+log, and exports the items as vectors and as an index.
 """
 
 import argparse
@@ -78,12 +78,13 @@ def main() -> None:
     data, collator = recsys.training_dataset(split.train, LENGTH), DataCollatorForSeq2Seq(tokenizer)
     Trainer(model, training, train_dataset=data, data_collator=collator).train()
 
-    # 3. The report: exact ranks over the whole catalogue, beside two baselines.
+    # 3. The report: exact ranks over the whole catalogue, beside three baselines.
     questions = split.test["history"].to_list(), split.test["target"].to_list()
     past = split.before_test()
     scorers = {
         "popularity": recsys.popularity_scorer(past, items),
         "Markov chain": recsys.markov_scorer(past, items),
+        "item-kNN": recsys.item_knn_scorer(past, items),
         "model": model,
     }
     for name, scorer in scorers.items():

@@ -6,9 +6,10 @@
 
 Prints a table: a language model's nll (nats a token), perplexity and accuracy on the held-out
 text, or a recommender's ndcg, hr, mrr and coverage for the test items over the whole catalogue,
-with 95 % intervals, beside popularity and a first-order Markov chain, and the protocol. What is
-asked is what the run stored when it began; a sentence says if its data have changed since. With
---data it is another text, all of it, or the last item of each user of another log.
+with 95 % intervals, beside popularity, a first-order Markov chain and item-kNN, and the
+protocol. What is asked is what the run stored when it began; a sentence says if its data have
+changed since. With --data it is another text, all of it, or the last item of each user of another
+log.
 
 The same figures go to evaluation.json in the folder (evaluation-validation.json, or
 evaluation-of-NAME.json with --data), and the popularity of recommended items to popularity.png.

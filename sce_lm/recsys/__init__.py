@@ -11,7 +11,7 @@ from sce_lm.requirements import require
 
 require("sce_lm.recsys", "datasets", "polars", "tqdm")
 
-from sce_lm.recsys.baselines import markov_scorer, popularity_scorer
+from sce_lm.recsys.baselines import item_knn_scorer, markov_scorer, of_last_days, popularity_scorer
 from sce_lm.recsys.data import read_interactions
 from sce_lm.recsys.evaluation import (
     ItemRanking,
@@ -72,6 +72,7 @@ __all__ = [
     "filter_interactions",
     "is_item_tokenizer",
     "item_counts",
+    "item_knn_scorer",
     "item_tokens",
     "item_vectors",
     "last_items",
@@ -79,6 +80,7 @@ __all__ = [
     "leave_one_out",
     "load_index",
     "markov_scorer",
+    "of_last_days",
     "popularity_scorer",
     "rank_items",
     "ranking_report",

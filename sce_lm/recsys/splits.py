@@ -25,7 +25,8 @@ class Split:
     """Training sequences and two sets of questions."""
 
     train: pl.DataFrame
-    """``user``, ``items``: everything that may be trained on."""
+    """``user``, ``items``, and after :func:`temporal_split` ``times``: everything that may be
+    trained on."""
     validation: pl.DataFrame
     """``user``, ``history``, ``target``: asked in the course of training."""
     test: pl.DataFrame
@@ -178,7 +179,7 @@ def temporal_split(
     after = (times >= cut).to_numpy()
     user = np.repeat(np.arange(len(sequences)), sequences["items"].list.len().to_numpy())
     asked = np.bincount(user, weights=after) > 0
-    train = sequences.filter(pl.Series(~asked)).select("user", "items")
+    train = sequences.filter(pl.Series(~asked)).select("user", "items", "times")
     if train.is_empty() or not asked.any():
         raise ValueError(
             f"The cut at {name} leaves {len(train)} users before it and {int(asked.sum())} after; "

@@ -25,6 +25,8 @@ ZONED = {
 """ISO 8601: formats that polars reads (with T for a space), and the texts that are of each."""
 FINER_THAN_MICROSECONDS = r"\.\d{7,}"
 YEARS_IN_NANOSECONDS = range(1678, 2262)
+EPOCHS = range(315_532_800, 4_102_444_800)
+"""Seconds from 1970 to 1980 and to 2100."""
 
 TEXT = pl.col("time")
 NUMBER = TEXT.cast(pl.Float64, strict=False)
@@ -150,6 +152,21 @@ def text_times(
         unread = sum(facts["count"] - facts["read"] for facts in used.values())
         return _dates(_text(time_format), used, "ns" if nanoseconds else "us"), unread
     raise ValueError(_complaint(log, place, time_format))
+
+
+def units_of_a_day(times: pl.Series) -> int | None:
+    """How much a log's times grow in a day; None for numbers that are no epochs.
+
+    Numbers that are dates between 1980 and 2100 as seconds, or as milli-, micro- or nanoseconds,
+    since 1970 are taken for these: no number is in two of the four ranges.
+    """
+    parts = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
+    if isinstance(times.dtype, pl.Datetime | pl.Duration):
+        return 86_400 * parts[times.dtype.time_unit]
+    for part in parts.values():
+        if times.is_between(EPOCHS.start * part, EPOCHS.stop * part).all():
+            return 86_400 * part
+    return None
 
 
 def text_time(text: str) -> pl.Series:

@@ -133,13 +133,18 @@ class ItemsTask(Task):
         return self._report(model, on)
 
     def baselines(self, on: HeldOut = "test") -> dict[str, dict[str, Any]]:
-        """Popularity and the first-order Markov chain, counted over what is trained on and, for the
-        test, the validation items."""
+        """Popularity, the first-order Markov chain and item-kNN, counted over what is trained on
+        and, for the test, the validation items; and popularity in the last days before a cut in
+        time."""
         past = self.split.before_test() if on == "test" else self.split.train["items"]
-        scorers = {
-            "popularity": recsys.popularity_scorer(past, self.items),
-            "Markov chain": recsys.markov_scorer(past, self.items),
-        }
+        scorers = {"popularity": recsys.popularity_scorer(past, self.items)}
+        for days in self.config.popularity_days if "times" in self.split.train.columns else ():
+            recent = recsys.of_last_days(self.split.train, days)
+            if recent is not None:
+                name = f"popularity, last {days} days"
+                scorers[name] = recsys.popularity_scorer(recent, self.items)
+        scorers["Markov chain"] = recsys.markov_scorer(past, self.items)
+        scorers["item-kNN"] = recsys.item_knn_scorer(past, self.items)
         return {name: self._report(scorer, on) for name, scorer in scorers.items()}
 
     def _report(self, model: nn.Module | recsys.Scorer, on: HeldOut) -> dict[str, Any]:

@@ -30,8 +30,8 @@ MODEL = "model"
 """The trained model's name among the rows of an evaluation."""
 
 Rows = dict[str, dict[str, Any]]
-"""Figures by name: those of the ``"model"`` and, of a recommender on its run's data, of popularity
-and the first-order Markov chain, each with its protocol."""
+"""Figures by name: those of the ``"model"`` and, of a recommender on its run's data, of baselines
+without training, each with its protocol."""
 
 
 def evaluate_run(

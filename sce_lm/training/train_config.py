@@ -334,6 +334,11 @@ class EvaluationFields(Section):
         "Lengths of a recommender's lists; NDCG at the first decides which model is best.",
         LENGTHS,
     )
+    popularity_days: list[int] = option(
+        [7, 30],
+        "Split temporal: baselines of what was popular in so many last days of training.",
+        LENGTHS,
+    )
     mask_seen: bool = option(True, "Leave the items of a user's history out of the lists.")
     keep_best: bool = option(False, "Save and test the model of the best validation, not the last.")
     patience: int = option(

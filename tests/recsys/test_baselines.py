@@ -1,16 +1,22 @@
 import math
+from datetime import datetime, timedelta
 
 import numpy as np
+import polars as pl
 import pytest
+import torch
 from support.data import shared_data
 
 from sce_lm.recsys import (
+    baselines,
     build_item_tokenizer,
     catalogue,
     evaluate_items,
+    item_knn_scorer,
     item_tokens,
     leave_one_out,
     markov_scorer,
+    of_last_days,
     popularity_scorer,
     read_interactions,
     user_sequences,
@@ -35,6 +41,85 @@ def test_a_markov_chain_orders_items_by_how_often_they_came_next_then_by_popular
 def test_sequences_do_not_run_into_each_other():
     score = markov_scorer([[2, 3], [4, 5]], range(2, 6))([[3]])(2, 6)
     assert (score < 1).all()  # no item came after 3
+
+
+def item_knn_by_hand(past, history, items, neighbours):
+    """Scores [tokens], straight from the definition."""
+    holds = np.zeros((len(past), items.stop))
+    for row, sequence in enumerate(past):
+        holds[row, list(sequence)] = 1
+    n = holds.sum(0)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        similarity = np.nan_to_num(holds.T @ holds / np.sqrt(np.outer(n, n)))
+    np.fill_diagonal(similarity, 0)
+    scores = np.zeros(items.stop)
+    for i in set(history):
+        nearest = sorted(range(items.stop), key=lambda j: (-similarity[i, j], j))[:neighbours]
+        scores[nearest] += similarity[i, nearest]
+    return np.where(scores > 0, scores, n / (n.max() + 1) ** 2)
+
+
+@pytest.mark.parametrize("neighbours", [1, 3, 100])
+@pytest.mark.parametrize(("block", "tile_size"), [(1, 7), (40, 1000), (2**22, 20)])
+def test_item_knn_is_its_definition(monkeypatch, neighbours, block, tile_size):
+    monkeypatch.setattr(baselines, "BLOCK_PAIRS", block)
+    generator = np.random.default_rng(0)
+    items = range(2, 50)
+    weights = 1 / np.arange(1, 41)  # the last eight items never occur
+    past = [
+        generator.choice(np.arange(2, 42), generator.integers(1, 15), p=weights / weights.sum())
+        for _ in range(60)
+    ]
+    histories = [[2, 3, 2, 9], [41], [45], past[3].tolist()]
+    score = item_knn_scorer(past, items, neighbours)(histories)
+    found = torch.cat([score(at, min(at + tile_size, 50)) for at in range(0, 50, tile_size)], 1)
+    expected = [item_knn_by_hand(past, history, items, neighbours) for history in histories]
+    torch.testing.assert_close(found, torch.tensor(np.array(expected)), rtol=1e-6, atol=1e-7)
+
+
+def test_item_knn_holds_a_block_of_pairs_at_a_time(monkeypatch):
+    """60 users of 100 items each have 600,000 pairs, and no block more than it may."""
+    monkeypatch.setattr(baselines, "BLOCK_PAIRS", 20_000)
+    generator = np.random.default_rng(0)
+    past = [generator.permutation(1000)[:100] for _ in range(60)]
+    held = []
+    pairs = baselines._pairs
+    monkeypatch.setattr(
+        baselines,
+        "_pairs",
+        lambda *given: (held.append(len(block[0])) or block for block in pairs(*given)),
+    )
+    item_knn_scorer(past, range(1000))
+    assert len(held) >= 25
+    assert max(held) <= 20_000
+
+
+@pytest.mark.parametrize(
+    "time_after",
+    [
+        lambda days: 1.6e9 + 86_400 * days,
+        lambda days: int(1.6e12 + 86_400_000 * days),
+        lambda days: datetime(2024, 5, 1) + timedelta(days=days),
+    ],
+)
+def test_the_last_days_of_a_log(time_after):
+    times = [time_after(days) for days in (0, 3, 9.5, 10)]
+    sequences = pl.DataFrame(
+        {
+            "user": ["u", "v", "w"],
+            "items": [[2, 3], [4], [5]],
+            "times": [[times[0], times[2]], [times[1]], [times[3]]],
+        }
+    )
+    for days, expected in ((1, [[3], [5]]), (8, [[3], [4], [5]]), (11, [[2, 3], [4], [5]])):
+        recent = of_last_days(sequences, days)
+        assert recent is not None
+        assert recent.to_list() == expected
+
+
+def test_places_in_a_log_have_no_days():
+    sequences = pl.DataFrame({"user": ["u"], "items": [[2, 3]], "times": [[1, 900]]})
+    assert of_last_days(sequences, 7) is None
 
 
 def real_questions(name: str):

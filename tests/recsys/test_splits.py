@@ -69,7 +69,7 @@ SEQUENCES = pl.DataFrame(
 
 def test_a_temporal_cut_takes_users_with_later_events_out_of_training():
     split = temporal_split(SEQUENCES, 6)
-    assert split.train.rows() == [("early", [2, 3, 4]), ("one", [4])]
+    assert split.train.rows() == [("early", [2, 3, 4], [1, 2, 3]), ("one", [4], [3])]
     # Events from the cut on, without item 9, which nobody in training has; "few" has one of them.
     assert split.test.rows() == [("late", [4, 2], 3), ("new", [4, 2], 3)]
     assert split.validation.rows() == [("late", [4], 2), ("new", [4], 2)]

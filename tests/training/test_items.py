@@ -17,6 +17,7 @@ from sce_lm.training.items import ItemsTask
 from sce_lm.training.metrics_file import read_metrics
 from sce_lm.training.run_building import build_run
 from sce_lm.training.run_evaluation import evaluate_run
+from sce_lm.training.stored_data import read_split
 from sce_lm.training.task_sources import build_task
 from sce_lm.training.train_config import TrainConfig
 
@@ -81,7 +82,7 @@ def test_a_recommender_is_trained_evaluated_and_saved(tmp_path):
     assert report["protocol"]["split"].startswith("leave-one-out; events of equal time")
     rows = evaluate_run(run.folder, Accelerator())
     assert rows["model"] == summary["test"]
-    assert set(rows) == {"model", "popularity", "Markov chain"}
+    assert set(rows) == {"model", "popularity", "Markov chain", "item-kNN"}
     assert json.loads((run.folder.path / "evaluation.json").read_text()) == rows
     assert (run.folder.path / "popularity.png").read_bytes().startswith(b"\x89PNG")
     profile = rows["popularity"]["list_entries_by_popularity"]
@@ -119,6 +120,32 @@ def test_baselines_have_not_seen_what_they_are_asked(tmp_path):
     task = ItemsTask.of_log(log.lazy(), None, config)
     for on in ("validation", "test"):
         assert task.baselines(on)["Markov chain"]["ndcg@3"] < 0.5  # 1 if it had
+
+
+def test_a_temporal_split_has_what_was_popular_lately_beside_it(tmp_path):
+    """Before the cut "old" is popular; in its last seven days "new" is."""
+    day = 86_400
+    rows = [(f"a{n}", "old", 1.6e9 + n) for n in range(9) for _ in range(2)]
+    rows += [(f"b{n}", "new", 1.6e9 + (40 + n) * day) for n in range(4)]
+    rows += [("c", item, 1.6e9 + (50 + n) * day) for n, item in enumerate(("x", "new", "new"))]
+    rows += [("d", "x", 1.6e9 + 10 * day)]
+    log = pl.DataFrame(rows, schema=["user", "item", "time"], orient="row").lazy()
+    fields = {"split": "temporal", "split_time": str(1.6e9 + 45 * day), "eval_k": [1]}
+    config = TrainConfig(**items_fields(tmp_path, **fields, mask_seen=False))
+    task = ItemsTask.of_log(log, None, config)
+    folder = tmp_path / "stored"
+    folder.mkdir()
+    task.store(folder)
+    task.split = read_split(folder)  # what is stored is enough
+    hits = {name: row["hr@1"] for name, row in task.baselines().items()}
+    assert hits.pop("Markov chain") == hits.pop("item-kNN") == 0
+    assert hits == {
+        "popularity": 0,
+        "popularity, last 7 days": 1,
+        "popularity, last 30 days": 1,
+    }
+    config = TrainConfig(**items_fields(tmp_path, **fields, popularity_days=[60]))
+    assert ItemsTask.of_log(log, None, config).baselines()["popularity, last 60 days"]["hr@1"] == 0
 
 
 def test_the_users_of_a_bounded_evaluation_are_the_same_each_time(tmp_path):
