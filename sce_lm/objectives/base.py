@@ -14,6 +14,7 @@ from sce_lm.candidates.masks import is_masked, within_reach
 from sce_lm.candidates.state import SCEState
 from sce_lm.config import ObjectiveConfig
 from sce_lm.objectives.call import Call
+from sce_lm.objectives.chosen_sizes import Choice, table
 from sce_lm.objectives.compile_operator import can_trace, head_loss, outside_graphs, register
 from sce_lm.objectives.labels import valid_mask, valid_positions
 from sce_lm.ops.dtypes import compute_dtype
@@ -109,6 +110,17 @@ class Objective(ABC):
     def to_dict(self) -> dict[str, Any]:
         """Name and options as JSON-able values; ``objectives.from_dict(d)`` builds it again."""
         return {"name": self.name, **dataclasses.asdict(self.config)}
+
+    def sizes_chosen(self) -> dict[str, Choice]:
+        """What "auto" chose for the latest call, and why, by the name of the option; empty where
+        nothing is chosen."""
+        return {}
+
+    def __str__(self) -> str:
+        chosen = self.sizes_chosen()
+        if not chosen:
+            return f"{self.name}: {self.config!r}"
+        return f"{self.name}, as in its latest call:\n{table(chosen)}"
 
     def largest_of(self, x: torch.Tensor) -> torch.Tensor:
         """The largest of this and what other holders of the head's rows have; here there are

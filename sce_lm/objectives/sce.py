@@ -46,6 +46,7 @@ from sce_lm.config import SCEConfig, SCESizes
 from sce_lm.objectives import monitor
 from sce_lm.objectives.base import Statistics
 from sce_lm.objectives.call import Call
+from sce_lm.objectives.chosen_sizes import Choice, chosen_sizes
 from sce_lm.objectives.row_control import expected_rows
 from sce_lm.objectives.sampled_objective import SampledObjective
 from sce_lm.objectives.tail_proposal import TailProposal
@@ -77,6 +78,8 @@ class SCE(SampledObjective):
     config: SCEConfig
     drawn = ("tail_candidates", 0)
     """The option that sets the size of the latest samples, and that size."""
+    latest: tuple[SCESizes, int, int] | None = None
+    """Sizes of the latest call, its number of positions and the head's width."""
     covered = 0
     """Classes of the latest call if its lists held them all, else 0."""
 
@@ -104,6 +107,7 @@ class SCE(SampledObjective):
             num_classes: of the whole head; None: it is all here.
         """
         sizes = self.sizes(head, positions, call, num_classes or head.num_classes)
+        self.latest = sizes, len(positions), head.weight.shape[1]
         proposal = TailProposal(self.config, sizes, head, positions, call)
         wants_rows = sizes.row_control_variate and head.requires_grad()
         with torch.no_grad():
@@ -277,6 +281,9 @@ class SCE(SampledObjective):
         if candidates.expected is not None and not has_scanned:
             products += len(candidates.expected.centers) * vocab_size / num_positions
         return products
+
+    def sizes_chosen(self) -> dict[str, Choice]:
+        return {} if self.latest is None else chosen_sizes(self.config, *self.latest)
 
     def advice(self) -> str | None:
         return monitor.advice(self.config, self.state, *self.drawn, self.covered)

@@ -229,6 +229,7 @@ class Run:
             summary = {
                 "task": self.config.task,
                 "objective": self.learner.objective.to_dict(),
+                "objective_sizes": self.learner.objective.sizes_chosen(),
                 "steps": self.step,
                 "model_of_step": reported,
                 "processes": self.accelerator.num_processes,
