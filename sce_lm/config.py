@@ -153,7 +153,7 @@ class LikelihoodConfig(SoftmaxConfig):
 
 @dataclass(frozen=True)
 class SCEConfig(LikelihoodConfig):
-    """Configuration of corrected SCE; :meth:`published` gives the published form's.
+    """Configuration of SCE (default); :meth:`published` gives the published form's.
 
     Raises ValueError for a value out of range and for combinations that mean nothing.
     """

@@ -251,7 +251,7 @@ class VocabParallel(Objective):
             lacks = "a loss with z_loss or label_smoothing"
         if lacks is not None:
             raise ValueError(
-                f"{lacks} has no vocabulary-parallel form; use corrected SCE (SCEConfig()) or "
+                f"{lacks} has no vocabulary-parallel form; use SCE (default), SCEConfig(), or "
                 'objectives.get("exact") with a head that is sharded by rows.'
             )
         if isinstance(objective, SCE):  # each rank chooses from its own rows alone

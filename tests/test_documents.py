@@ -1,17 +1,31 @@
 """README and manual: every Python block runs, every link leads somewhere, every command's files are
 there."""
 
+import contextlib
 import dataclasses
+import functools
+import io
 import re
 import runpy
 import subprocess
 import sys
 
 import pytest
-from support.documents import HUB_MODEL, PAGES, ROOT, anchors, code_blocks, links, write_files
+from support.documents import (
+    HUB_MODEL,
+    LINKED,
+    PAGES,
+    ROOT,
+    anchors,
+    code_blocks,
+    commands,
+    links,
+    write_files,
+)
 from support.launch import ONE_THREAD
 
 from sce_lm import objectives
+from sce_lm.commands import COMMANDS, main
 from sce_lm.training.train_config import TrainConfig
 
 
@@ -58,10 +72,10 @@ def test_table_of_the_script_has_every_field():
     )
 
 
-@pytest.mark.parametrize("page", PAGES, ids=page_id)
+@pytest.mark.parametrize("page", LINKED, ids=page_id)
 def test_every_link_leads_somewhere(page):
     for path, anchor in links(page):
-        target = (page.parent / path).resolve()
+        target = (page.parent / path).resolve() if path else page
         assert target.exists(), path
         if anchor:
             assert anchor in anchors(target), f"{path}#{anchor}"
@@ -72,6 +86,30 @@ def test_every_file_that_is_named_is_there(page):
     named = re.findall(r"\b(?:scripts|examples|tests|sce_lm)/[\w/.{}*-]*[\w/}*]", page.read_text())
     for name in named:
         assert "{" in name or list(ROOT.glob(name)), name
+
+
+@functools.cache
+def help_of(*command):
+    """What a command says of itself."""
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said), pytest.raises(SystemExit):
+        main([*command, "--help"])
+    return said.getvalue()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_id)
+def test_every_command_has_the_options_that_it_is_given(page):
+    for name, *words in commands(page):
+        assert name in COMMANDS, name
+        known = help_of(name, *words[:1]) if name == "benchmark" else help_of(name)
+        if "those of sce-lm train" in known:
+            known += help_of("train")
+        for option in (word.split("=")[0] for word in words if word.startswith("--")):
+            assert re.search(rf"{option}(?![\w-])", known), [name, *words]
+
+
+def test_the_commands_of_the_pages_are_found():
+    assert sum(len(commands(page)) for page in PAGES) > 15
 
 
 def test_readme_is_short():

@@ -14,6 +14,7 @@ from typing import Any
 from sce_lm.benchmarks.comparison import Trained, baselines, sooner, validation_curve
 from sce_lm.benchmarks.report import METHOD, Column, Row, Table
 from sce_lm.benchmarks.results import Comparison
+from sce_lm.training.plots import limits
 from sce_lm.training.task import DataOrder
 from sce_lm.training.train_config import TrainConfig
 
@@ -65,14 +66,11 @@ class Curves:
         return found
 
     def limits(self, lines: Lines) -> tuple[float, float]:
-        """Of the figure's axis. What is never as good as the best method was at its first
-        evaluation does not stretch it: it is named at the axis's end."""
-        sign = 1 if self.higher_is_better else -1
-        curves = [points for points in lines.values() if len(points) > 1]
-        start = max(curves, key=lambda points: sign * points[-1][1])[0][1]
-        shown = [y for points in lines.values() for _, y in points if sign * (y - start) >= 0]
-        margin = 0.08 * (max(shown) - min(shown))
-        return min(shown) - margin, max(shown) + margin
+        """Of the figure's axis; what does not fit is named at its end."""
+        figures = [[y for _, y in points] for points in lines.values()]
+        curves = [curve for curve in figures if len(curve) > 1]
+        across = [curve[0] for curve in figures if len(curve) == 1]
+        return limits(curves, higher_is_better=self.higher_is_better, lines=across)
 
     def draw(self, axes: Any, title: str, lines: Lines) -> None:
         """Into matplotlib's axes."""

@@ -47,7 +47,7 @@ LANGUAGE_MODEL = {
     "learning_rate": 2e-3,
     "eval_batches": 4,
 }
-RECOMMENDER = {**FEW, "max_steps": 200, "warmup_steps": 20, "eval_every": 40, "eval_users": 2000}
+RECOMMENDER = {**FEW, "max_steps": 200, "warmup_steps": 20, "eval_every": 50, "eval_users": 2000}
 PROMPTS = ("Returns the", "A list of", "If the")
 HISTORIES = (["open", "json.load"], ["isinstance", "ValueError"], ["super", ".__init__"])
 """What is asked of the recommender at the end."""

@@ -1,4 +1,4 @@
-"""Is corrected SCE's sample large enough? What it says of itself, and what follows from that.
+"""Is the sample of SCE (default) large enough? What it says of itself, and what follows from that.
 
 Every so many calls the variance of what was drawn is estimated on some positions, of a tail with
 and without control variate. The averages choose the control variate, feed the logs and the advice,

@@ -63,7 +63,7 @@ not depend on V."""
 
 
 class Chosen(NamedTuple):
-    """What one call of corrected SCE sums over."""
+    """What one call of SCE (default) sums over."""
 
     candidates: Candidates
     proposal: TailProposal

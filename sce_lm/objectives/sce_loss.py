@@ -38,7 +38,7 @@ def sce_loss(
         hidden_states: ``[..., d]``; fp16, bf16, fp32 or fp64.
         weight: ``[V, d]``.
         labels: ``[...]`` int64, ALIGNED with ``hidden_states``: no shift is made here.
-        config: corrected SCE by default; ``SCEConfig.published()`` for the published form.
+        config: SCE (default) as it is; ``SCEConfig.published()`` for the published form.
         state: label counts and running averages kept between calls. None: the prior comes from
             this call's labels and the uniform floor.
 

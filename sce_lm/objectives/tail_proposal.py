@@ -1,4 +1,4 @@
-"""The proposal of corrected SCE's tail: a mixture of densities.
+"""The proposal of the tail of SCE (default): a mixture of densities.
 
     q_j = (1 - floor) · sum_i share_i · q_ij + floor / V
 

@@ -58,8 +58,28 @@ def draw_curves(
             title = "training loss" if is_loss else name.replace("/", " ")
             axes.set(title=title, xlabel=x.replace("/", " "), ylabel="nats" if is_loss else "")
             axes.grid(alpha=0.3)
+            if name == validation:
+                curves = [line.get_ydata() for line in axes.lines if len(line.get_ydata())]
+                axes.set_ylim(*limits(curves, higher_is_better=metric != "nll"))
         if len(runs) > 1:
-            axes.legend(fontsize=7)
+            figure.legend(
+                *figure.axes[0].get_legend_handles_labels(),
+                loc="outside lower center",
+                ncols=min(len(runs), 6),
+                fontsize=8,
+            )
+
+
+def limits(
+    curves: Sequence[Sequence[float]], *, higher_is_better: bool, lines: Sequence[float] = ()
+) -> tuple[float, float]:
+    """Of an axis with these curves and, across, these lines: what is never as good as the best
+    curve was at its first point does not stretch it."""
+    sign = 1 if higher_is_better else -1
+    start = max(curves, key=lambda curve: sign * curve[-1])[0]
+    values = [y for curve in (*curves, lines) for y in curve if sign * (y - start) >= 0]
+    margin = 0.08 * (max(values) - min(values)) or 1e-3
+    return min(values) - margin, max(values) + margin
 
 
 def draw_report(
@@ -81,13 +101,17 @@ def draw_report(
         (f"validation {metric}", {metric: f"validation/{metric}"}, {}),
         ("gradient norm", {"grad_norm": "before clipping"}, {}),
         (
-            "relative error of the partition function",
-            {f"{own}relative_error": "root mean square", f"{own}relative_error_p95": "95 %"},
+            "relative error of the softmax's denominator",
+            {
+                f"{own}relative_error": "root mean square",
+                f"{own}relative_error_p95": "95 % of positions are below",
+            },
             {},
         ),
+        ("loss - exact loss while training, nats", {f"{own}probe_bias": "mean of a batch"}, {}),
         (
-            "against the exact loss, while training",
-            {f"{own}probe_bias": "bias, nats", f"{own}probe_cos_hidden": "gradient's cosine"},
+            "cosine of the gradient to the exact one",
+            {f"{own}probe_cos_hidden": "of the hidden states"},
             {},
         ),
         (
@@ -129,14 +153,14 @@ def _draw_lines(
     axes.set_ylim(**limits)
     axes.grid(alpha=0.3)
     if len(lines) > 1:
-        axes.legend()
+        _legend(axes)
 
 
 def _draw_errors(axes: Axes, errors: Sequence[float]) -> None:
     axes.hist(errors, bins=40)
     axes.axvline(statistics.mean(errors), color="k", linestyle="--", label="mean")
     axes.set(title="loss - exact loss at validation positions", xlabel="nats", ylabel="positions")
-    axes.legend()
+    _legend(axes)
 
 
 def _draw_frequencies(axes: Axes, frequencies: Mapping[str, Sequence[float]]) -> None:
@@ -145,12 +169,20 @@ def _draw_frequencies(axes: Axes, frequencies: Mapping[str, Sequence[float]]) ->
     axes.set(
         title="classes that one call looks at",
         xlabel="rank of the class, most frequent first",
-        ylabel="share of the classes of an octave",
+        ylabel="share of the classes of a frequency band",
         xscale="log",
         ylim=(-0.02, 1.02),
     )
     axes.grid(alpha=0.3)
-    axes.legend()
+    _legend(axes)
+
+
+def _legend(axes: Axes) -> None:
+    """Above the data and under the title, where no line runs through it."""
+    axes.legend(
+        loc="lower left", bbox_to_anchor=(0, 1), ncols=2, frameon=False, borderaxespad=0, fontsize=8
+    )
+    axes.set_title(axes.get_title(), pad=20)
 
 
 def draw_popularity(profiles: Mapping[str, dict[str, list[float]]], path: Path) -> None:
@@ -177,4 +209,4 @@ def draw_popularity(profiles: Mapping[str, dict[str, list[float]]], path: Path) 
             ylim=(0, 1.02),
         )
         axes.grid(alpha=0.3)
-        axes.legend()
+        _legend(axes)

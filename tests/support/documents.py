@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
 
 import polars as pl
@@ -11,19 +12,28 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+LINKED = [*PAGES, *(ROOT / name for name in ("CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md"))]
 HUB_MODEL = "HuggingFaceTB/SmolLM2-135M"
 """The model that pages name; a small one of the same kind stands in for it here."""
 
 _BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-_LINK = re.compile(r"\]\(([^)#\s]+)(?:#([^)\s]+))?\)")
+_COMMANDS = re.compile(r"^```\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+_LINK = re.compile(r"\]\(([^)#\s]*)(?:#([^)\s]+))?\)")
 
 
 def code_blocks(page: Path) -> list[str]:
     return _BLOCK.findall(page.read_text())
 
 
+def commands(page: Path) -> list[list[str]]:
+    """The words behind `sce-lm` of each line of the blocks for a shell."""
+    lines = "\n".join(_COMMANDS.findall(page.read_text())).replace("\\\n", " ").splitlines()
+    found = (re.search(r"(?:sce-lm|-m sce_lm) (.*)", line.split("#")[0]) for line in lines)
+    return [shlex.split(match[1]) for match in found if match]
+
+
 def links(page: Path) -> list[tuple[str, str]]:
-    """Relative paths and anchors (or "")."""
+    """Relative paths ("": the page itself) and anchors (or "")."""
     found = _LINK.findall(page.read_text())
     return [(path, anchor) for path, anchor in found if "://" not in path]
 
