@@ -10,11 +10,14 @@ parquet or JSON lines, a row a user with a list of items; its columns are named 
 told otherwise. An output file (csv, parquet, JSON lines) has a row a recommendation: user, rank,
 item, score, source.
 
+Users are read and answered a few thousand at a time. What is done when the command is interrupted
+stays beside the output, and the same command goes on from there.
+
 A user of whose history nothing is known gets the most popular items of the training data (source
 "popularity", the score is their number of events); where a model was saved without that, one row
 without an item (source "none"). Ids after --history may begin with a dash, with two behind "--".
 
-Exit codes: 0, done (what was skipped is counted on stderr); 1, an error, nothing is written; 2,
+Exit codes: 0, done (what was skipped is counted on stderr); 1, an error, no output is written; 2,
 wrong arguments; 3, done, but nothing is known of any user, so that no list is the model's.
 """
 
@@ -36,6 +39,7 @@ NOTHING_KNOWN = 3
 SKIPPED = {
     "unknown_items": "items of histories are not in the catalogue and were skipped",
     "unknown_candidates": "candidates are not in the catalogue, so they are in no list",
+    "unknown_user_candidates": "candidates of users are not in the catalogue",
     "unknown_excluded": "items to exclude are not in the catalogue anyway",
     "users_without_history": "users have no known item, and get what is popular if the model was "
     "saved with that",
@@ -75,6 +79,10 @@ def read_arguments(prog: str, given: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--user_column", help="column of the input with the user")
     parser.add_argument("--item_column", help="column of the input with the item, or their list")
+    parser.add_argument(
+        "--candidates_column",
+        help="column of an input with a row a user, with a list of the only items for this user",
+    )
     parser.add_argument("--time_column", help="column of the input with the time")
     parser.add_argument("--time_format", help="how text times are written, as for strptime")
     parser.add_argument(
@@ -84,6 +92,8 @@ def read_arguments(prog: str, given: Sequence[str]) -> argparse.Namespace:
     arguments = parser.parse_args(spelled_out(given))
     if (arguments.input is None) != (arguments.output is None):
         parser.error("--input and --output go together")
+    if arguments.candidates_column and arguments.input is None:
+        parser.error("--candidates_column is one of --input")
     return arguments
 
 
@@ -127,12 +137,13 @@ def main(prog: str, arguments: Sequence[str]) -> int:
         if told.file_order or time is None:
             time = time_format = None
         with warnings.catch_warnings(record=True) as caught:
-            histories = recsys.read_histories(
+            histories = recsys.scan_histories(
                 told.input,
                 user=told.user_column or trained_with.get("user_column", "user_id"),
                 item=told.item_column or trained_with.get("item_column", "item_id"),
                 time=time,
                 time_format=time_format,
+                candidates=told.candidates_column,
             )
         for warning in caught:
             print(warning.message, file=sys.stderr)

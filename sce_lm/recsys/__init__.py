@@ -22,11 +22,12 @@ from sce_lm.recsys.evaluation import (
 )
 from sce_lm.recsys.events import Events, filter_interactions
 from sce_lm.recsys.export import EXPORT_FORMATS, export, load_index
+from sce_lm.recsys.history_files import HistoryParts, read_histories, scan_histories
 from sce_lm.recsys.item_index import ItemIndex
 from sce_lm.recsys.item_vectors import ItemVectors, item_vectors
 from sce_lm.recsys.new_items import append_items
 from sce_lm.recsys.recommendation import Recommendations, recommend
-from sce_lm.recsys.recommendation_files import read_histories, recommend_file
+from sce_lm.recsys.recommendation_files import recommend_file
 from sce_lm.recsys.scoring import Scorer
 from sce_lm.recsys.sequences import catalogue, statistics, training_dataset, user_sequences
 from sce_lm.recsys.splits import Split, last_items, last_n, leave_one_out, temporal_split
@@ -54,6 +55,7 @@ else:
 __all__ = [
     "EXPORT_FORMATS",
     "Events",
+    "HistoryParts",
     "ItemIndex",
     "ItemRanking",
     "ItemVectors",
@@ -88,6 +90,7 @@ __all__ = [
     "read_interactions",
     "recommend",
     "recommend_file",
+    "scan_histories",
     "statistics",
     "temporal_split",
     "training_dataset",

@@ -25,7 +25,14 @@ from transformers import PreTrainedTokenizerBase
 
 from sce_lm.recsys.ids import id_text
 from sce_lm.recsys.item_index import ItemIndex
-from sce_lm.recsys.scoring import encoded_scores, history_encoder, seen_items, top_items
+from sce_lm.recsys.scoring import (
+    ScoreTile,
+    encoded_scores,
+    history_encoder,
+    only_pairs,
+    seen_items,
+    top_items,
+)
 from sce_lm.recsys.tokenizer import item_counts, item_tokens
 
 Source = Literal["model", "popularity", "none"]
@@ -51,6 +58,8 @@ class Recommendations:
     """Users of whose history nothing is known."""
     unknown_candidates: int
     """Ids of ``candidates`` that the tokenizer does not know, which can be in no list."""
+    unknown_user_candidates: int
+    """The same of ``user_candidates``."""
     unknown_excluded: int
     """Ids of ``exclude`` that the tokenizer does not know, which are in no list anyway."""
 
@@ -65,6 +74,7 @@ def recommend(
     exclude_seen: bool = True,
     candidates: Iterable[object] | None = None,
     exclude: Iterable[object] = (),
+    user_candidates: Any = None,
     trained_only: bool = False,
     max_length: int | None = None,
     index: ItemIndex | None = None,
@@ -84,6 +94,9 @@ def recommend(
         exclude_seen: leave out the items of a user's whole history.
         candidates: the only items to choose from; None: the whole catalogue.
         exclude: items to recommend to nobody.
+        user_candidates: [users] the only of these items to choose from for each user, lists of
+            ids as ``histories`` are; None for a user whom nothing binds. They are scored whether
+            there is an index or not.
         trained_only: leave out the items that do not occur in the training data, such as appended
             ones, whose place in a list may mean nothing.
         max_length: the model reads only this many of the latest items; None: as many as it has
@@ -130,6 +143,34 @@ def recommend(
             f"k is {k}, but there are {choice} items to choose from; choose k from 1 to {choice}."
         )
     tokens, unknown = _encode(tokenizer, _as_lists(histories))
+    own: list[np.ndarray | None] = [None] * len(tokens)
+    unknown_own = 0
+    if user_candidates is not None:
+        given = list(_as_lists(user_candidates))
+        if len(given) != len(tokens):
+            raise ValueError(
+                f"There are {len(given)} lists of user_candidates for {len(tokens)} histories; "
+                "give one for each, or None."
+            )
+        encoded_lists, unknown_own = _encode(tokenizer, given)
+        own = [None if raw is None else ids for raw, ids in zip(given, encoded_lists)]
+
+    def best_of(score_tile: ScoreTile, users: list[int], **filters: Any) -> tuple:
+        """The exact lists of some users, each of what may be listed for that user."""
+        bound = [row for row, user in enumerate(users) if own[user] is not None]
+        if not bound:
+            return top_items(score_tile, catalogue, k, allowed=allowed, **filters)
+        pairs = seen_items([ids for user in users if (ids := own[user]) is not None])
+        rows = torch.tensor(bound)[pairs[0]]
+        may = allowed
+        if len(bound) == len(users):  # tiles without a candidate of anybody are not scored
+            may = torch.zeros_like(allowed)
+            may[pairs[1]] = allowed[pairs[1]]
+        if not may.any():
+            return torch.full((len(users), k), -torch.inf), torch.full((len(users), k), -1)
+        score_own = only_pairs(score_tile, torch.tensor(bound), rows, pairs[1])
+        return top_items(score_own, catalogue, k, allowed=may, **filters)
+
     items: list[list[str]] = [[] for _ in tokens]
     scores: list[list[float]] = [[] for _ in tokens]
     sources: list[Source] = ["none" for _ in tokens]
@@ -152,11 +193,13 @@ def recommend(
             users = by_length[start : start + batch_size].tolist()
             batch = [tokens[user] for user in users]
             encoded, masked = encode(batch), seen_items(batch) if exclude_seen else None
-            filters = {"masked": masked, "allowed": allowed, "tile_size": tile_size}
-            if index is None:
-                best_scores, best = top_items(encoded_scores(encoded), catalogue, k, **filters)
+            filters = {"masked": masked, "tile_size": tile_size}
+            if index is None or any(own[user] is not None for user in users):
+                best_scores, best = best_of(encoded_scores(encoded), users, **filters)
             else:
-                best_scores, best = index.top_items(encoded, catalogue, k, **filters)
+                best_scores, best = index.top_items(
+                    encoded, catalogue, k, allowed=allowed, **filters
+                )
             take(users, "model", best_scores.tolist(), best.tolist())
             bar.update(len(users))
     nothing_known = np.flatnonzero(lengths == 0).tolist()
@@ -167,13 +210,20 @@ def recommend(
         def score_tile(start: int, stop: int) -> torch.Tensor:
             return popularity[:, start - catalogue.start : stop - catalogue.start].clone()
 
-        best_scores, best = top_items(
-            score_tile, catalogue, k, allowed=allowed, tile_size=tile_size
-        )
-        everyone = len(nothing_known)
-        take(nothing_known, "popularity", best_scores.tolist() * everyone, best.tolist() * everyone)
+        unbound = [user for user in nothing_known if own[user] is None]
+        for users in filter(None, [unbound, *([u] for u in nothing_known if own[u] is not None)]):
+            best_scores, best = best_of(score_tile, users[:1], tile_size=tile_size)
+            many = len(users)
+            take(users, "popularity", best_scores.tolist() * many, best.tolist() * many)
     return Recommendations(
-        items, scores, sources, unknown, len(nothing_known), unknown_candidates, unknown_excluded
+        items,
+        scores,
+        sources,
+        unknown_items=unknown,
+        users_without_history=len(nothing_known),
+        unknown_candidates=unknown_candidates,
+        unknown_user_candidates=unknown_own,
+        unknown_excluded=unknown_excluded,
     )
 
 

@@ -213,6 +213,25 @@ def seen_items(histories: Sequence[np.ndarray]) -> tuple[Tensor, Tensor]:
     return rows, torch.from_numpy(np.concatenate(histories))
 
 
+def only_pairs(score_tile: ScoreTile, bound: Tensor, users: Tensor, tokens: Tensor) -> ScoreTile:
+    """Scores with -inf for what a user may not be shown.
+
+    Args:
+        bound: int64, the users who may only be shown some tokens.
+        users, tokens: int64 [pairs], which these are.
+    """
+
+    def score_own(start: int, stop: int) -> Tensor:
+        scores = score_tile(start, stop)
+        outside = torch.zeros(scores.shape, dtype=torch.bool)
+        outside[bound] = True
+        here = (tokens >= start) & (tokens < stop)
+        outside[users[here], tokens[here] - start] = False
+        return scores.masked_fill_(outside.to(scores.device), -torch.inf)
+
+    return score_own
+
+
 def head_scores(hidden_states: Tensor, head: Head) -> ScoreTile:
     """Logits of a linear head, a tile of the vocabulary at a time, in fp32 (fp64 stays fp64).
 

@@ -11,10 +11,12 @@ import warnings
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas as pd
 import polars as pl
 import torch
+from polars.io.plugins import register_io_source
 from support.launch import ONE_THREAD
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -246,6 +248,8 @@ def test_files_hold_what_recommend_gives(tmp_path, monkeypatch, folder, suffix, 
         "unknown_items": 1,
         "unknown_candidates": 1,
         "unknown_excluded": 1,
+        "unknown_user_candidates": 0,
+        "users_done_before": 0,
     }
     assert report["users_per_second"] == pytest.approx(4 / report["seconds"])
 
@@ -263,12 +267,184 @@ def test_files_hold_what_recommend_gives(tmp_path, monkeypatch, folder, suffix, 
     assert [path.name for path in output.parent.iterdir()] == [output.name]
 
 
-def test_a_file_that_was_not_finished_is_not_left_behind(tmp_path, loaded):
+def test_what_cannot_be_answered_leaves_no_file_behind(tmp_path, loaded):
     with pytest.raises(ValueError, match="k is 50"):
         recsys.recommend_file(*loaded, HISTORIES, tmp_path / "lists.csv", 50, progress=False)
     assert not list(tmp_path.iterdir())
     with pytest.raises(ValueError, match=r"ends in '.xlsx'; recommendations are written to a file"):
         recsys.recommend_file(*loaded, HISTORIES, tmp_path / "lists.xlsx")
+
+
+MANY = pl.DataFrame(
+    {"user": [f"u{n}" for n in range(9)], "history": [[f"i{n}", f"i{3 * n}"] for n in range(9)]}
+)
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """How many users recommend_file has asked for in each part; before the call number `stop_at`
+    it is interrupted."""
+    asked = SimpleNamespace(users=[], stop_at=None)
+    recommend = recommendation_files.recommend
+
+    def ask(model, tokenizer, histories, k, **options):
+        if len(asked.users) == asked.stop_at:
+            asked.stop_at = None
+            raise KeyboardInterrupt
+        asked.users.append(len(histories))
+        return recommend(model, tokenizer, histories, k, **options)
+
+    monkeypatch.setattr(recommendation_files, "USERS_AT_A_TIME", 2)
+    monkeypatch.setattr(recommendation_files, "recommend", ask)
+    return asked
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".parquet", ".jsonl"])
+@pytest.mark.parametrize("damaged", [False, True])
+def test_an_interrupted_call_goes_on_without_repeating_or_losing_a_user(
+    tmp_path, loaded, asked, suffix, damaged
+):
+    whole, output = tmp_path / f"whole{suffix}", tmp_path / f"lists{suffix}"
+    report = recsys.recommend_file(*loaded, MANY, whole, 3, progress=False)
+    assert (asked.users, report["users_done_before"]) == ([2, 2, 2, 2, 1], 0)
+    asked.users.clear()
+    asked.stop_at = 3
+    with pytest.raises(KeyboardInterrupt):
+        recsys.recommend_file(*loaded, MANY, output, 3, progress=False)
+    assert not output.exists()
+    if damaged:
+        part = tmp_path / f".lists{suffix}.parts" / "1.parquet"
+        part.write_bytes(part.read_bytes()[:-9])
+    asked.users.clear()
+    report = recsys.recommend_file(*loaded, MANY, output, 3, progress=False)
+    assert asked.users == ([2, 2, 1] if damaged else [2, 1])
+    assert (report["users"], report["users_done_before"]) == (9, 4 if damaged else 6)
+    assert read(output).equals(read(whole))
+    assert {path.name for path in tmp_path.iterdir()} == {whole.name, output.name}
+
+
+def test_lists_of_another_question_are_made_anew(tmp_path, folder, asked):
+    model, tokenizer = load(folder)
+
+    def new(histories=MANY, k=3, **options) -> int:
+        """Users asked for after the interrupted call of MANY, k = 3 and no options."""
+        asked.users.clear()
+        asked.stop_at = 4
+        output = tmp_path / "lists.csv"
+        with pytest.raises(KeyboardInterrupt):
+            recsys.recommend_file(model, tokenizer, MANY, output, 3, progress=False)
+        asked.users.clear()
+        with torch.no_grad():
+            model.get_output_embeddings().weight[5] += change
+            recsys.recommend_file(model, tokenizer, histories, output, k, progress=False, **options)
+            model.get_output_embeddings().weight[5] -= change
+        return sum(asked.users)
+
+    change = 0.0
+    assert new() == new(batch_size=1) == 1
+    assert new(k=2) == new(exclude=["i9"]) == new(candidates=["i9", "i8", "i7"]) == 9
+    assert new(exclude_seen=False) == 9
+    assert new(MANY.with_columns(history=pl.col("history").list.reverse())) == 9
+    longer = pl.col("history").list.concat(pl.lit(["i1"]))
+    of_one = pl.when(user="u3").then(longer).otherwise("history")
+    assert new(MANY.with_columns(history=of_one)) == 2 + 1
+    change = 1e-3
+    assert new() == 9
+
+
+def test_each_user_has_own_candidates(tmp_path, folder, asked, run):
+    own = [["i1", "i2", "?"], None, [], ["i30"], ["i5", "i6", "i7", "i8"], None, *[["i9"]] * 3]
+    frame = MANY.with_columns(candidates=pl.Series(own, dtype=pl.List(pl.String)))
+    frame = pl.concat(
+        (frame, frame[3:6].with_columns(history=pl.Series([["new"]] * 3))), how="vertical"
+    )
+    frame.write_parquet(tmp_path / "in.parquet")
+    model, tokenizer = load(folder)
+    recsys.count_items(tokenizer, pl.DataFrame({"items": [[5, 9, 9]]}))
+    output = tmp_path / "lists.parquet"
+    histories = recsys.scan_histories(
+        tmp_path / "in.parquet", user="user", item="history", candidates="candidates"
+    )
+    options = {"exclude_seen": False, "exclude": ["i7"], "progress": False}
+    report = recsys.recommend_file(model, tokenizer, histories, output, 3, **options)
+    assert report["unknown_user_candidates"] == 1
+    expected = []
+    for user, history, of_user in frame.rows():
+        allowed = None if of_user is None else [item for item in of_user if item != "?"]
+        if allowed == []:
+            expected.append((user, None, "none"))
+            continue
+        k = 3 if allowed is None else len(set(allowed) - {"i7"})
+        found = recsys.recommend(
+            model,
+            tokenizer,
+            [history],
+            min(k, 3),
+            candidates=allowed,
+            exclude=["i7"],
+            exclude_seen=False,
+        )
+        expected += [(user, item, found.sources[0]) for item in found.items[0]]
+    assert read(output).select("user", "item", "source").rows() == expected
+    assert {"popularity", "model", "none"} == set(read(output)["source"])
+
+    command = (folder, "--input", tmp_path / "in.parquet", "--output", tmp_path / "l.csv")
+    names = ("--user_column", "user", "--item_column", "history", "--keep_seen", "--k", 3)
+    done = run(*command, *names, "--candidates_column", "candidates")
+    assert done.returncode == 0, done.stderr
+    assert "1 candidates of users are not in the catalogue" in done.stderr
+    assert read(tmp_path / "l.csv").filter(user="u8")["item"].to_list() == ["i9"]
+    with pytest.raises(ValueError, match="a row an event, and candidates of each user are read"):
+        recsys.scan_histories(LOG, candidates="timestamp")
+    with pytest.raises(ValueError, match="single values in column 'user'"):
+        recsys.scan_histories(frame, user="user", item="history", candidates="user")
+    with pytest.raises(ValueError, match="2 lists of user_candidates for 1 histories"):
+        recsys.recommend(model, tokenizer, [["i1"]], 3, user_candidates=[None, None])
+
+
+@pytest.mark.parametrize("is_log", [False, True])
+@pytest.mark.parametrize("size", [1, 4, 9, 100])
+def test_histories_in_parts_are_the_histories(tmp_path, is_log, size):
+    rows = {"user_id": "user", "item_id": "history"}
+    frame = MANY.select(pl.col(old).alias(new) for new, old in rows.items())
+    path = tmp_path / "in.parquet"
+    (frame.explode("item_id") if is_log else frame).write_parquet(path, row_group_size=4)
+    found = recsys.scan_histories(path)
+    assert found.num_histories == 9
+    for _ in range(2):
+        parts = list(found.parts(size))
+        assert {len(part) for part in parts[:-1]} <= {size}
+        assert pl.concat(parts).equals(recsys.read_histories(path))
+        assert pl.concat(parts).equals(MANY)
+
+
+def test_histories_are_not_read_far_ahead_of_those_that_are_answered(monkeypatch, loaded, tmp_path):
+    """Of 300,000 histories a few tens of thousands are held, and of lists those of a part."""
+    batch = pl.DataFrame({"user_id": [str(n) for n in range(1000)], "item_id": [["i1"]] * 1000})
+    counts = SimpleNamespace(read=0, answered=0, ahead=0)
+
+    def read(with_columns, predicate, n_rows, batch_size):
+        for _ in range(300):
+            counts.read += len(batch)
+            found = batch if predicate is None else batch.filter(predicate)
+            yield found if with_columns is None else found.select(with_columns)
+
+    def answer(model, tokenizer, histories, k, **options):
+        counts.answered += len(histories)
+        counts.ahead = max(counts.ahead, counts.read - counts.answered)
+        nothing = [[] for _ in histories]
+        return recsys.Recommendations(nothing, nothing, ["none"] * len(histories), 0, 0, 0, 0, 0)
+
+    monkeypatch.setattr(recommendation_files, "USERS_AT_A_TIME", 1000)
+    monkeypatch.setattr(recommendation_files, "recommend", answer)
+    histories = recsys.scan_histories(register_io_source(read, schema=batch.schema))
+    assert counts.read == histories.num_histories == 300_000
+    counts.read = 0
+    output = tmp_path / "lists.parquet"
+    report = recsys.recommend_file(*loaded, histories, output, 1, progress=False)
+    assert report["users_without_list"] == counts.answered == counts.read == 300_000
+    assert counts.ahead < 100_000
+    assert pl.scan_parquet(output).select(pl.len()).collect().item() == 300_000
 
 
 @dataclass
