@@ -268,7 +268,7 @@ def _check(
     if not (isinstance(temperature, int | float) and 0 < temperature < math.inf):
         raise ValueError(f"temperature is {temperature!r}; give a positive, finite number.")
     if isinstance(objective, SCEConfig):
-        refuse_unsuited(objective)
+        refuse_unsuited(objective, isinstance(teacher, StoredTopK))
     elif not (isinstance(objective, str) and objective == "exact"):
         raise TypeError(f'objective is {objective!r}; pass "exact" or an SCEConfig.')
     _check_scores("the student", student)

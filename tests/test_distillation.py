@@ -224,10 +224,11 @@ def test_all_classes_stored_are_the_whole_teacher(kind, rest):
 
 WHOLE = SCEConfig(tail_candidates=10**6, num_buckets=0)
 BUCKETS = SCEConfig(tail_candidates=10, num_buckets=3, bucket_candidates=100)
+SAMPLED = SCEConfig(bucket_sampling="priority", num_buckets=3, bucket_candidates=100)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("config", [WHOLE, BUCKETS], ids=["tail", "buckets"])
+@pytest.mark.parametrize("config", [WHOLE, BUCKETS, SAMPLED], ids=["tail", "buckets", "samples"])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_candidates_that_are_the_catalogue_give_the_exact_loss(kind, config, reduction):
     student = scores((40,), 97, 5, 0, rank=1, post=POSTS[2])
@@ -235,10 +236,8 @@ def test_candidates_that_are_the_catalogue_give_the_exact_loss(kind, config, red
     labels = torch.randint(97, (40,), generator=torch.Generator().manual_seed(0))
     labels[::5] = -100
     options = {"divergence": kind, "temperature": 2.0, "reduction": reduction}
-    for theirs in (
-        teacher,
-        *(teacher.top_k(5, temperature=2.0, rest=r) for r in ("ghost", "uniform")),
-    ):
+    stored = [teacher.top_k(5, temperature=2.0, rest=r) for r in ("ghost", "uniform")]
+    for theirs in (teacher, *(stored if config is not SAMPLED else ())):
         exact = distillation_loss(student, theirs, labels, **options).sum()
         sampled = distillation_loss(student, theirs, labels, objective=config, **options).sum()
         assert_same(sampled, exact, leaves(student), **CLOSE)
@@ -248,6 +247,13 @@ SMALL = {"shared_frequent": 8, "tail_candidates": 100, "uniform_floor": 0.3}
 SAMPLES = {
     "tail": SCEConfig(num_buckets=0, **SMALL),
     "buckets": SCEConfig(num_buckets=2, bucket_candidates=12, **SMALL),
+    "samples": SCEConfig(
+        num_buckets=2,
+        bucket_sampling="priority",
+        bucket_candidates=120,
+        shared_frequent=8,
+        uniform_floor=0.3,
+    ),
 }
 
 
@@ -289,7 +295,11 @@ def few_classes(monkeypatch):
 
 @pytest.mark.parametrize(
     "config",
-    [pytest.param(SAMPLES["tail"], marks=pytest.mark.slow), SAMPLES["buckets"]],
+    [
+        pytest.param(SAMPLES["tail"], marks=pytest.mark.slow),
+        SAMPLES["buckets"],
+        SAMPLES["samples"],
+    ],
     ids=list(SAMPLES),
 )
 def test_every_sum_is_unbiased(config, few_classes):
@@ -302,8 +312,9 @@ def test_every_sum_is_unbiased(config, few_classes):
 @pytest.mark.parametrize("config", SAMPLES.values(), ids=SAMPLES)
 def test_sums_without_weights_are_found_out(config, few_classes):
     def forget(candidates):
-        weights = torch.zeros_like(candidates.tail_log_weights)
-        return dataclasses.replace(candidates, tail_log_weights=weights)
+        name = "tail_log_weights" if len(candidates.tail) else "bucket_log_weights"
+        weights = torch.zeros_like(getattr(candidates, name))
+        return dataclasses.replace(candidates, **{name: weights})
 
     assert not log_sums(config, 100, forget).is_zero
 

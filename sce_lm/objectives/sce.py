@@ -214,7 +214,7 @@ class SCE(SampledObjective):
             )
             if is_sampled:
                 prior = proposal.log_density().index_fill_(0, _ids(shared, call), -torch.inf)
-                softmax = center_softmax(centers, bucket_of, head, control_variate=False)
+                softmax = self.bucket_softmax(centers, bucket_of, head)
                 noise = call.stream("tail")
                 items, bucket_weights = bucket_samples(softmax.share, prior, own, noise)
             else:
@@ -233,6 +233,12 @@ class SCE(SampledObjective):
             sparse_grad=config.sparse_grad,
         )
         return candidates, centers, softmax
+
+    def bucket_softmax(
+        self, centers: torch.Tensor, bucket_of: torch.Tensor, head: Head
+    ) -> CenterSoftmax:
+        """What each bucket's own sample is drawn by, for centres ``[n_b, d]``."""
+        return center_softmax(centers, bucket_of, head, control_variate=False)
 
     def observe(
         self,
