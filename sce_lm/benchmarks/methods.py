@@ -70,7 +70,7 @@ def methods(logits: int = LOGITS, vocab_size: int = 2**17) -> dict[str, Method]:
 
     What depends on the batch cannot be set: in-batch losses see its distinct labels, BIR and XIR
     those twice, once to resample. Kernel sampling for each position has 64 draws: to find them
-    costs more than their logits.
+    costs more than their logits. BCE and gBCE have 256 negatives of each position, as published.
     """
     tail_only = {"num_buckets": 0, "shared_labels": False, "shared_frequent": 0}
     sampled, softmax = {"num_negatives": logits}, "sampled_softmax"
@@ -83,8 +83,8 @@ def methods(logits: int = LOGITS, vocab_size: int = 2**17) -> dict[str, Method]:
         "uniform": ("sampled softmax, uniform", softmax, sampled | {"proposal": "uniform"}),
         "unigram": ("sampled softmax, unigram", softmax, sampled | {"proposal": "unigram"}),
         "in-batch": ("in-batch, logQ", "in_batch", {}),
-        "bce": ("BCE", "bce", sampled | {"shared": True}),
-        "gbce": ("gBCE", "gbce", sampled | {"shared": True}),
+        "bce": ("BCE", "bce", {"num_negatives": 256}),
+        "gbce": ("gBCE", "gbce", {}),
         "bir": ("BIR", "bir", {}),
         "xir": ("XIR", "xir", {"cache_size": logits // 2}),
         "kernel-sampling": ("kernel sampling, 64", "kernel", kernel),

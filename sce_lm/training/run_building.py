@@ -24,6 +24,7 @@ from sce_lm.objectives import Objective
 from sce_lm.teacher_folder import TeacherFolder
 from sce_lm.training.best import BestModel
 from sce_lm.training.checkpoint import Checkpoints
+from sce_lm.training.data_card import data_card
 from sce_lm.training.distilling import Distillation, load_teacher, stored_teacher
 from sce_lm.training.language_model import LanguageModelTask
 from sce_lm.training.learner import Learner
@@ -278,4 +279,8 @@ def _record_start(run: Run, changes: Changes, data_note: str | None) -> None:
     if data_note:
         warnings.warn(data_note, stacklevel=4)
         run.metrics.append({"step": run.step, "data": data_note})
-    run.folder.begin(run.config, run.learner.objective, run.task.describe())
+    described = run.task.describe()
+    if not run.folder.data_card.exists():  # people may have written in it
+        card = data_card(run.config, described, run.task.source)
+        run.folder.data_card.write_text(card, encoding="utf-8")
+    run.folder.begin(run.config, run.learner.objective, described)

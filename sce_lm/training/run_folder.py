@@ -7,6 +7,7 @@
     checkpoints/                    complete states to go on from (`checkpoint`)
     best/                           with keep_best, the best weights, while there are checkpoints
     data.json                       sizes of the data and how they were split
+    data.md                         the same for people, with sources and choices (`data_card`)
     stored_data/                    what was derived from them: split, tokenizer, held-out text
     model/                          the trained model and tokenizer, for from_pretrained
     summary.json                    the figures at the end; it is there when the run is finished
@@ -41,6 +42,7 @@ class RunFolder:
         self.checkpoints = self.path / "checkpoints"
         self.best = self.path / "best"
         self.data = self.path / "data.json"
+        self.data_card = self.path / "data.md"
         self.stored_data = self.path / "stored_data"
         self.model = self.path / "model"
         self.summary = self.path / "summary.json"

@@ -217,6 +217,20 @@ def test_split_and_masking_are_those_of_the_configuration(tmp_path, changes, pro
     assert described["items"] == 9
     assert described["test_questions"] == users
     assert described["length_median"] == 8
+    card = (run.folder.path / "data.md").read_text()
+    for name, value in (*described.items(), *changes.items(), ("data", fields["data"])):
+        assert f"| {name} | {value} |" in card or name == "mask_seen"
+    assert "40 users, 9 items, 320 events; digest of their content" in card
+    assert "| packing |" not in card  # what is as it is by default
+
+
+def test_a_card_of_the_data_that_people_wrote_in_stays(tmp_path):
+    fields = items_fields(tmp_path, max_steps=1, **log_of_cycles(tmp_path), eval_k=[3])
+    card = build_run(TrainConfig(**fields)).folder.path / "data.md"
+    card.write_text("licence: ours\n")
+    run = build_run(TrainConfig(**fields | {"max_steps": 2}))
+    run.train()
+    assert card.read_text() == "licence: ours\n"
 
 
 def test_text_times_are_read_by_the_format_of_the_configuration(tmp_path):
