@@ -104,8 +104,7 @@ def compare(
     tested: dict[str, dict[str, Any]] = {}
     task: Task | None = None
     for method, objective in asked:
-        slug = re.sub(r"[^\w.=-]+", "-", method.label).strip("-")
-        folders = [RunFolder(folder / slug / f"seed-{seed}") for seed in seeds]
+        folders = [run_of(folder, method, seed) for seed in seeds]
         options = {k: v for k, v in method.specification.items() if k != "name"}
         summaries = []
         try:
@@ -152,6 +151,12 @@ def compare(
     sizes = dataclasses.asdict(measured) | {"steps": config.max_steps, "curves": str(curves)}
     title = f"{config.max_steps} steps, {len(seeds)} seed(s); the loss on {measured}"
     return results.Comparison(title, sizes, rows)
+
+
+def run_of(folder: Path, method: Method, seed: int) -> RunFolder:
+    """Where :func:`compare` keeps a run."""
+    slug = re.sub(r"[^\w.=-]+", "-", method.label).strip("-")
+    return RunFolder(folder / slug / f"seed-{seed}")
 
 
 def _measure_costs(
