@@ -85,7 +85,7 @@ def pair_hits(
     with scoring as scorer:
         for users in np.array_split(asked, range(batch_size, len(asked), batch_size)):
             seen = seen_items([as_tokens(train[int(user)]) for user in users])
-            scores = scorer(users[:, None])
+            scores = scorer(list(users[:, None]))
             top = top_items(scores, items, depth, masked=seen if mask_seen else None)[1].cpu()
             listed = torch.where(top >= 0, top - items.start, -1)
             metrics.update_best_positions(best_positions, listed)
