@@ -5,4 +5,7 @@ Such a module has ``add_arguments(parser)``, ``measure(arguments)``, which retur
 subcommand's help. Naming it in ``SUBCOMMANDS`` is all that it takes.
 """
 
-SUBCOMMANDS = ("loss", "estimators", "step", "train", "scale", "kernels", "reductions", "index")
+SUBCOMMANDS = (
+    *("loss", "estimators", "step", "train", "scale", "kernels", "reductions", "index"),
+    "papers",
+)

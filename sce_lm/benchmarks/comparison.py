@@ -96,8 +96,7 @@ def train(config: TrainConfig, method: Method, folder: Path, seeds: Sequence[int
     Raises:
         FloatingPointError: the loss does not stay finite.
     """
-    slug = re.sub(r"[^\w.=-]+", "-", method.label).strip("-")
-    folders = [RunFolder(folder / slug / f"seed-{seed}") for seed in seeds]
+    folders = [run_of(folder, method, seed) for seed in seeds]
     options = {k: v for k, v in method.specification.items() if k != "name"}
     summaries: list[dict[str, Any]] = []
     task: Any = None
@@ -185,6 +184,12 @@ def compare(
 def baselines(task: Task) -> list[dict[str, Any]]:
     """Rows of the methods that need no training."""
     return [{"label": label, "test": _by_seed([test])} for label, test in task.baselines().items()]
+
+
+def run_of(folder: Path, method: Method, seed: int) -> RunFolder:
+    """Where :func:`compare` keeps a run."""
+    slug = re.sub(r"[^\w.=-]+", "-", method.label).strip("-")
+    return RunFolder(folder / slug / f"seed-{seed}")
 
 
 def _measure_costs(

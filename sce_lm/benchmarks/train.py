@@ -30,17 +30,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the subcommand."""
     parser.add_argument("configs", nargs="+", type=Path, help="configurations of sce-lm train")
     methods.add_options(parser, DEFAULT)
+    add_run_options(parser, Path("runs/train"))
+
+
+def add_run_options(parser: argparse.ArgumentParser, folder: Path) -> None:
+    """What the runs of a comparison have in common."""
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="one run for each")
     parser.add_argument("--steps", type=int, help="max_steps, a tenth of them to warm up")
     parser.add_argument(
         "--fields", metavar="JSON", default="{}", help="further fields of the runs, a mapping"
     )
-    parser.add_argument("--folder", type=Path, default=Path("runs/train"), help="of all runs")
+    parser.add_argument("--folder", type=Path, default=folder, help="of all runs")
 
 
 def measure(arguments: argparse.Namespace) -> Sequence[results.Comparison]:
     """One comparison for each configuration."""
-    changes, comparisons = as_arguments(_fields(arguments)), []
+    changes, comparisons = as_arguments(run_fields(arguments)), []
     for path in arguments.configs:
         config = parse_config([str(path), *changes])
         own = {"name": config.objective, **config.objective_options}
@@ -53,7 +58,8 @@ def measure(arguments: argparse.Namespace) -> Sequence[results.Comparison]:
     return comparisons
 
 
-def _fields(arguments: argparse.Namespace) -> dict[str, Any]:
+def run_fields(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The fields that ``--steps`` and ``--fields`` change."""
     steps = arguments.steps
     schedule = {} if steps is None else {"max_steps": steps, "warmup_steps": max(1, steps // 10)}
     given = plain_value(read_yaml(arguments.fields, "the command line", "--fields"))

@@ -1,7 +1,8 @@
 """Item-token recommenders: items are tokens, histories are sequences, the model is any causal
 language model.
 
-Importing this package makes the model type ``sasrec`` known to transformers, from version 5 on.
+Importing this package makes the model types ``sasrec`` and ``two_tower`` known to transformers,
+from version 5 on.
 """
 
 from importlib.metadata import version
@@ -26,6 +27,7 @@ from sce_lm.recsys.history_files import HistoryParts, read_histories, scan_histo
 from sce_lm.recsys.item_index import ItemIndex
 from sce_lm.recsys.item_vectors import ItemVectors, item_vectors
 from sce_lm.recsys.new_items import append_items
+from sce_lm.recsys.pairs import evaluate_pairs, random_split
 from sce_lm.recsys.recommendation import Recommendations, recommend
 from sce_lm.recsys.recommendation_files import recommend_file
 from sce_lm.recsys.scoring import Scorer
@@ -41,15 +43,18 @@ from sce_lm.recsys.tokenizer import (
 
 if int(version("transformers").split(".")[0]) >= 5:
     from sce_lm.recsys.sasrec import SASRecConfig, SASRecForCausalLM
+    from sce_lm.recsys.two_tower import TwoTowerConfig, TwoTowerForCausalLM
 else:
 
     def __getattr__(name: str) -> Any:
-        """Says which version SASRec needs."""
-        if name not in ("SASRecConfig", "SASRecForCausalLM"):
+        """Says which version the models need."""
+        if name in ("SASRecConfig", "SASRecForCausalLM"):
+            from sce_lm.recsys import sasrec as models
+        elif name in ("TwoTowerConfig", "TwoTowerForCausalLM"):
+            from sce_lm.recsys import two_tower as models
+        else:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        from sce_lm.recsys import sasrec
-
-        return getattr(sasrec, name)
+        return getattr(models, name)
 
 
 __all__ = [
@@ -64,12 +69,15 @@ __all__ = [
     "SASRecForCausalLM",
     "Scorer",
     "Split",
+    "TwoTowerConfig",
+    "TwoTowerForCausalLM",
     "append_items",
     "build_item_tokenizer",
     "catalogue",
     "check_list_lengths",
     "count_items",
     "evaluate_items",
+    "evaluate_pairs",
     "export",
     "filter_interactions",
     "is_item_tokenizer",
@@ -84,6 +92,7 @@ __all__ = [
     "markov_scorer",
     "of_last_days",
     "popularity_scorer",
+    "random_split",
     "rank_items",
     "ranking_report",
     "read_histories",

@@ -52,6 +52,26 @@ def mrr(ranks: Tensor, k: int) -> float:
     return ((ranks <= k) / ranks.double()).mean().item()
 
 
+def set_recall(hits: Tensor, relevant: Tensor, k: int) -> float:
+    """recall@k = mean_u |top-k(u) and relevant(u)| / |relevant(u)|, with several relevant items.
+
+    Args:
+        hits: bool [users, K], whether each entry of a list is relevant, best first; K at least k.
+        relevant: int [users], how many items are; at least 1.
+        k: list length.
+    """
+    return (hits[:, :k].sum(1) / relevant.double()).mean().item()
+
+
+def set_ndcg(hits: Tensor, relevant: Tensor, k: int) -> float:
+    """NDCG@k = mean_u DCG_u / ideal DCG_u, with DCG = sum over relevant places p <= k of
+    1 / log2(p + 1); in the ideal list the first min(k, |relevant|) places are relevant.
+    Arguments as of :func:`set_recall`."""
+    gains = 1 / torch.arange(2, k + 2, dtype=torch.float64).log2()
+    ideal = gains.cumsum(0)[relevant.clamp(max=k) - 1]
+    return (hits[:, :k].double() @ gains / ideal).mean().item()
+
+
 RANK_METRICS = {
     "ndcg": ndcg,
     "hr": hit_rate,

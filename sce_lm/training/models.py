@@ -48,8 +48,13 @@ def load_model(folder: str | Path, **options: Any) -> PreTrainedModel:
         raise _unreadable("model", folder, error) from error
 
 
-def build_model(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+def build_model(
+    config: TrainConfig, tokenizer: PreTrainedTokenizerBase, **decided: Any
+) -> PreTrainedModel:
     """The causal language model that `config` names, with a row for every token.
+
+    Args:
+        decided: fields that the data decide of the configuration of a model from scratch.
 
     Raises ValueError for a model that cannot be read, an unknown model type or field of its
     configuration, a vocabulary smaller than the tokenizer's, or too few positions.
@@ -64,10 +69,10 @@ def build_model(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> PreT
         except Exception as error:  # as above
             raise _unreadable("model", config.model, error) from error
     else:
-        model = AutoModelForCausalLM.from_config(_config(config, tokenizer), dtype=dtype)
+        model = AutoModelForCausalLM.from_config(_config(config, tokenizer, decided), dtype=dtype)
     text_config = model.config.get_text_config()
-    embeddings: Any = model.get_input_embeddings()
-    rows = embeddings.weight.shape[0]
+    head: Any = model.get_output_embeddings()
+    rows = head.weight.shape[0]
     if rows < len(tokenizer):
         raise ValueError(
             f"The model has {rows} token embeddings and the tokenizer {len(tokenizer)} tokens; "
@@ -94,7 +99,7 @@ def add_lora(model: PreTrainedModel, rank: int) -> Any:
     return get_peft_model(model, adapters)
 
 
-def _config(config: TrainConfig, tokenizer: PreTrainedTokenizerBase):
+def _config(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, decided: dict[str, Any]):
     """The configuration of a model from scratch, its special tokens taken from the tokenizer."""
     given = dict(config.model_config)
     model_type = given.pop("model_type")
@@ -106,7 +111,7 @@ def _config(config: TrainConfig, tokenizer: PreTrainedTokenizerBase):
     # A configuration class takes unknown fields without a word, so a misspelt one would be lost.
     default = AutoConfig.for_model(model_type)
     known = {*default.to_dict(), *default.attribute_map}
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = dict(decided)
     for name, value in given.items():
         if name not in known and not hasattr(default, name):
             raise ValueError(

@@ -1,4 +1,4 @@
-"""Optimisers of a run: AdamW, and for large catalogues a sparse one for the item matrix.
+"""Optimisers of a run: AdamW or Adam, and for large catalogues a sparse one for the item matrix.
 
 A step of training meets a few thousand rows of the item matrix W `[V, d]` (the input embedding and
 the output head, tied or not): the ids that went in, the labels and the candidates. A dense
@@ -29,7 +29,7 @@ from torch.nn.utils import get_total_norm
 from transformers import PreTrainedModel
 
 from sce_lm.objectives import Objective
-from sce_lm.training.train_config import TrainConfig
+from sce_lm.training.train_config import DENSE, TrainConfig
 
 DATA_PARALLEL = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
 """Ways to run in which every process holds the whole of every parameter."""
@@ -38,12 +38,12 @@ DATA_PARALLEL = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.
 def check_optimizer(name: str, objective: Objective, distributed: DistributedType) -> None:
     """Raise ValueError unless the optimiser takes the gradients that this run will have."""
     sparse_grad = getattr(objective.config, "sparse_grad", None)
-    if name == "adamw":
+    if name in DENSE:
         if sparse_grad:
             raise ValueError(
-                "objective_options sets sparse_grad and the optimizer is adamw, which takes dense "
-                "gradients; set optimizer to sparse_adam or rowwise_adagrad, or leave sparse_grad "
-                "out."
+                f"objective_options sets sparse_grad and the optimizer is {name}, which takes "
+                "dense gradients; set optimizer to sparse_adam or rowwise_adagrad, or leave "
+                "sparse_grad out."
             )
         return
     if sparse_grad is None:
@@ -96,11 +96,13 @@ def build_optimizer(
 ) -> torch.optim.Optimizer:
     """The optimiser that `config` names, its `matrices` (of :func:`make_row_sparse`) by rows.
 
-    Weight decay is AdamW's, for matrices alone: vectors and what is trained by rows have none.
+    Weight decay is AdamW's, or of "adam" in the gradient, for matrices alone: vectors and what is
+    trained by rows have none.
     """
     dense = [p for p in model.parameters() if p.requires_grad and p not in set(matrices)]
     betas = (config.betas[0], config.betas[1])
-    adamw = torch.optim.AdamW(
+    kind = torch.optim.Adam if config.optimizer == "adam" else torch.optim.AdamW
+    adam = kind(
         [
             {"params": [p for p in dense if p.dim() >= 2]},
             {"params": [p for p in dense if p.dim() < 2], "weight_decay": 0.0},
@@ -109,12 +111,12 @@ def build_optimizer(
         betas=betas,
         weight_decay=config.weight_decay,
     )
-    if config.optimizer == "adamw":
-        return adamw
+    if config.optimizer in DENSE:
+        return adam
     rate = config.sparse_learning_rate or config.learning_rate
     if config.optimizer == "sparse_adam":
-        return CombinedOptimizer(adamw, torch.optim.SparseAdam(matrices, lr=rate, betas=betas))
-    return CombinedOptimizer(adamw, RowwiseAdagrad(matrices, lr=rate))
+        return CombinedOptimizer(adam, torch.optim.SparseAdam(matrices, lr=rate, betas=betas))
+    return CombinedOptimizer(adam, RowwiseAdagrad(matrices, lr=rate))
 
 
 class RowwiseAdagrad(torch.optim.Optimizer):

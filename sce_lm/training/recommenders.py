@@ -22,7 +22,7 @@ def load_recommender(
     folder is no run's).
 
     Raises:
-        ValueError: the folder holds no model that can be loaded.
+        ValueError: the folder holds no model that can be loaded, or one that reads no histories.
     """
     run = RunFolder(path)
     folder, trained_with = path, {}
@@ -35,6 +35,11 @@ def load_recommender(
         )
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = load_model(folder, device_map=device).eval()
+    if hasattr(model.config, "num_users"):
+        raise ValueError(
+            f"{path} holds a two_tower model, which knows users by number and reads no histories; "
+            "use recsys.evaluate_pairs, or train a model of histories, such as sasrec."
+        )
     return model, load_tokenizer(folder), trained_with
 
 

@@ -40,7 +40,7 @@ from sce_lm.training.run_folder import RunFolder
 from sce_lm.training.stored_data import store
 from sce_lm.training.task import DataOrder, Task
 from sce_lm.training.task_sources import build_task, resume_task
-from sce_lm.training.train_config import TrainConfig
+from sce_lm.training.train_config import DENSE, TrainConfig
 
 Changes = dict[str, list[Any]]
 """What a field was and what it is, by its name."""
@@ -182,14 +182,14 @@ def _build_model(
     config: TrainConfig, task: Task, objective: Objective
 ) -> tuple[PreTrainedModel, list[nn.Parameter]]:
     """The model with the objective applied, and what of it is trained by rows."""
-    model = build_model(config, task.tokenizer)
+    model = build_model(config, task.tokenizer, **task.model_fields())
     task.check_model(model)
     if config.lora_rank:
         model = add_lora(model, config.lora_rank)
     apply_sce(model, objective)
     if config.probe_every:
         probe_loss(model, config.probe_every)
-    return model, [] if config.optimizer == "adamw" else make_row_sparse(model)
+    return model, [] if config.optimizer in DENSE else make_row_sparse(model)
 
 
 def _build_distillation(

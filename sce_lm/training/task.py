@@ -78,6 +78,10 @@ class Task(ABC):
     def describe(self) -> dict[str, Any]:
         """Sizes of the data and how they were split, for printing and JSON."""
 
+    def model_fields(self) -> dict[str, Any]:
+        """Fields that the data decide of the configuration of a model from scratch."""
+        return {}
+
     def check_model(self, model: PreTrainedModel) -> None:  # noqa: B027 (nothing by default)
         """Raise ValueError if the model cannot train on the task's batches; most can."""
 

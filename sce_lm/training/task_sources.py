@@ -20,6 +20,7 @@ from sce_lm.training.fingerprint import Fingerprint, of_documents, of_log
 from sce_lm.training.items import ItemsTask
 from sce_lm.training.language_model import LanguageModelTask
 from sce_lm.training.models import load_tokenizer
+from sce_lm.training.pairs import PairsTask
 from sce_lm.training.run_folder import RunFolder
 from sce_lm.training.stored_data import read_source, stored
 from sce_lm.training.task import Task
@@ -52,7 +53,9 @@ def build_task(config: TrainConfig) -> Task:
     tokenizer = config.tokenizer or config.model
     if config.task == "items":
         log = _read_log(config)
-        return ItemsTask.of_log(log, load_tokenizer(tokenizer) if tokenizer else None, config)
+        return _items_task(config).of_log(
+            log, load_tokenizer(tokenizer) if tokenizer else None, config
+        )
     documents, held_out, own = _read_documents(config)
     tokenizer = tokenizer or own
     if tokenizer is None:
@@ -77,7 +80,7 @@ def resume_task(config: TrainConfig, run: RunFolder) -> tuple[Task, str | None]:
     """
     before = read_source(run)
     if config.task == "items":
-        task = ItemsTask.stored(run, config)
+        task = _items_task(config).stored(run, config)
         try:
             change = _change(before, {"data": of_log(_read_log(config))})
         except FileNotFoundError:
@@ -106,7 +109,7 @@ def resume_task(config: TrainConfig, run: RunFolder) -> tuple[Task, str | None]:
 def stored_task(config: TrainConfig, run: RunFolder) -> Task:
     """The task of a run for evaluation, from its folder alone; text has nothing to train on."""
     if config.task == "items":
-        return ItemsTask.stored(run, config)
+        return _items_task(config).stored(run, config)
     return _language_model(config, run, None)
 
 
@@ -127,6 +130,10 @@ def changed_since(config: TrainConfig, run: RunFolder) -> str | None:
         return f"The data of {run} cannot be read any more ({reason}); {_ON_STORED}"
     change = _change(before, now)
     return change and f"The data of {run} have changed since it began ({change}); {_ON_STORED}"
+
+
+def _items_task(config: TrainConfig) -> type[ItemsTask] | type[PairsTask]:
+    return PairsTask if config.split == "random" else ItemsTask
 
 
 _ON_STORED = "the figures are on what the run stored."

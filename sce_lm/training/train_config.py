@@ -26,6 +26,8 @@ from sce_lm.recsys.splits import ColdItems, Past
 from sce_lm.training.kinds import FieldError, checked, nearest
 
 EMBEDDED = "embedded"
+DENSE = ("adamw", "adam")
+"""Optimisers that move every row at every step."""
 
 Schedule = Literal[
     "linear", "cosine", "cosine_with_restarts", "polynomial",
@@ -169,10 +171,12 @@ class ItemsFields(Section):
     iterate_filters: bool = option(
         True, "Filter until all that are left have enough events; false: once."
     )
-    split: Literal["leave_one_out", "last_n", "temporal"] = option(
+    split: Literal["leave_one_out", "last_n", "temporal", "random"] = option(
         "leave_one_out",
         "What is held out: each user's last item for the test and the one before for validation; "
-        "the last split_n for each; or all users with events after a cut in time.",
+        "the last split_n for each; all users with events after a cut in time; or, for the "
+        "model type two_tower, a random fifth of each user's items, drawn by seed, without any "
+        "for validation.",
     )
     split_n: int = option(1, "Items a user in each held-out set of split last_n.", AT_LEAST_1)
     split_quantile: float = option(
@@ -275,12 +279,13 @@ class OptimisationFields(Section):
     gradient_accumulation_steps: int = option(
         1, "Forward passes of one optimiser step.", AT_LEAST_1
     )
-    optimizer: Literal["adamw", "sparse_adam", "rowwise_adagrad"] = option(
+    optimizer: Literal["adamw", "adam", "sparse_adam", "rowwise_adagrad"] = option(
         "adamw",
-        "adamw: everything by AdamW. The others train the item matrix (input embedding and head) "
-        "by the rows that a step meets, and the rest by AdamW; they need an objective with "
-        "sparse_grad. Optimiser state of the item matrix: adamw and sparse_adam 8 bytes a "
-        "parameter, 2*V*d floats; rowwise_adagrad 4 bytes an item, V floats.",
+        "adamw: everything by AdamW; adam: the same with weight_decay in the gradient (L2). The "
+        "others train the item matrix (input embedding and head) by the rows that a step meets, "
+        "and the rest by AdamW; they need an objective with sparse_grad. Optimiser state of the "
+        "item matrix: of every Adam 8 bytes a parameter, 2*V*d floats; rowwise_adagrad 4 bytes an "
+        "item, V floats.",
     )
     learning_rate: float = option(0.0003, "Peak learning rate of AdamW.", ABOVE_0)
     sparse_learning_rate: float | None = option(
@@ -289,7 +294,9 @@ class OptimisationFields(Section):
         ABOVE_0,
     )
     weight_decay: float = option(
-        0.1, "Decoupled decay of matrices, but for those that are trained by rows.", NOT_NEGATIVE
+        0.1,
+        "Decay of matrices but for those that are trained by rows; decoupled, but of adam.",
+        NOT_NEGATIVE,
     )
     betas: list[float] = option([0.9, 0.95], "Decay rates of AdamW and sparse_adam.", DECAY_RATES)
     warmup_steps: int = option(100, "Steps in which the learning rate rises from 0.", NOT_NEGATIVE)
@@ -307,11 +314,11 @@ class OptimisationFields(Section):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.optimizer == "adamw" and self.sparse_learning_rate is not None:
+        if self.optimizer in DENSE and self.sparse_learning_rate is not None:
             raise FieldError(
-                f"sparse_learning_rate is {self.sparse_learning_rate} and the optimizer is adamw, "
-                "which has one rate for all; leave it out, or choose optimizer sparse_adam or "
-                "rowwise_adagrad.",
+                f"sparse_learning_rate is {self.sparse_learning_rate} and the optimizer is "
+                f"{self.optimizer}, which has one rate for all; leave it out, or choose optimizer "
+                "sparse_adam or rowwise_adagrad.",
                 *("sparse_learning_rate", "optimizer"),
             )
 
@@ -407,7 +414,7 @@ class TrainConfig(
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.optimizer != "adamw" and self.dtype != "float32":
+        if self.optimizer not in DENSE and self.dtype != "float32":
             raise FieldError(
                 f"dtype is {self.dtype!r} and the optimizer {self.optimizer}, whose small steps "
                 'that precision rounds away; use dtype "float32", with mixed_precision "bf16" for '
@@ -419,6 +426,20 @@ class TrainConfig(
                 f"lora_rank is {self.lora_rank}, which freezes a pretrained model and its head; it "
                 "goes with model and optimizer adamw; give both, or leave lora_rank out.",
                 *("lora_rank", "model", "optimizer"),
+            )
+
+        is_random, model_type = self.split == "random", self.model_config.get("model_type")
+        if self.model is None and is_random != (model_type == "two_tower"):
+            raise FieldError(
+                f"split is {self.split} and the model_type {model_type}; pairs without order are "
+                "for two_tower alone, and it for them; set both or neither.",
+                *("split", "model_config"),
+            )
+        if is_random and (self.keep_best or self.patience):
+            raise FieldError(
+                "split is random, which holds nothing out for validation, and keep_best or "
+                "patience would choose by the test; leave them out.",
+                *("split", "keep_best", "patience"),
             )
 
         if self.teacher is not None and (self.task != "lm" or self.optimizer != "adamw"):

@@ -169,3 +169,12 @@ def test_a_model_without_an_objective_and_bad_numbers():
         probe_loss(model, 10)
     with pytest.raises(ValueError, match="give 1 or more"):
         probe_loss(apply_sce(copy.deepcopy(model), SCEConfig()), 0)
+
+
+def test_calls_that_drew_the_probes_numbers_are_not_replayed():
+    """A run of seed 1 without dropout begins with the random numbers that the probe begins with."""
+    problem, objective, probe = make_problem(40, 500, 16), objectives.get("in_batch"), Probe(1)
+    torch.manual_seed(1)
+    objective(problem.hidden.clone().requires_grad_(), problem.weight, problem.labels.flip(0) * 0)
+    probe(objective, problem.hidden, problem.weight, problem.labels)
+    assert torch.isfinite(probe.errors).all()
