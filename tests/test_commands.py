@@ -133,7 +133,9 @@ def test_the_wheel_trains_evaluates_and_recommends(wheel, launched, tmp_path):
     fields |= {"max_steps": "4", "warmup_steps": "1", "per_device_batch_size": "4"}
     options = [text for name, value in fields.items() for text in (f"--{name}", value)]
     printed = sce_lm("train", "log.yaml", *options, start=launch if launched else ())
-    assert "The run is in run" in printed
+    assert "The run is in run; all figures in run/summary.json" in printed
+    assert len(printed[printed.index("Steps: 4, the last loss ") :].splitlines()) <= 10
+    assert re.search(r"^Test: ndcg@10 \d\.\d{4}, ", printed, re.MULTILINE)
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["processes"] == 1 + launched
     assert "ndcg@10" in sce_lm("evaluate", "run")

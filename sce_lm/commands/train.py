@@ -8,7 +8,8 @@ A run that was stopped goes on when the same command is given again. `--help` li
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 INTERRUPTED = 130
 """Exit status of a program that Ctrl-C ended: 128 and the number of the signal."""
@@ -48,6 +49,18 @@ def main(prog: str, arguments: Sequence[str]) -> int | None:
             )
         return INTERRUPTED
     if run.is_main:
-        print(json.dumps(summary, indent=2))
-        print(f"The run is in {run.folder}")
+        for line in ending(summary):
+            print(line)
+        print(f"The run is in {run.folder}; all figures in {run.folder.summary}")
     return None
+
+
+def ending(summary: Mapping[str, Any]) -> list[str]:
+    """The figures of a run that one looks at first; the others are in its summary."""
+    lines = [f"Steps: {summary['steps']}, the last loss {summary['loss']:.4f}"]
+    for name in ("validation", "test", "objective_error"):
+        figures = {n: v for n, v in summary[name].items() if isinstance(v, float)}
+        shown = ", ".join(f"{figure} {value:.4f}" for figure, value in figures.items())
+        lines += [f"{name.replace('_', ' ').capitalize()}: {shown}"] * bool(shown)
+    seconds, in_loss = summary["seconds_per_step"], summary["loss_seconds_per_step"]
+    return [*lines, f"Seconds a step: {seconds:.3f}, in the loss {in_loss:.3f}"]
