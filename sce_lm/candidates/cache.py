@@ -3,7 +3,7 @@
 The memory of an :class:`~sce_lm.candidates.state.SCEState` holds two things:
 
     occurrences [V]     1 at first, plus how often each class has been drawn since
-    drawn [D]           the distinct classes that the latest call has drawn
+    drawn [D]           the classes that the latest call has drawn, some perhaps several times
 
 A cache is drawn with replacement in proportion to the occurrences, of all classes or of those drawn
 by the latest call alone.
@@ -14,9 +14,12 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+from torch.nn.functional import pad
 
+from sce_lm.candidates.distinct import distinct
 from sce_lm.candidates.proposals import Categorical
 from sce_lm.candidates.state import SCEState
+from sce_lm.ops.static_shapes import needs_static_shapes
 
 OCCURRENCES, DRAWN = "occurrences", "drawn"
 
@@ -25,9 +28,11 @@ class Cache(NamedTuple):
     """One call's cache, over the classes that it holds and those that the caller asked about."""
 
     ids: torch.Tensor
-    """``[U]`` distinct ids, ascending."""
+    """``[U]`` as :func:`~sce_lm.candidates.distinct.distinct` gives them."""
     counts: torch.Tensor
     """``[U]`` how often the cache holds each; 0 for some that were asked about."""
+    asked: torch.Tensor
+    """``[U]`` how often it was asked about each."""
     q: torch.Tensor
     """``[U]`` fp64 probability of each in one draw of the cache."""
 
@@ -40,13 +45,15 @@ def draw_cache(
     vocab_size: int,
     *,
     among_drawn: bool,
+    is_asked: torch.Tensor | None = None,
     left_out: torch.Tensor | None = None,
 ) -> Cache:
     """A cache of ``size`` draws.
 
     Args:
-        asked: ids of further classes whose probability is wanted.
+        asked: ``[n]`` ids of further classes whose probability is wanted, perhaps repeated.
         among_drawn: take only classes that the latest call drew (any, before the first call).
+        is_asked: ``[n]`` bool: which of these count; None: all.
         left_out: ``[M]`` ids of classes that the cache may not hold; None: it may hold any.
     """
     occurrences = occurrences_of(state, vocab_size, asked.device)
@@ -57,9 +64,16 @@ def draw_cache(
         occurrences = torch.zeros_like(occurrences).index_copy_(0, drawn, occurrences[drawn])
     proposal = Categorical(occurrences.log())
     held = proposal.draw((size,), generator)
-    ids, counts = torch.unique(torch.cat([held, asked]), return_counts=True)
-    counts.index_add_(0, torch.searchsorted(ids, asked), torch.full_like(asked, -1))
-    return Cache(ids, counts, proposal.log_prob(ids).exp())
+    is_there = None if is_asked is None else pad(is_asked, (size, 0), value=True)
+    ids, _, is_spare = distinct(torch.cat([held, asked]), vocab_size, is_there)
+    one = torch.ones_like(asked) if is_asked is None else is_asked.to(asked.dtype)
+    in_cache, in_asked = (
+        asked.new_zeros(vocab_size).index_add_(0, some, times)[ids]
+        for some, times in ((held, torch.ones_like(held)), (asked, one))
+    )
+    if is_spare is not None:
+        in_cache, in_asked = (n.masked_fill(is_spare, 0) for n in (in_cache, in_asked))
+    return Cache(ids, in_cache, in_asked, proposal.log_prob(ids).exp())
 
 
 def record_draws(
@@ -76,7 +90,11 @@ def record_draws(
     if decay < 1.0:
         occurrences = 1.0 + decay * (occurrences - 1.0)
     state.memory[OCCURRENCES] = occurrences.index_add(0, ids, draws.to(torch.float64))
-    state.memory[DRAWN] = torch.unique(ids[draws > 0])
+    if needs_static_shapes(ids.device):  # one of them stands for those that were not drawn
+        one = ids.index_select(0, draws.argmax(dim=0, keepdim=True))
+        state.memory[DRAWN] = torch.where(draws > 0, ids, one)
+    else:
+        state.memory[DRAWN] = torch.unique(ids[draws > 0])
 
 
 def merge_occurrences(state: SCEState, device: torch.device) -> None:

@@ -29,6 +29,7 @@ from itertools import pairwise
 import torch
 
 from sce_lm.candidates.proposals import Categorical
+from sce_lm.ops.static_shapes import needs_static_shapes
 
 BLOCK_ELEMENTS = 2**22
 """Elements of the largest intermediate tensor (16 MiB in fp32)."""
@@ -40,7 +41,7 @@ class KernelSampler:
     Args:
         rows: ``[V, r]`` fp32 or fp64.
         draws: how many draws a position will ask for; the block size is chosen for it.
-        alpha: weight of the logit's power against the 1.
+        alpha: weight of the logit's power against the 1; a number, or 0-dim on the device.
         power: 2 or 4.
         block_size: b; None: from the cost model.
     """
@@ -49,7 +50,7 @@ class KernelSampler:
         self,
         rows: torch.Tensor,
         draws: int,
-        alpha: float,
+        alpha: float | torch.Tensor,
         *,
         power: int = 2,
         block_size: int | None = None,
@@ -112,7 +113,10 @@ class KernelSampler:
             c = shift.unsqueeze(1)
             pairs = _upper(queries.unsqueeze(2) * queries.unsqueeze(1))
             features = torch.cat([pairs, -c * queries, c.square()], dim=1)
-            masses = torch.addmm(self.sizes, features, self.grams.T, alpha=self.alpha)
+            alpha = self.alpha
+            if torch.is_tensor(alpha):
+                features, alpha = features * alpha, 1.0
+            masses = torch.addmm(self.sizes, features, self.grams.T, alpha=alpha)
         else:
             blocks = max(1, BLOCK_ELEMENTS // (len(queries) * self.block_size))
             pieces = [
@@ -125,6 +129,8 @@ class KernelSampler:
 
     def _draw_inside(self, queries, shift, block, u):
         """A row of each drawn block, block by block: ids ``[N, m]`` and log q inside it."""
+        if needs_static_shapes(block.device):
+            return self._draw_inside_tiles(queries, shift, block, u)
         flat, u = block.reshape(-1), u.reshape(-1)
         order = torch.argsort(flat, stable=True)
         ends = torch.bincount(flat, minlength=self.num_blocks).cumsum(0).tolist()
@@ -143,9 +149,45 @@ class KernelSampler:
                 ids[drawn], log_q[drawn] = first + row.squeeze(1), log_inside.squeeze(1)
         return ids.view_as(block), log_q.view_as(block)
 
+    def _draw_inside_tiles(self, queries, shift, block, u):
+        """The same where no shape may depend on draws: tiles of them, each in one block, as many as
+        hold any draws, with empty places."""
+        flat, total = block.reshape(-1), block.numel()
+        size = -(-total // self.num_blocks)
+        by_block, order = torch.sort(flat, stable=True)
+        bounds = torch.searchsorted(
+            by_block, torch.arange(self.num_blocks + 1, device=block.device)
+        )
+        tiles = (bounds.diff() + (size - 1)) // size
+        ends = tiles.cumsum(0)
+        tile = torch.arange(-(-total // size) + self.num_blocks - 1, device=block.device)
+        own = torch.searchsorted(ends, tile, right=True).clamp_max_(self.num_blocks - 1)
+        first = bounds[own] + (tile - (ends - tiles)[own]) * size
+        place = first.unsqueeze(1) + torch.arange(size, device=block.device)
+        is_there = place < bounds[own + 1].unsqueeze(1)
+        drawn = order[place.clamp_max_(total - 1)]
+        target = drawn.masked_fill(~is_there, total)  # where empty places go
+        at, u = drawn // block.shape[1], u.reshape(-1)[drawn]
+        row_of = own.unsqueeze(1) * self.block_size
+        row_of = row_of + torch.arange(self.block_size, device=block.device)
+        ids, log_q = flat.new_empty(total + 1), u.new_empty(total + 1)
+        step = max(1, BLOCK_ELEMENTS // (self.block_size * max(size, queries.shape[1])))
+        for part in zip(*(x.split(step) for x in (at, target, u, row_of))):
+            some, to, u_of, rows = part
+            inside = self.rows[rows.clamp_max(len(self.rows) - 1)]
+            kernel = self._kernel(queries[some], shift[some], inside)
+            kernel.masked_fill_((rows >= len(self.rows)).unsqueeze(1), 0.0)
+            cumulative = kernel.cumsum(dim=2, dtype=torch.float64).flatten(0, 1)
+            row, log_inside = _invert(cumulative, u_of.reshape(-1, 1))
+            to = to.reshape(-1)
+            ids[to] = (row.view_as(some) + rows[:, :1]).reshape(-1)
+            log_q[to] = log_inside.squeeze(1)
+        return ids[:-1].view_as(block), log_q[:-1].view_as(block)
+
     def _kernel(self, queries, shift, rows) -> torch.Tensor:
-        """``[n, k]`` alpha·(h·w - shift)^power + 1."""
-        x = torch.addmm(-shift.unsqueeze(1), queries, rows.T).square_()
+        """``[..., n, k]`` alpha·(h·w - shift)^power + 1."""
+        product = torch.addmm if rows.dim() == 2 else torch.baddbmm
+        x = product(-shift.unsqueeze(-1), queries, rows.mT).square_()
         if self.power == 4:
             x = x.square_()
         return x.mul_(self.alpha).add_(1.0)
@@ -172,7 +214,11 @@ class KernelSampler:
 
 
 def mean_kernel_proposal(
-    rows: torch.Tensor, queries: torch.Tensor, alpha: float, shift: torch.Tensor | None = None
+    rows: torch.Tensor,
+    queries: torch.Tensor,
+    alpha: float | torch.Tensor,
+    shift: torch.Tensor | None = None,
+    is_valid: torch.Tensor | None = None,
 ) -> Categorical:
     """The mean over positions of their quadratic kernel distributions, one proposal for all.
 
@@ -186,11 +232,14 @@ def mean_kernel_proposal(
         queries: ``[N, r]``.
         alpha: weight of the square against the 1.
         shift: ``[N]`` c, taken off a query's inner products first; None: 0.
+        is_valid: ``[N]`` bool: which positions count, or all if none does; None: all.
     """
     c = queries.new_zeros(len(queries)) if shift is None else shift
     total = (queries @ (rows.T @ rows) * queries).sum(dim=1)
     total += len(rows) * c.square() - 2.0 * c * (queries @ rows.sum(dim=0))
     r = 1.0 / (len(queries) * (alpha * total.clamp_min(0.0) + len(rows)))
+    if is_valid is not None:
+        r = torch.where(is_valid | ~is_valid.any(), r, 0.0)
     weighted = queries * r.unsqueeze(1)
     mixed, linear = queries.T @ weighted, weighted.T @ c
     square = torch.cat(

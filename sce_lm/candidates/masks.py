@@ -19,8 +19,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from torch.utils.weak import WeakTensorKeyDictionary
 
-from sce_lm.ops.head import Head
 from sce_lm.ops.logits import LogitTransform
 
 FAR_BELOW = 500.0
@@ -29,6 +29,8 @@ rows would have to make up for four times as much, and -1e4 counts as a mask dow
 0.05."""
 CAPS = 20.0
 """Soft caps beyond which tanh is 1, in fp64 too."""
+_found_nothing = WeakTensorKeyDictionary()
+"""Bias on a device to whether it was seen to mask nothing."""
 
 
 def is_masked(
@@ -53,9 +55,22 @@ def is_masked(
     return (s < least) | (s == -torch.inf)
 
 
-def may_mask(head: Head) -> bool:
-    """Whether there may be masked classes."""
-    return head.bias is not None and head.post.soft_cap is None
+def masks_nothing(bias: torch.Tensor, is_out: torch.Tensor) -> bool:
+    """Whether this bias masks no class. Waits for the device at its first call; from then on the
+    device stops the program if the answer was yes and is no longer.
+
+    Args:
+        is_out: ``[V]`` from :func:`is_masked`.
+    """
+    if bias not in _found_nothing:
+        _found_nothing[bias] = not is_out.any()
+    if _found_nothing[bias]:
+        torch.ops.aten._assert_async.msg(
+            ~is_out.any(),
+            "bias masks classes and did not at its first call; set its masks before training, or "
+            "give the head a new tensor for its bias.",
+        )
+    return _found_nothing[bias]
 
 
 def within_reach(bias: torch.Tensor, post: LogitTransform) -> torch.Tensor:

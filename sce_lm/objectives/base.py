@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import torch
 
-from sce_lm.candidates.masks import is_masked, within_reach
+from sce_lm.candidates.masks import is_masked, masks_nothing, within_reach
 from sce_lm.candidates.state import SCEState
 from sce_lm.config import ObjectiveConfig
 from sce_lm.objectives.call import Call
@@ -228,6 +228,9 @@ class Objective(ABC):
         hidden = hidden_states.reshape(-1, hidden_states.shape[-1])
         call = Call(self.config.backend, return_stats)
         is_static = needs_static_shapes(hidden.device) and self.has_static_shapes(head)
+        if is_static and is_out is not None:
+            assert head.bias is not None
+            is_static = masks_nothing(head.bias, is_out)
         is_valid, num_masked = None, 0
         if is_static and len(flat_labels):
             is_valid = valid_mask(flat_labels, ignore_index, vocab_size, factors)

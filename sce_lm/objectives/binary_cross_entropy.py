@@ -18,7 +18,6 @@ from dataclasses import dataclass
 
 import torch
 
-from sce_lm.candidates.masks import may_mask
 from sce_lm.candidates.proposals import Uniform
 from sce_lm.config import ObjectiveConfig, check_choice, check_count, check_share
 from sce_lm.objectives.base import Statistics
@@ -81,7 +80,7 @@ class BCE(SampledObjective):
     config: BCEConfig
 
     def has_static_shapes(self, head: Head) -> bool:
-        return not self.config.sparse_grad and not may_mask(head)
+        return True
 
     def compute(
         self, head: Head, positions: Positions, call: Call

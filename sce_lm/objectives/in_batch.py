@@ -69,7 +69,7 @@ class InBatch(SampledObjective):
     config: InBatchConfig
 
     def has_static_shapes(self, head: Head) -> bool:
-        return not self.config.sparse_grad
+        return True
 
     def compute(
         self, head: Head, positions: Positions, call: Call

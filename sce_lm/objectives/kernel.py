@@ -44,6 +44,7 @@ from sce_lm.ops.dtypes import compute_dtype
 from sce_lm.ops.head import EVERYTHING, Head
 from sce_lm.ops.position_cross_entropy import PositionCandidates, position_cross_entropy
 from sce_lm.ops.positions import Positions
+from sce_lm.ops.static_shapes import needs_static_shapes
 
 AUTO_WIDTH, AUTO_PROJECTION = 128, 64
 """Models wider than the first are projected to the second by "auto"."""
@@ -53,8 +54,8 @@ PROJECTION_ROWS = 32
 """Rows for each dimension from which a projection is fitted."""
 PROJECTION_REFRESH = 100
 """Calls after which it is fitted again."""
-AUTO_ALPHAS = tuple(10.0 ** (k / 2) for k in range(-4, 9))
-"""Values that alpha="auto" chooses from."""
+AUTO_POWERS = range(-4, 9)
+"""alpha="auto" chooses among the powers of the root of 10."""
 AUTO_POSITIONS, AUTO_ROWS = 64, 1024
 """Positions and rows, evenly spread, that it looks at."""
 
@@ -120,6 +121,9 @@ class Kernel(SampledObjective):
     config_class = KernelConfig
     config: KernelConfig
 
+    def has_static_shapes(self, head: Head) -> bool:
+        return True
+
     def compute(
         self, head: Head, positions: Positions, call: Call
     ) -> tuple[torch.Tensor, Statistics]:
@@ -127,7 +131,7 @@ class Kernel(SampledObjective):
         num_positions, width = positions.hidden.shape
         queries, rows, shift, alpha = self._kernel(head, positions, call)
         if config.shared:
-            proposal = mean_kernel_proposal(rows, queries, alpha, shift)
+            proposal = mean_kernel_proposal(rows, queries, alpha, shift, positions.is_valid)
             places, c = draw_with_replacement(proposal, m, call.stream("negatives"))
             ids = head.named(places)
             candidates = Candidates(ids[:0], ids, c, sparse_grad=config.sparse_grad)
@@ -205,7 +209,9 @@ class Kernel(SampledObjective):
             return fitted
         return tuple(memory[name].to(queries) for name in ("of_hidden", "of_rows"))
 
-    def _alpha(self, head: Head, positions: Positions, queries, rows, shift) -> float:
+    def _alpha(
+        self, head: Head, positions: Positions, queries, rows, shift
+    ) -> float | torch.Tensor:
         """The configured alpha, or the candidate with the least
         ``sum_j exp(2 s_j) / k_j · sum_j k_j / (sum_j exp s_j)²``, ``k = alpha·x^p + 1``, the
         relative second moment of a draw, on average over some positions."""
@@ -220,12 +226,14 @@ class Kernel(SampledObjective):
         if shift is not None:
             kernel -= shift[some, None]
         power = kernel ** (4 if self.config.kernel == "quartic" else 2)
-        alphas = torch.tensor(AUTO_ALPHAS, dtype=power.dtype, device=power.device)
         moments = [
             (p.square() / k).sum(dim=1).mul(k.sum(dim=1)).mean()
-            for k in (alpha * power + 1.0 for alpha in alphas)
+            for k in (10.0 ** (n / 2) * power + 1.0 for n in AUTO_POWERS)
         ]
-        return AUTO_ALPHAS[int(torch.stack(moments).argmin())]
+        best = torch.stack(moments).argmin()
+        if needs_static_shapes(best.device):
+            return 10.0 ** ((best + AUTO_POWERS.start).to(power.dtype) / 2)
+        return 10.0 ** ((int(best) + AUTO_POWERS.start) / 2)
 
 
 def _extended_hidden(head: Head, positions: Positions, at, dtype: torch.dtype) -> torch.Tensor:

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 
 from sce_lm.candidates.buckets import random_centers
-from sce_lm.candidates.masks import may_mask
 from sce_lm.config import PublishedSCEConfig
 from sce_lm.objectives.base import Statistics
 from sce_lm.objectives.call import Call
@@ -40,7 +39,7 @@ class PublishedSCE(SampledObjective):
         return dict([name, ("published", True), *fields])
 
     def has_static_shapes(self, head: Head) -> bool:
-        return not self.config.sparse_grad and not may_mask(head)
+        return True
 
     def compute(
         self, head: Head, positions: Positions, call: Call

@@ -79,11 +79,14 @@ class RECE(SampledObjective):
     config_class = RECEConfig
     config: RECEConfig
 
+    def has_static_shapes(self, head: Head) -> bool:
+        return True
+
     def compute(
         self, head: Head, positions: Positions, call: Call
     ) -> tuple[torch.Tensor, Statistics]:
         num_positions = len(positions)
-        chunks = self._chunks(head, positions.hidden, call.stream("directions"))
+        chunks = self._chunks(head, positions, call.stream("directions"))
         loss = chunk_cross_entropy(head, positions, chunks, backend=call.backend)
         buckets, count = self.config.resolve(num_positions, head.num_classes)
         met = min(1.0, (1 + 2 * chunks.reach) / count) * head.num_classes
@@ -93,7 +96,8 @@ class RECE(SampledObjective):
         )
 
     @torch.no_grad()
-    def _chunks(self, head: Head, hidden: torch.Tensor, generator: torch.Generator) -> Chunks:
+    def _chunks(self, head: Head, positions: Positions, generator: torch.Generator) -> Chunks:
+        hidden = positions.hidden
         num_positions, width = hidden.shape
         buckets, count = self.config.resolve(num_positions, head.num_classes)
         nowhere = count + self.config.extra_chunks  # a chunk that no position reaches
@@ -106,7 +110,7 @@ class RECE(SampledObjective):
             )
             chunks.append(
                 [
-                    hash_chunks([hidden], directions, count),
+                    hash_chunks([hidden], directions, count, is_valid=positions.is_valid),
                     hash_chunks(classes, directions, count, head.kept, nowhere),
                 ]
             )

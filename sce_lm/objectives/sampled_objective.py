@@ -29,7 +29,7 @@ class SampledObjective(Objective):
         ids: Sequence[torch.Tensor] | None,
         candidates: float | None = None,
         relative_error: torch.Tensor | None = None,
-        **averages: float,
+        **averages: float | torch.Tensor,
     ) -> Statistics:
         """A call's :class:`Statistics`; the state's running averages follow if it counted.
 

@@ -15,7 +15,6 @@ from typing import Literal
 
 import torch
 
-from sce_lm.candidates.masks import may_mask
 from sce_lm.candidates.prior import log_label_prior
 from sce_lm.candidates.priority import priority_sample
 from sce_lm.candidates.proposals import (
@@ -93,7 +92,7 @@ class SampledSoftmax(SampledObjective):
     config: SampledSoftmaxConfig
 
     def has_static_shapes(self, head: Head) -> bool:
-        return not self.config.sparse_grad and not may_mask(head)
+        return True
 
     def compute(
         self, head: Head, positions: Positions, call: Call

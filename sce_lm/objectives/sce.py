@@ -40,7 +40,6 @@ from sce_lm.candidates.buckets import (
 )
 from sce_lm.candidates.center_softmax import CenterSoftmax, center_softmax
 from sce_lm.candidates.distinct import distinct
-from sce_lm.candidates.masks import may_mask
 from sce_lm.candidates.priority import priority_sample
 from sce_lm.config import SCEConfig, SCESizes
 from sce_lm.objectives import monitor
@@ -84,9 +83,7 @@ class SCE(SampledObjective):
     """Classes of the latest call if its lists held them all, else 0."""
 
     def has_static_shapes(self, head: Head) -> bool:
-        config = self.config
-        waits = config.sparse_grad or may_mask(head)
-        return not waits and config.target_relative_error is None
+        return self.config.target_relative_error is None
 
     def compute(
         self, head: Head, positions: Positions, call: Call

@@ -51,7 +51,6 @@ import torch
 
 from sce_lm.candidates.cache import Cache, draw_cache, merge_occurrences, record_draws
 from sce_lm.candidates.distinct import distinct
-from sce_lm.candidates.masks import may_mask
 from sce_lm.candidates.resampling import multinomial_counts, systematic_counts
 from sce_lm.config import SoftmaxConfig, check_choice, check_count, check_share
 from sce_lm.objectives.base import Statistics
@@ -61,6 +60,7 @@ from sce_lm.ops.dtypes import compute_dtype
 from sce_lm.ops.head import Head
 from sce_lm.ops.position_cross_entropy import PositionCandidates, position_cross_entropy
 from sce_lm.ops.positions import Positions
+from sce_lm.ops.static_shapes import needs_static_shapes
 
 AUTO_SIZE = 2048
 """Most draws, and largest cache, that "auto" gives."""
@@ -153,17 +153,16 @@ class BIR(SampledObjective):
     config: BIRConfig
 
     def has_static_shapes(self, head: Head) -> bool:
-        return not self.config.sparse_grad and not may_mask(head)
+        return True
 
     def compute(
         self, head: Head, positions: Positions, call: Call
     ) -> tuple[torch.Tensor, Statistics]:
-        seen, others = call.counts, positions.num_valid - 1
-        others = others.clamp_min(1) if torch.is_tensor(others) else max(others, 1)
+        seen = call.counts
         found = distinct(positions.labels, len(seen), positions.is_valid)
         ids, n = found.ids, found.occurrences
         if self.config.correction == "importance":
-            factor = n / (others * _frequency(seen, ids))
+            factor = n / (_others(positions) * _frequency(seen, ids))
         else:
             factor = n / _popularity(seen, ids, self.config.popularity)
         draws = _size(self.config.num_negatives, len(positions))
@@ -207,46 +206,45 @@ class XIR(BIR):
     config_class = XIRConfig
     config: XIRConfig
 
-    def has_static_shapes(self, head: Head) -> bool:
-        return False
-
     def compute(
         self, head: Head, positions: Positions, call: Call
     ) -> tuple[torch.Tensor, Statistics]:
         config, state = self.config, self.state
-        ids, n = torch.unique(positions.labels, return_counts=True)
         cache = call.once(
             "cache",
             lambda: draw_cache(
                 state,
                 _size(config.cache_size, len(positions)),
-                ids,
+                positions.labels,
                 call.stream("cache"),
                 head.vocab_size,
                 among_drawn=config.cache_from == "drawn",
+                is_asked=positions.is_valid,
                 left_out=head.masked,
             ),
         )
         combine = self._one_pool if config.correction == "importance" else self._two_pools
-        loss, drawn_from, drawn = combine(head, positions, call, ids, n, cache)
+        loss, drawn_from, drawn = combine(head, positions, call, cache)
         if call.counted:
             record_draws(state, drawn_from, drawn, head.vocab_size, config.decay)
-        distinct = float((cache.counts > 0).sum())
         return loss, self.statistics(
             positions,
             call,
             2.0 * len(drawn_from),
-            ids=[drawn_from[drawn > 0]],
+            ids=[drawn_from.masked_fill(drawn == 0, -1)],
             candidates=float(len(drawn_from)),
-            distinct_cached=distinct,
+            distinct_cached=(cache.counts > 0).sum(),
         )
 
-    def _two_pools(self, head: Head, positions: Positions, call: Call, ids, n, cache: Cache):
+    def _two_pools(self, head: Head, positions: Positions, call: Call, cache: Cache):
         """As published: the loss, the classes of both pools and how often each was drawn."""
-        held = cache.counts > 0
         draws = _size(self.config.num_negatives, len(positions)) // 2
-        losses, pools, drawn = [], [ids, cache.ids[held]], []
-        for name, pool, m in zip(("batch", "cached"), pools, (n, cache.counts[held])):
+        losses, pools, drawn = [], [], []
+        for name, m in (("batch", cache.asked), ("cached", cache.counts)):
+            pool = cache.ids
+            if not needs_static_shapes(pool.device):  # else those that are not there weigh 0
+                pool, m = pool[m > 0], m[m > 0]
+            pools.append(pool)
             factor = m / _popularity(call.counts, pool, self.config.popularity)
             drawable = _Pool(pool, factor.log())
             loss, times = self._loss(head, positions, drawable, draws, call, name)
@@ -255,13 +253,12 @@ class XIR(BIR):
         share = self.config.cache_weight
         return share * losses[1] + (1.0 - share) * losses[0], torch.cat(pools), torch.cat(drawn)
 
-    def _one_pool(self, head: Head, positions: Positions, call: Call, ids, n, cache: Cache):
+    def _one_pool(self, head: Head, positions: Positions, call: Call, cache: Cache):
         """Corrected: the same, for the pool of all classes in batch and cache."""
-        found = cache.counts.index_add(0, torch.searchsorted(cache.ids, ids), n)
-        expected = max(len(positions) - 1, 1) * _frequency(call.counts, cache.ids)
+        expected = _others(positions) * _frequency(call.counts, cache.ids)
         expected += cache.counts.sum() * cache.q
         draws = _size(self.config.num_negatives, len(positions))
-        pool = _Pool(cache.ids, (found / expected).log())
+        pool = _Pool(cache.ids, ((cache.counts + cache.asked) / expected).log())
         loss, drawn = self._loss(head, positions, pool, draws, call, "batch")
         return loss, cache.ids, drawn
 
@@ -272,6 +269,12 @@ class XIR(BIR):
 
 def _size(size: int | Literal["auto"], num_positions: int) -> int:
     return max(2, min(num_positions, AUTO_SIZE)) if size == "auto" else size
+
+
+def _others(positions: Positions) -> int | torch.Tensor:
+    """Labels beside a position's own, at least 1."""
+    others = positions.num_valid - 1
+    return others.clamp_min(1) if torch.is_tensor(others) else max(others, 1)
 
 
 def _frequency(seen: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:

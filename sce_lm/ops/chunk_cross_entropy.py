@@ -16,9 +16,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
+from torch.nn.functional import pad
 
 from sce_lm.ops.dispatch import Backend, kernels
 from sce_lm.ops.dtypes import compute_dtype
@@ -35,9 +37,11 @@ class Chunks:
     """Which positions meet which classes; chosen without gradient."""
 
     of_position: torch.Tensor
-    """``[R, N]`` int64: the chunk of each position in each round."""
+    """``[R, N]`` int64: the chunk of each position in each round. The k-th of n in the order of
+    chunks, those without a label aside, is in chunk ``k·count // n``."""
     of_class: torch.Tensor
-    """``[R, V]`` int64: the chunk of each class; ``count + reach``: no position meets it."""
+    """``[R, V]`` int64: the chunk of each class, cut alike; ``count + reach``: a masked class,
+    which no position meets."""
     count: int
     """Chunks of a round."""
     reach: int
@@ -84,6 +88,10 @@ class _Rounds:
         self.dtype = compute_dtype(positions.hidden, head.weight)
         self.hidden = head.extend(positions.hidden, self.dtype)
         self.head, self.labels, self.chunks = head, positions.labels, chunks
+        self.is_valid, self.of_position = positions.is_valid, chunks.of_position
+        if positions.is_valid is not None:  # one more for empty places
+            self.hidden = pad(self.hidden, (0, 0, 0, 1))
+            self.labels, self.of_position = pad(self.labels, (0, 1)), pad(self.of_position, (0, 1))
 
     def rows(self, ids: torch.Tensor) -> torch.Tensor:
         return self.head.rows(ids, self.dtype)
@@ -92,11 +100,12 @@ class _Rounds:
         """Every chunk of every round, and the rows of its classes."""
         c = self.chunks
         for r, (of_position, of_class) in enumerate(zip(c.of_position, c.of_class)):
-            position_parts = _members(of_position, c.count)
-            class_parts = _members(of_class, c.count)
+            if self.is_valid is None:
+                position_parts = _members(of_position, c.count, len(of_position))
+            else:
+                position_parts = _valid_members(of_position, c.count, self.is_valid)
+            class_parts = _members(of_class, c.count, self.head.num_classes)
             for i, members in enumerate(position_parts):
-                if len(members) == 0:
-                    continue
                 classes = torch.cat(class_parts[max(0, i - c.reach) : i + c.reach + 1])
                 rows = self.rows(classes)
                 for positions in members.split(max(1, BLOCK_ELEMENTS // max(len(classes), 1))):
@@ -107,15 +116,30 @@ class _Rounds:
         s = self.head.post(self.hidden[positions] @ rows.T)
         known = classes == self.labels[positions, None]
         for earlier in range(r):
-            distance = c.of_class[earlier, classes] - c.of_position[earlier, positions, None]
+            distance = c.of_class[earlier, classes] - self.of_position[earlier, positions, None]
             known |= distance.abs() <= c.reach
         return _Piece(positions, classes, s.masked_fill(known, -torch.inf), self.head.post.slope(s))
 
 
-def _members(chunk: torch.Tensor, count: int) -> list[torch.Tensor]:
-    """The indices in each chunk."""
-    sizes = torch.bincount(chunk, minlength=count).tolist()
-    return list(torch.argsort(chunk, stable=True).split(sizes))
+def _members(chunk: torch.Tensor, count: int, num_cut: int) -> list[torch.Tensor]:
+    """The indices in each chunk, of ``num_cut`` that are in one."""
+    edges = [-(-i * num_cut // count) for i in range(count + 1)]
+    order = torch.argsort(chunk, stable=True)
+    return [order[start:stop] for start, stop in pairwise(edges)]
+
+
+def _valid_members(
+    chunk: torch.Tensor, count: int, is_valid: torch.Tensor
+) -> tuple[torch.Tensor, ...]:
+    """The same for the valid ones of N, whose number the host does not know: as many as a chunk can
+    hold, N in empty places."""
+    total = len(chunk)
+    order = torch.argsort(chunk.masked_fill(~is_valid, count), stable=True)
+    edges = torch.arange(count + 1, device=chunk.device) * is_valid.sum()
+    edges = (edges + (count - 1)) // count
+    place = edges[:-1, None] + torch.arange(-(-total // count), device=chunk.device)
+    members = order[place.clamp_max(total - 1)]
+    return members.masked_fill_(place >= edges[1:, None], total).unbind()
 
 
 class _Gradients(NamedTuple):
@@ -151,12 +175,13 @@ class ChunkPass(Pass):
             log_z[piece.positions] = torch.logaddexp(log_z[piece.positions], met)
 
         trained = p.hidden[:, head.num_frozen(needs.head) :]
+        count = len(positions)
         grad_hidden = p.hidden.new_zeros(len(p.labels) if needs_hidden else 0, p.hidden.shape[1])
         num_rows = head.vocab_size if needs_rows else 0
         grad_rows = p.hidden.new_zeros(num_rows, trained.shape[1])
         if needs:
             assert positions.weight is not None
-            share = positions.weight.expand_as(log_z)
+            share = pad(positions.weight.expand(count), (0, len(log_z) - count))
             per_row = positions.terms.of_partition(share, log_z)
             g = torch.exp(label_s - log_z) * per_row - positions.terms.of_label(share)
             g = g * post.slope(label_s)
@@ -171,5 +196,6 @@ class ChunkPass(Pass):
                     grad_hidden[at] += g @ rows
                 if needs_rows:
                     grad_rows.index_add_(0, piece.classes, g.T @ trained[at])
-        gradients = _Gradients(head, needs, grad_hidden, grad_rows)
-        return Found(positions.terms.losses(log_z, label_s), gradients=gradients)
+        gradients = _Gradients(head, needs, grad_hidden[:count], grad_rows)
+        losses = positions.terms.losses(log_z, label_s)
+        return Found(losses[:count], gradients=gradients)

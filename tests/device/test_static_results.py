@@ -43,6 +43,17 @@ BY_POSITION = {
     "bir, importance": lambda: objectives.get("bir", num_negatives=5, correction="importance"),
     "bce": lambda: objectives.get("bce", num_negatives=2),
     "control": lambda: objectives.get("sce", **BUCKETS, control_variate=True),
+    "xir": lambda: objectives.get("xir", num_negatives=8, cache_size=20),
+    "xir, importance": lambda: objectives.get(
+        "xir", num_negatives=8, cache_size=20, correction="importance", cache_from="drawn"
+    ),
+    "rece": lambda: objectives.get("rece"),
+    "rece, rounds": lambda: objectives.get("rece", rounds=3, extra_chunks=0),
+    "kernel": lambda: objectives.get("kernel", num_negatives=9),
+    "kernel, quartic": lambda: objectives.get(
+        "kernel", num_negatives=9, kernel="quartic", alpha="auto", center=True
+    ),
+    "kernel, shared": lambda: objectives.get("kernel", num_negatives=9, shared=True),
     "published": lambda: objectives.get("sce", published=True, bucket_candidates=9),
     "published, mean": lambda: objectives.get(
         "sce", published=True, bucket_candidates=9, reduce="mean", num_buckets=5
@@ -272,3 +283,21 @@ def test_statistics_are_those_of_valid_positions():
     torch.testing.assert_close(mine.confidence, exact.confidence)
     torch.testing.assert_close(my_sampled.relative_error, sampled.relative_error)
     assert torch.equal(my_sampled.candidates, sampled.candidates)
+
+
+@pytest.mark.parametrize("name", ["sce", "gbce", "priority"])
+def test_a_bias_is_looked_at_for_masks_once(name):
+    problem = make_problem(30, 60, 5)
+    assert problem.bias is not None
+    masked = problem.bias.detach().index_fill(0, torch.tensor([3]), -torch.inf)
+    problem.labels.clamp_min_(4)
+    objective = OBJECTIVES[name]()
+    with static_shapes():
+        for _ in range(2):  # waits for the device, and leaves the class out
+            loss = objective(*problem[:3], bias=masked)
+            assert loss.isfinite()
+        bias = problem.bias.detach().clone()
+        objective(*problem[:3], bias=bias)
+        bias[3] = -torch.inf
+        with pytest.raises(RuntimeError, match="bias masks classes and did not at its first call"):
+            objective(*problem[:3], bias=bias)

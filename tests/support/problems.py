@@ -59,3 +59,9 @@ def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
 def gradients(loss: torch.Tensor, problem: Problem) -> list[torch.Tensor]:
     """Dense gradients of a loss in the order hidden, weight, bias."""
     return [g.to_dense() for g in torch.autograd.grad(loss, problem.parameters)]
+
+
+def equal_chunks(rounds: int, size: int, count: int, generator: torch.Generator) -> torch.Tensor:
+    """``[rounds, size]`` a chunk for each, in another order each round."""
+    orders = [torch.randperm(size, generator=generator) for _ in range(rounds)]
+    return torch.stack(orders) * count // size

@@ -23,18 +23,11 @@ from sce_lm.ops.gradient_memory import add_product
 from sce_lm.ops.head import Head, sparse_gradient
 from sce_lm.ops.logits import LogitTransform
 from sce_lm.ops.positions import LossTerms, Positions
-from sce_lm.ops.static_shapes import needs_static_shapes
 from sce_lm.ops.triton.backward_pass import backward_pass, normalised
+from sce_lm.ops.triton.candidate_epilogue import Control, candidate_epilogue
 from sce_lm.ops.triton.candidate_forward import list_sums
 from sce_lm.ops.triton.candidate_lists import CandidateTensors, candidate_lists
-from sce_lm.ops.triton.control_variate import (
-    Control,
-    Rest,
-    mean_gradient,
-    outside_lists,
-    rest_of,
-    rest_size,
-)
+from sce_lm.ops.triton.control_variate import Rest, in_lists, mean_gradient, rest_of
 from sce_lm.ops.triton.hidden_gradient import RowTerm
 from sce_lm.ops.triton.logit_gradient import LossGradient
 from sce_lm.ops.triton.merge_rows import merge_rows, touched_rows
@@ -105,47 +98,39 @@ def _forward(
     sparse_grad: bool,
     z_loss: float,
     label_smoothing: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Loss, log Zhat and the number of clamped positions; then what the backward pass needs, by
     position: the gradient at the label's raw logit, ``pull``, the gradient at the mean logit, and
-    which were clamped; and the mean rows. The last four are empty without control variate."""
+    which were clamped; and the mean rows and size of R. The last five are empty without control
+    variate."""
     post, terms = LogitTransform(scale, soft_cap), LossTerms(z_loss, label_smoothing)
     tensors = CandidateTensors(
         shared, tail, tail_log_weights, bucket_items, bucket_of, bucket_log_weights, masked
     )
     label_raw = row_dot(hidden, weight, labels, bias)
-    label_s = post(label_raw)
-    sums = [
-        list_sums(hidden, weight, bias, labels, members, post, control=control_variate)
-        for members in candidate_lists(tensors, len(hidden))
-    ]
-    shift = torch.cat([s.top for s in sums]).amax(dim=0).maximum(label_s)
-    control = rest = None
+    lists = candidate_lists(tensors, len(hidden))
+    sums = {
+        members.kind: list_sums(
+            hidden, weight, bias, labels, members, post, control=control_variate
+        )
+        for members in lists
+    }
+    control, size, mean_rows = None, labels.new_empty(0), label_raw.new_empty(0)
     if control_variate:
         rest = rest_of(weight, bias, tensors, labels, row_sum)
-        outside = outside_lists(labels, tensors, len(weight))
-        control = Control(hidden, label_raw, outside, rest, sums, post)
-        shift = control.shift(shift)
-    e_label = (label_s - shift).exp()
-    z = e_label + sum((s.total * (s.top - shift).exp()).sum(dim=0) for s in sums)
-    if control is not None:
-        z = control.add_to(z, shift)
-        if soft_cap is not None:
-            seen = [(s.total if s.seen is None else s.seen) * (s.top - shift).exp() for s in sums]
-            z = control.clamp(z, e_label + sum(part.sum(dim=0) for part in seen))
-    log_z = z.log() + shift
-    one = torch.ones_like(z)
-    per_row = terms.of_partition(one, log_z) / z
-    grad_label = (e_label * per_row - terms.of_label(one)) * post.slope(label_s)
-    if control is None or rest is None:
-        pull, grad_mean, mean_rows = (grad_label.new_empty(0) for _ in range(3))
-        clamped = torch.empty_like(pull, dtype=torch.int8)
-    else:
-        pull, grad_mean = control.e0 * control.slope, control.mean_gradient() * per_row
-        grad_label, clamped = grad_label - pull * per_row * control.outside, control.clamped
-        pull, mean_rows = pull / z, rest.rows
-    loss, count = terms.losses(log_z, label_s), clamped.sum()
-    return loss, log_z, count, grad_label, pull, grad_mean, clamped, mean_rows
+        size, mean_rows = rest.size, rest.rows
+        mean = row_dot(hidden, rest.rows, rest.bucket_of, rest.bias)
+        control = Control(size, mean, in_lists(labels, tensors, len(weight)))
+    found = candidate_epilogue(
+        label_raw,
+        [of_list for kind, of_list in sums.items() if kind != "tail"],
+        sums.get("tail"),
+        control,
+        post,
+        terms,
+    )
+    loss, log_z, grad_label, pull, grad_mean, clamped = found
+    return loss, log_z, clamped.sum(), grad_label, pull, grad_mean, clamped, mean_rows, size
 
 
 @_forward.register_fake
@@ -156,10 +141,12 @@ def _(hidden, weight, bias, labels, shared, tail, tail_log_weights, bucket_items
     count = len(hidden)
     result = (new(count), new(count), new(dtype=torch.int64), new(count))
     if not options[-4]:
-        return *result, new(0), new(0), new(0, dtype=torch.int8), new(0)
+        nothing = (new(0), new(0), new(0, dtype=torch.int8), new(0), new(0, dtype=torch.int64))
+        return *result, *nothing
     means = 1 if bucket_items is None else len(bucket_items)
     rows = new(means, hidden.shape[1])
-    return *result, new(count), new(count), new(count, dtype=torch.int8), rows
+    size = new(dtype=torch.int64)
+    return *result, new(count), new(count), new(count, dtype=torch.int8), rows, size
 
 
 @torch.library.custom_op("sce_lm::candidate_backward", mutates_args=())
@@ -171,6 +158,7 @@ def _backward(
     grad_mean: Tensor,
     clamped: Tensor,
     mean_rows: Tensor,
+    size: Tensor,
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -195,7 +183,8 @@ def _backward(
     needs_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of hidden states, weight and bias, empty where they are not needed; with
-    ``sparse_grad`` the weight's are rows ``[U, d]``, and their ids come last."""
+    ``sparse_grad`` the weight's are rows ``[E, d]``, one for each place in a list and each label,
+    and their ids come last; rows of an id add up."""
     tensors = CandidateTensors(
         shared, tail, tail_log_weights, bucket_items, bucket_of, bucket_log_weights, masked
     )
@@ -205,7 +194,7 @@ def _backward(
     rest = None
     if control_variate:
         of = torch.zeros_like(labels) if bucket_of is None else bucket_of
-        rest = Rest(rest_size(tensors, len(weight)), mean_rows, None, of)
+        rest = Rest(size, mean_rows, None, of)
         grad_mean = grad_mean * ratio
     loss = LossGradient(
         log_partition,
@@ -246,20 +235,14 @@ def _backward(
     if not needs_weight:
         return grad_hidden, none.clone(), none.clone(), labels.new_empty(0)
 
-    # As they are in the lists: the empty places of the shared one name no row.
-    listed = [
-        shared if members.kind == "shared" else members.ids.reshape(-1)
-        for members in lists
-        if members.ids is not None
-    ]
-    touched = touched_rows(torch.cat(listed), labels)
+    listed = [members.ids.reshape(-1) for members in lists if members.ids is not None]
+    touched = touched_rows([*listed, labels])
     everywhere = bias_everywhere = None
     if passed_on is not None:
         everywhere, bias_everywhere = passed_on.share.sum(dim=0), passed_on.bias_share.sum()
-    if sparse_grad:
-        is_first = touched.ids.diff(prepend=touched.ids[:1] - 1) != 0
-        ids = touched.ids[is_first]
-        grad_weight = weight.new_empty(len(ids), weight.shape[1])
+    if sparse_grad:  # rows of 0 for what repeats, and for empty places
+        ids = touched.ids.clamp_min(0)
+        grad_weight = weight.new_zeros(len(ids), weight.shape[1])
     else:
         ids = labels.new_empty(0)
         fill = weight.new_zeros(weight.shape[1]) if everywhere is None else everywhere * factor
@@ -281,9 +264,6 @@ def _backward(
         bias_everywhere=bias_everywhere,
         compact=sparse_grad,
     )
-    if sparse_grad and needs_static_shapes(ids.device):
-        is_row = ids >= 0
-        ids, grad_weight = ids[is_row], grad_weight[is_row]
     if masked is not None and everywhere is not None and bias_everywhere is not None:
         # The mean does not reach them; merging has brought it to those that are labels.
         is_label = torch.zeros(len(weight), dtype=torch.bool, device=labels.device)
@@ -305,11 +285,11 @@ def _backward(
 
 @_backward.register_fake
 def _(grad_loss, *arguments):
-    hidden, weight, bias, labels = arguments[6:10]
+    hidden, weight, bias, labels = arguments[7:11]
     sparse_grad, _, _, needs_hidden, needs_weight = arguments[-5:]
-    rows = labels.new_empty(0)
-    if sparse_grad and needs_weight:
-        rows = labels.new_empty(torch.library.get_ctx().new_dynamic_size())
+    shared, tail, _, items = arguments[11:15]
+    touched = len(labels) + len(shared) + len(tail) + (0 if items is None else items.numel())
+    rows = labels.new_empty(touched if sparse_grad and needs_weight else 0)
     shape = (len(rows) if sparse_grad else len(weight), weight.shape[1])
     return (
         hidden.new_empty(hidden.shape if needs_hidden else 0),
@@ -335,7 +315,7 @@ def _differentiate(ctx, grad_loss, *_):
         grad_loss, *saved, *tensors, *ctx.options, needs_hidden, needs_row or needs_bias
     )
     if sparse_grad and needs_row:
-        grad_weight = sparse_gradient(weight, ids, grad_weight)
+        grad_weight = sparse_gradient(weight, ids, grad_weight, is_coalesced=False)
     return (
         grad_hidden if needs_hidden else None,
         grad_weight if needs_row else None,

@@ -44,12 +44,13 @@ def chunk_cross_entropy(head: Head, positions: Positions, chunks: Chunks) -> Ten
 
 def _lists(chunks: Chunks) -> tuple[Tensor, Tensor]:
     """``[chunks, K]`` ascending classes that the positions of each chunk meet, and log-weights: 0,
-    and -inf in the empty slots at the end. K is read back from the device."""
+    and -inf in the empty slots at the end. K is what chunks of equal size can give."""
     by_chunk, classes = torch.sort(chunks.of_class[0], stable=True)
     chunk = torch.arange(chunks.count, device=classes.device)
     first = torch.searchsorted(by_chunk, chunk - chunks.reach)
     stop = torch.searchsorted(by_chunk, chunk + chunks.reach, right=True)
-    longest = int((stop - first).max())
+    reached = min(2 * chunks.reach + 1, chunks.count)
+    longest = min(reached * -(-len(classes) // chunks.count), len(classes))
     place = first.unsqueeze(1) + torch.arange(longest, device=classes.device)
     is_empty = place >= stop.unsqueeze(1)
     items = classes[place.clamp_max_(len(classes) - 1)]

@@ -181,6 +181,7 @@ _ANY = {
     "row_sum": Configuration(1, 16, 128, 4, 2),
     "merge_rows": Configuration(1, 16, 128, 4, 2),
     "merge_splits": Configuration(64, 1, 1, 2, 1),
+    "candidate_epilogue": Configuration(64, 1, 1, 2, 1),
     "priority_sample": Configuration(1, 512, 1, 4, 1),
 }
 _NAMES = tuple(ARCHITECTURES)

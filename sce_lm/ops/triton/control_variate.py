@@ -1,25 +1,20 @@
-r"""The control variate's part of Zhat, from the sums that the forward kernel left.
+"""The rest R that a control variate stands for: its size, its mean row, and what the gradient at
+the mean passes on to the rows of W.
 
-With R everything outside a position's certain lists and m its mean raw logit there,
-
-    e0·( |R| - A0 - g'(m)·(A1 - m·A0) ),     e0 = exp g(m)
-
-is added to Zhat; see :mod:`sce_lm.ops.candidate_cross_entropy`. The mean needs no logits: it is the
-product of h with the mean row of R, the same for all positions of a bucket.
+The mean logit over R needs no logits: it is the product of h with the mean row of R, the same for
+all positions of a bucket. What Zhat makes of it is :mod:`sce_lm.ops.triton.candidate_epilogue`.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
 
-from sce_lm.ops.logits import LogitTransform
 from sce_lm.ops.static_shapes import needs_static_shapes
-from sce_lm.ops.triton.candidate_forward import ListSums
 from sce_lm.ops.triton.candidate_lists import CandidateTensors
-from sce_lm.ops.triton.row_dot import row_dot
 from sce_lm.ops.triton.row_sum import row_sum
 
 ROW_SUM_CHUNK = 256
@@ -30,8 +25,8 @@ ROW_SUM_CHUNK = 256
 class Rest:
     """R of each bucket; one for all positions without buckets."""
 
-    size: int | torch.Tensor
-    """|R|: a number, or 0-dim on the device."""
+    size: torch.Tensor
+    """0-dim int64: |R|."""
     rows: torch.Tensor
     """``[n_b, d]`` fp32: mean of R's rows of W."""
     bias: torch.Tensor | None
@@ -39,17 +34,10 @@ class Rest:
     bucket_of: torch.Tensor
     """``[N]`` int64."""
 
-    @property
-    def divisor(self) -> int | torch.Tensor:
+    @cached_property
+    def divisor(self) -> torch.Tensor:
         """Of a mean over R."""
-        return self.size.clamp_min(1) if torch.is_tensor(self.size) else max(self.size, 1)
-
-
-def rest_size(tensors: CandidateTensors, vocab_size: int) -> int | torch.Tensor:
-    """|R|: what neither the shared list nor a bucket's own holds."""
-    own = 0 if tensors.bucket_items is None else tensors.bucket_items.shape[1]
-    masked = 0 if tensors.masked is None else len(tensors.masked)
-    return vocab_size - own - masked - tensors.num_shared
+        return self.size.clamp_min(1)
 
 
 def rest_of(
@@ -75,7 +63,13 @@ def rest_of(
         if bias is not None:
             finite = bias if masked is None else bias.index_fill(0, masked, 0.0)
             total = torch.cat([total, finite.sum(dtype=torch.float32).view(1)])
-    certain = _long_sum(weight, shared, tensors.num_shared)
+    num_shared = tensors.num_shared
+    own = 0 if items is None else items.shape[1]
+    num_masked = 0 if masked is None else len(masked)
+    size = len(weight) - own - num_masked - num_shared
+    if not torch.is_tensor(size):
+        size = labels.new_full((), size)
+    certain = _long_sum(weight, shared, num_shared)
     rows = (total[:width] - certain).float().unsqueeze(0)
     biases = None
     if bias is not None:
@@ -90,7 +84,7 @@ def rest_of(
         rows = rows - row_sum(weight, items.reshape(-1), edges)
         if biases is not None and bias is not None:
             biases = biases - bias[items].sum(dim=1, dtype=torch.float32)
-    rest = Rest(rest_size(tensors, len(weight)), rows, biases, bucket_of)
+    rest = Rest(size, rows, biases, bucket_of)
     biases = None if biases is None else biases / rest.divisor
     return replace(rest, rows=rows / rest.divisor, bias=biases)
 
@@ -104,9 +98,9 @@ def _long_sum(
     return row_sum(weight, ids, chunks.clamp_max_(count)).sum(dim=0)
 
 
-def outside_lists(labels: torch.Tensor, tensors: CandidateTensors, vocab_size: int) -> torch.Tensor:
-    """``[N]`` fp32, 1 where the label lies in R: in neither the shared list nor its bucket's, and
-    not masked."""
+def in_lists(labels: torch.Tensor, tensors: CandidateTensors, vocab_size: int) -> torch.Tensor:
+    """``[N]`` bool: the label does not lie in R, but in the shared list or its bucket's, or it is
+    masked."""
     known = _is_in(labels, tensors.shared)
     if tensors.masked is not None:
         known |= _is_in(labels, tensors.masked)
@@ -114,7 +108,7 @@ def outside_lists(labels: torch.Tensor, tensors: CandidateTensors, vocab_size: i
         bucket = torch.arange(len(tensors.bucket_items), device=labels.device)
         keys = tensors.bucket_items + bucket.unsqueeze(1) * vocab_size
         known |= _is_in(labels + tensors.bucket_of * vocab_size, keys.reshape(-1))
-    return (~known).float()
+    return known
 
 
 def _is_in(ids: torch.Tensor, members: torch.Tensor) -> torch.Tensor:
@@ -122,60 +116,6 @@ def _is_in(ids: torch.Tensor, members: torch.Tensor) -> torch.Tensor:
         return torch.zeros_like(ids, dtype=torch.bool)
     members = members.sort().values
     return members[torch.searchsorted(members, ids).clamp_max_(len(members) - 1)] == ids
-
-
-class Control:
-    """One call's control variate, position by position."""
-
-    def __init__(
-        self,
-        hidden: torch.Tensor,
-        label_raw: torch.Tensor,
-        outside: torch.Tensor,
-        rest: Rest,
-        sums: list[ListSums],
-        post: LogitTransform,
-    ) -> None:
-        self.rest_size = rest.size
-        mean = row_dot(hidden, rest.rows, rest.bucket_of, rest.bias)
-        self.g_mean = post(mean)
-        self.slope, self.curvature = post.slope(self.g_mean), post.curvature(self.g_mean)
-        self.outside = outside
-        # The logit of a label that is left out may be infinite.
-        self.a0, a1 = outside, outside * label_raw.masked_fill(outside == 0, 0.0)
-        for s in sums:
-            if s.a0 is not None and s.a1 is not None:
-                self.a0, a1 = self.a0 + s.a0.sum(dim=0), a1 + s.a1.sum(dim=0)
-        self.spread = a1 - mean * self.a0
-        self.e0 = torch.zeros_like(mean)
-        self.clamped = torch.zeros_like(mean, dtype=torch.int8)
-
-    def shift(self, shift: torch.Tensor) -> torch.Tensor:
-        """The exponent to take out, so that e0 stays in range too."""
-        return shift.maximum(self.least_shift())
-
-    def least_shift(self) -> torch.Tensor:
-        """g(m), -inf where R is empty."""
-        if torch.is_tensor(self.rest_size):
-            return self.g_mean.masked_fill(self.rest_size == 0, -torch.inf)
-        return self.g_mean if self.rest_size else torch.full_like(self.g_mean, -torch.inf)
-
-    def add_to(self, z: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
-        """Zhat with the known part, both over ``exp shift``."""
-        self.e0 = (self.least_shift() - shift).exp()
-        return z + self.e0 * (self.rest_size - self.a0 - self.slope * self.spread)
-
-    def clamp(self, z: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
-        """Zhat from below by the terms that were seen; where it was less, the variate is off."""
-        clamped = z < seen
-        self.clamped = clamped.to(torch.int8)
-        self.e0 = self.e0.masked_fill(clamped, 0.0)
-        return torch.where(clamped, seen, z)
-
-    def mean_gradient(self) -> torch.Tensor:
-        """d Zhat / dm, over ``exp shift``."""
-        bend = self.slope * self.slope + self.curvature
-        return self.e0 * (self.slope * self.rest_size - bend * self.spread)
 
 
 class MeanGradient(NamedTuple):

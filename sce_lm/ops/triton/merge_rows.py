@@ -2,9 +2,9 @@ r"""The gradient of each touched row of W, from all slots and labels that name i
 
     dW_u = factor · ( everywhere + sum_{slots with id u} slot + sum_{t: y_t = u} label_t·h_t )
 
-Slots and positions are sorted by id beforehand, so a row is a segment of entries; a program owns
-one, and sums it in the order of the sort: no atomics, and the same bits every time. An entry below
-the number of slots is a slot, another is a position.
+Slots and positions are sorted by id beforehand, so a row is a segment of entries; the program of
+its first entry sums it in the order of the sort: no atomics, and the same bits every time. An
+entry below the number of slots is a slot, another is a position.
 """
 
 from __future__ import annotations
@@ -19,24 +19,19 @@ from sce_lm.ops.triton.configurations import configuration
 
 
 class TouchedRows(NamedTuple):
-    """Entries sorted by id, cut into segments of one id."""
+    """Entries sorted by id."""
 
     entry: torch.Tensor
     """``[E]`` int64: a slot, or a position plus the number of slots."""
-    start: torch.Tensor
-    """``[E + 1]`` int64: where each segment starts; E from the last segment on."""
     ids: torch.Tensor
-    """``[E]`` int64 sorted: ``ids[start[u]]`` is segment u's id."""
+    """``[E]`` int64, sorted: their ids."""
 
 
-def touched_rows(slot_ids: torch.Tensor, labels: torch.Tensor) -> TouchedRows:
-    """Sort what touches rows of W: slots by their ids, -1 for none, positions by their labels."""
-    ids, entry = torch.sort(torch.cat([slot_ids, labels]), stable=True)
-    is_new = torch.ones_like(ids, dtype=torch.bool)
-    is_new[1:] = ids[1:] != ids[:-1]
-    segment = is_new.cumsum(0) - 1
-    every = torch.arange(len(ids) + 1, device=ids.device)
-    return TouchedRows(entry, torch.searchsorted(segment, every), ids)
+def touched_rows(ids: list[torch.Tensor]) -> TouchedRows:
+    """Sort what touches rows of W: slots by their ids, -1 for none, and last positions by their
+    labels."""
+    ordered = torch.sort(torch.cat(ids), stable=True)
+    return TouchedRows(ordered.indices, ordered.values)
 
 
 @triton.jit
@@ -49,7 +44,6 @@ def merge_rows_kernel(
     bias_everywhere,
     factor,
     entry,
-    start,
     ids,
     out,
     bias_out,
@@ -61,17 +55,20 @@ def merge_rows_kernel(
     BLOCK_COLUMNS: tl.constexpr,
     BLOCK_WIDTH: tl.constexpr,
 ):
-    segment = tl.program_id(0).to(tl.int64)
-    first = tl.load(start + segment)
-    if first >= num_entries:
-        return
-    end = tl.load(start + segment + 1)
+    first = tl.program_id(0).to(tl.int64)
     item = tl.load(ids + first)
-    if item < 0:  # empty places
+    before = tl.load(ids + first - 1, mask=first > 0, other=-1)
+    if (item < 0) | (item == before):  # empty places, and what another program sums
         return
+    end, found = first, first * 0 + BLOCK_COLUMNS
+    while found == BLOCK_COLUMNS:
+        place = end + tl.arange(0, BLOCK_COLUMNS)
+        here = tl.load(ids + place, mask=place < num_entries, other=-1) == item
+        found = tl.sum(here.to(tl.int64), axis=0)
+        end += found
     row = item
     if COMPACT:
-        row = segment
+        row = first
     scale = tl.load(factor)
     for lane_start in range(0, width, BLOCK_WIDTH):
         lane = lane_start + tl.arange(0, BLOCK_WIDTH)
@@ -135,7 +132,7 @@ def merge_rows(
         touched: from :func:`touched_rows`.
         label_coefficient: ``[N]`` fp32.
         factor: 0-dim fp32.
-        out: ``[V, d]``, or ``[U, d]`` with ``compact``: row u for the u-th smallest id.
+        out: ``[V, d]``; with ``compact`` ``[E, d]``, at the first entry of each id.
         bias_slots, bias_out: ``[S]`` fp32 and ``[V]``, if there is a bias.
         everywhere, bias_everywhere: ``[d]`` and 0-dim fp32, what every row receives.
     """
@@ -152,7 +149,6 @@ def merge_rows(
         bias_everywhere,
         factor,
         touched.entry,
-        touched.start,
         touched.ids,
         out,
         bias_out,

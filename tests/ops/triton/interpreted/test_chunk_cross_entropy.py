@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from support.problems import gradients, make_problem
+from support.problems import equal_chunks, gradients, make_problem
 
 from sce_lm.ops.chunk_cross_entropy import Chunks, chunk_cross_entropy
 from sce_lm.ops.logits import LogitTransform
@@ -10,12 +10,9 @@ from sce_lm.ops.logits import LogitTransform
 
 @pytest.mark.parametrize("reach", [0, 1])
 def test_equals_the_plain_one(reach):
-    """Chunks of any size, one of them without classes and one without positions."""
     problem = make_problem(40, 90, 33, dtype=torch.float32)
     generator = torch.Generator().manual_seed(1)
-    of_position = torch.randint(1, 5, (1, 40), generator=generator)
-    of_class = torch.randint(0, 4, (1, 90), generator=generator)
-    chunks = Chunks(of_position, of_class, 5, reach)
+    chunks = Chunks(*(equal_chunks(1, size, 7, generator) for size in (40, 90)), 7, reach)
     head, positions = problem.head(LogitTransform(1.5, 2.0)), problem.positions()
     found, expected = (
         chunk_cross_entropy(head, positions, chunks, backend=backend)
