@@ -177,6 +177,7 @@ def compare(
         row |= figures.get(row["label"], {})
     rows += baselines(first.task)
     sizes = dataclasses.asdict(measured) | {"steps": config.max_steps, "curves": str(curves)}
+    del sizes["title"]  # of the problem, which would take the comparison's place in a file
     title = f"{config.max_steps} steps, {len(seeds)} seed(s); the loss on {measured}"
     return results.Comparison(title, sizes, rows)
 

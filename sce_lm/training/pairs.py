@@ -45,9 +45,7 @@ class PairsTask(Task):
         self.source, self._description = source, description
         self.items = recsys.item_tokens(tokenizer)
         recsys.check_list_lengths(config.eval_k, self.items)
-        lengths = split["train"].list.len().to_numpy()
-        self.users = np.repeat(np.arange(len(split)), lengths)
-        self.tokens = split["train"].explode().drop_nulls().to_numpy().astype(np.int64)
+        self.users, self.tokens = _pairs(split["train"])
         self.num_rows = len(self.tokens)
         first = config.eval_k[0]
         self.headline = (f"ndcg@{first}", f"recall@{first}")
@@ -112,10 +110,12 @@ class PairsTask(Task):
         return _inputs(self.users[chosen], self.tokens[chosen])
 
     def validation_batch(self) -> dict[str, torch.Tensor]:
-        lengths = self.split["test"].list.len().to_numpy()
-        users = np.repeat(np.arange(len(self.split)), lengths)
-        tokens = self.split["test"].explode().drop_nulls().to_numpy().astype(np.int64)
-        some = np.random.default_rng(0).permutation(len(users))[: self.config.per_device_batch_size]
+        return self.held_out(self.config.per_device_batch_size)
+
+    def held_out(self, number: int) -> dict[str, torch.Tensor]:
+        """As `batch`, of so many test pairs, always the same."""
+        users, tokens = _pairs(self.split["test"])
+        some = np.random.default_rng(0).permutation(len(users))[:number]
         return _inputs(users[some], tokens[some])
 
     def evaluate(
@@ -136,6 +136,12 @@ class PairsTask(Task):
             k=self.config.eval_k,
             mask_seen=self.config.mask_seen,
         )
+
+
+def _pairs(rows: pl.Series) -> tuple[np.ndarray, np.ndarray]:
+    """Users (numbers) and items (tokens) of lists a user."""
+    users = np.repeat(np.arange(len(rows)), rows.list.len().to_numpy())
+    return users, rows.explode().drop_nulls().to_numpy().astype(np.int64)
 
 
 def _inputs(users: np.ndarray, tokens: np.ndarray) -> dict[str, torch.Tensor]:

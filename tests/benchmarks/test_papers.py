@@ -7,15 +7,25 @@ import statistics
 import numpy as np
 import polars as pl
 import pytest
+import torch
 
+from sce_lm import objectives
 from sce_lm.benchmarks import papers
+from sce_lm.benchmarks.papers import kernel
 from sce_lm.benchmarks.papers.claims import agrees, judged
+from sce_lm.training.models import build_model
+from sce_lm.training.pairs import PairsTask
+from sce_lm.training.task_sources import build_task
+
+
+def options(*arguments):
+    parser = argparse.ArgumentParser()
+    papers.add_arguments(parser)
+    return parser.parse_args([*map(str, arguments)])
 
 
 def ask(*arguments):
-    parser = argparse.ArgumentParser()
-    papers.add_arguments(parser)
-    return papers.measure(parser.parse_args([*map(str, arguments)]))
+    return papers.measure(options(*arguments))
 
 
 @pytest.fixture
@@ -43,6 +53,44 @@ def test_xir(data):
     pairs = zip(*(rows[n]["test"]["ndcg@10"] for n in ("BIR (published)", "in-batch, logQ")))
     mean = statistics.mean(a - b for a, b in pairs)
     assert claim["measured"].startswith(f"{mean:+.4f}, standard error")
+
+
+def test_kernel(data):
+    comparison, claims = ask(
+        *("kernel", "--data", data, "--steps", 3, "--folder", data / "runs"),
+        *("--fields", '{"per_device_batch_size": 64}'),
+        *("--methods", "exact", "uniform-4", "uniform-64", "quadratic-4"),
+    )
+    rows = {(row["label"], row.get("draws")): row for row in comparison.rows if "test" in row}
+    assert {("uniform", 4), ("uniform", 64), ("quadratic kernel", 4)} < set(rows)
+    few, many = rows["uniform", 4], rows["uniform", 64]
+    assert few["gradient_noise"] > 2 * many["gradient_noise"] > 0
+    assert few["gradient_bias"] > many["gradient_bias"] >= 0
+    assert 4 < rows["exact (ours)", None]["test"]["nll"][0] < 5  # 90 items
+    assert [claim["label"].split(": ")[1].split(",")[0] for claim in claims.rows] == [
+        *("4 draws", "uniform"),
+    ]
+    with pytest.raises(ValueError, match="put exact first"):
+        ask("kernel", "--data", data, "--methods", "uniform-4", "--steps", 3)
+
+
+def test_the_gradients_bias_is_that_of_a_known_estimator(data, monkeypatch):
+    """Of a loss that is the exact one times 1.3, with noise of mean 0 on top."""
+    config = kernel.protocol(kernel.DATA["movielens-100k"], options("kernel", "--data", data), 0.1)
+    task = build_task(config)
+    assert isinstance(task, PairsTask)
+    model = build_model(config, task.tokenizer, **task.model_fields())
+    exact = objectives.get("exact")
+
+    def noisy(hidden, weight, labels):
+        return (
+            1.3 * exact(hidden, weight, labels) + 1e-3 * (hidden * torch.randn_like(hidden)).sum()
+        )
+
+    monkeypatch.setattr(kernel.objectives, "get", lambda name, **_: noisy if name == "x" else exact)
+    found = kernel.gradient_error(model, task, {"name": "x"}, 0)
+    assert found["gradient_bias"] == pytest.approx(0.3, abs=0.02)
+    assert found["gradient_noise"] > 0.3
 
 
 def test_xir_takes_no_other_data(data):

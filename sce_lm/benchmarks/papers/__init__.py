@@ -4,6 +4,8 @@
 
 xir: two-tower retrieval by matrix factorisation (Chen et al., NeurIPS 2022) on MovieLens-100K and
 Gowalla, in-batch softmax and its resampled forms against sampled, scalable and exact softmax.
+kernel: held-out loss and the gradient's bias against the number of draws, for the quadratic kernel
+(Blanc and Rendle, ICML 2018), uniform and unigram draws and SCE's tail, on that recommender.
 
 The data are read from `--data`, and a data set that is not there is named before anything begins.
 Runs that are finished are not trained again. The default grid is a reduced one.
@@ -22,13 +24,21 @@ from sce_lm.benchmarks.report import METHOD, Column, Plot, Table
 from sce_lm.benchmarks.train import add_run_options
 
 __all__ = ["PLOTS", "TABLES", "add_arguments", "measure"]
-PAPERS = ("xir",)
+PAPERS = ("xir", "kernel")
 NDCG, RECALL = Column("NDCG@10", "test.ndcg@10", ".4f"), Column("R@10", "test.recall@10", ".4f")
+DRAWS = Column("draws", "draws", "d")
+NLL = Column("held-out loss", "test.nll", ".4f")
 TABLES = (
     Table(
         "Trained alike (mean and standard deviation over seeds)",
         (
             METHOD,
+            DRAWS,
+            NLL,
+            Column(
+                "bias", "gradient_bias", ".3f", "of the mean gradient, over the exact one's norm"
+            ),
+            Column("noise", "gradient_noise", ".2f", "of one gradient, likewise"),
             NDCG,
             RECALL,
             Column("NDCG@20", "test.ndcg@20", ".4f"),
@@ -48,7 +58,11 @@ TABLES = (
     ),
     CLAIMS,
 )
-PLOTS = (Plot("retrieval", RECALL, NDCG),)
+PLOTS = (
+    Plot("retrieval", RECALL, NDCG, keep=lambda row: "recall@10" in row.get("test", {})),
+    Plot("held-out loss", DRAWS, NLL, joined=True),
+    Plot("bias", DRAWS, Column("bias of the gradient", "gradient_bias"), joined=True),
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

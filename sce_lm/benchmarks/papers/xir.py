@@ -70,10 +70,9 @@ def own_methods(batch: int) -> dict[str, Method]:
     return {name: Method(name, label, {"name": kind, **how}) for name, label, kind, how in found}
 
 
-def measure(arguments: argparse.Namespace) -> list[results.Comparison]:
-    """A comparison a data set, and the claims."""
-    comparisons, claims = [], []
-    names = arguments.datasets or list(DATA)
+def chosen_data(arguments: argparse.Namespace, default: list[str]) -> list[str]:
+    """Names of the data sets that are asked for and there."""
+    names = arguments.datasets or default
     for name in names:
         if name not in DATA:
             raise ValueError(f"--datasets has {name!r}; choose from {', '.join(DATA)}.")
@@ -81,9 +80,16 @@ def measure(arguments: argparse.Namespace) -> list[results.Comparison]:
             raise ValueError(
                 f"{arguments.data} has no {DATA[name].file}; name its folder by --data."
             )
+    return names
+
+
+def measure(arguments: argparse.Namespace) -> list[results.Comparison]:
+    """A comparison a data set, and the claims."""
+    comparisons, claims = [], []
+    names = chosen_data(arguments, list(DATA))
     for name in names:
         data, own = DATA[name], own_methods(DATA[name].batch)
-        config = _config(data, arguments)
+        config = protocol(data, arguments)
         arguments.methods = arguments.methods or list(own)
         chosen = methods.choose(arguments, 2**17, *own.values())
         seeds = arguments.seeds or list(range(data.seeds))
@@ -105,13 +111,17 @@ def measure(arguments: argparse.Namespace) -> list[results.Comparison]:
     return [*comparisons, results.Comparison("What the paper claims", {}, claims)]
 
 
-def _config(data: Data, arguments: argparse.Namespace) -> TrainConfig:
-    """The protocol, with what the command line changes of it."""
+def protocol(data: Data, arguments: argparse.Namespace, spread: float = 1.0) -> TrainConfig:
+    """The protocol, with what the command line changes of it.
+
+    Args:
+        spread: standard deviation of fresh rows.
+    """
     config = TrainConfig(
         task="items",
         split="random",
         data=str(arguments.data / data.file),
-        model_config={"model_type": "two_tower", "hidden_size": 32, "initializer_range": 1.0},
+        model_config={"model_type": "two_tower", "hidden_size": 32, "initializer_range": spread},
         per_device_batch_size=data.batch,
         optimizer="adam",
         learning_rate=0.01,
@@ -164,12 +174,11 @@ def _claims(name: str, rows: dict[str, Any], labels: dict[str, str]) -> list[dic
             pair = (labels[first], labels[second])
             if all("ndcg@10" in rows.get(label, {}).get("test", {}) for label in pair):
                 found.append(better(f"{name}: {claim}", rows, "ndcg@10", *pair))
-    for method, label in labels.items():
+    for label in labels.values():
         row = rows.get(label, {})
         if "code_recall@10" in row:
             for metric in ("code_ndcg@10", "recall@10"):
                 published = row["code_ndcg@10" if "ndcg" in metric else "code_recall@10"]
                 text = f"{name}: {label} as by the authors' code, {metric}"
                 found.append(agrees(text, row["test"][metric], published))
-        del method
     return found
