@@ -26,6 +26,7 @@ make_environment_in() {
     shift
     export PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore
     wanted=$(cat pyproject.toml scripts/environment.sh | cksum)
+    [ -x "$folder/bin/python" ] || missing=1
     for extra in "$@"; do
         [ "$(cat "$folder/.installed-$extra" 2>/dev/null)" = "$wanted" ] || missing=1
     done
