@@ -43,10 +43,10 @@ SUMMARY = (
         ("scale", 0, 2, "time_ratio", ".1f"),
     ),
     (
-        "a language model from scratch, 600 steps, equal learning rate",
+        "a language model from scratch, 600 steps, equal learning rate, one seed",
         "test NLL {a}, exact {b}",
-        ("lm-from-scratch", 0, "SCE (default)", "test.nll", ".3f"),
-        ("lm-from-scratch", 0, "exact (ours)", "test.nll", ".3f"),
+        ("lm-from-scratch-default", 0, "SCE (default)", "test.nll", ".4f"),
+        ("lm-from-scratch-default", 0, "exact (ours)", "test.nll", ".4f"),
     ),
     (
         "fine-tuning SmolLM2-135M, 60 steps of 511 positions, lists set by hand",
@@ -61,9 +61,10 @@ SUMMARY = (
         ("fine-tuning-gemma", 0, "exact (ours)", "test.nll", ".4f"),
     ),
     (
-        "the same with plain `SCEConfig()`, the first seed",
-        "test NLL {a}, exact {b}",
+        "the same with plain `SCEConfig()`, the first two seeds",
+        "test NLL {a} and {b}, exact {c} with the first",
         ("fine-tuning-default", 0, "SCE (default)", "test.nll", ".4f"),
+        ("fine-tuning-default-seed-1", 0, "SCE (default)", "test.nll", ".4f"),
         ("fine-tuning-gemma", 1, "exact (ours)", "test.nll", ".4f"),
     ),
     (
