@@ -235,7 +235,12 @@ def _backward(
     if not needs_weight:
         return grad_hidden, none.clone(), none.clone(), labels.new_empty(0)
 
-    listed = [members.ids.reshape(-1) for members in lists if members.ids is not None]
+    # As they are in the lists: the empty places of the shared one name no row.
+    listed = [
+        shared if members.kind == "shared" else members.ids.reshape(-1)
+        for members in lists
+        if members.ids is not None
+    ]
     touched = touched_rows([*listed, labels])
     everywhere = bias_everywhere = None
     if passed_on is not None:

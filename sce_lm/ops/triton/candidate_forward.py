@@ -115,9 +115,7 @@ def forward_kernel(
         column = column_tile * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
         is_column = column < num_columns
         if ids is not None:
-            item = tl.load(ids + segment * num_columns + column, mask=is_column, other=-1)
-            is_column &= item >= 0
-            item = tl.maximum(item, 0)
+            item = tl.load(ids + segment * num_columns + column, mask=is_column, other=0)
         else:
             item = tl.where(is_column, column, 0).to(tl.int64)
         x = raw_logits(

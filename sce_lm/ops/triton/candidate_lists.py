@@ -27,7 +27,7 @@ class CandidateList:
     num_columns: int
     """K."""
     ids: torch.Tensor | None
-    """``[L, K]`` int64 classes, -1 for an empty place; None: column j is class j."""
+    """``[L, K]`` int64 classes; None: column j is class j."""
     num_positions: int
     """N."""
     order: torch.Tensor | None = None
@@ -130,7 +130,12 @@ def candidate_lists(candidates: CandidateTensors, num_positions: int) -> list[Ca
     shared, tail, c, items, bucket_of, bucket_c, _ = candidates
     lists = []
     if len(shared):
-        lists.append(CandidateList(len(shared), shared, num_positions))
+        ids, weights = shared, None
+        if needs_static_shapes(shared.device):  # empty places among them
+            ids = shared.clamp_min(0)
+            weights = torch.zeros(1, len(shared), device=shared.device)
+            weights = weights.masked_fill_(shared < 0, -torch.inf)
+        lists.append(CandidateList(len(shared), ids, num_positions, log_weights=weights))
     if len(tail):
         c = c.float().unsqueeze(0)
         if items is not None:  # an item of the position's own bucket is not in its rest

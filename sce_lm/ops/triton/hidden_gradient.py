@@ -85,9 +85,7 @@ def hidden_gradient_kernel(
         column = column_start + tl.arange(0, BLOCK_COLUMNS)
         is_column = column < end_column
         if ids is not None:
-            item = tl.load(ids + segment * num_columns + column, mask=is_column, other=-1)
-            is_column &= item >= 0
-            item = tl.maximum(item, 0)
+            item = tl.load(ids + segment * num_columns + column, mask=is_column, other=0)
         else:
             item = tl.where(is_column, column, 0).to(tl.int64)
         g = tl.load(
