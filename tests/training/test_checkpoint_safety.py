@@ -101,7 +101,7 @@ def test_a_checkpoint_holds_numbers_and_text_alone(run_folder):
         "sce_state_rank0.safetensors",
     }
     kinds = {path.suffix for path in run_folder.rglob("*") if path.is_file()}
-    assert kinds == {".arrow", ".json", ".jsonl", ".parquet", ".png", ".safetensors"}
+    assert kinds == {".arrow", ".json", ".jsonl", ".md", ".parquet", ".png", ".safetensors"}
 
 
 @pytest.mark.parametrize(
