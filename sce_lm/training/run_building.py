@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, get_scheduler
 
 from sce_lm import objectives
+from sce_lm.files import replacing
 from sce_lm.hf.adapter import apply_sce, probe_loss
 from sce_lm.objectives import Objective
 from sce_lm.teacher_folder import TeacherFolder
@@ -282,5 +283,6 @@ def _record_start(run: Run, changes: Changes, data_note: str | None) -> None:
     described = run.task.describe()
     if not run.folder.data_card.exists():  # people may have written in it
         card = data_card(run.config, described, run.task.source)
-        run.folder.data_card.write_text(card, encoding="utf-8")
+        with replacing(run.folder.data_card) as partial:
+            partial.write_text(card, encoding="utf-8")
     run.folder.begin(run.config, run.learner.objective, described)
