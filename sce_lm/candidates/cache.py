@@ -65,12 +65,9 @@ def draw_cache(
     proposal = Categorical(occurrences.log())
     held = proposal.draw((size,), generator)
     is_there = None if is_asked is None else pad(is_asked, (size, 0), value=True)
-    ids, _, is_spare = distinct(torch.cat([held, asked]), vocab_size, is_there)
-    one = torch.ones_like(asked) if is_asked is None else is_asked.to(asked.dtype)
-    in_cache, in_asked = (
-        asked.new_zeros(vocab_size).index_add_(0, some, times)[ids]
-        for some, times in ((held, torch.ones_like(held)), (asked, one))
-    )
+    ids, occurs, is_spare = distinct(torch.cat([held, asked]), vocab_size, is_there)
+    in_cache = asked.new_zeros(vocab_size).index_add_(0, held, torch.ones_like(held))[ids]
+    in_asked = occurs - in_cache
     if is_spare is not None:
         in_cache, in_asked = (n.masked_fill(is_spare, 0) for n in (in_cache, in_asked))
     return Cache(ids, in_cache, in_asked, proposal.log_prob(ids).exp())

@@ -29,7 +29,7 @@ from itertools import pairwise
 import torch
 
 from sce_lm.candidates.proposals import Categorical
-from sce_lm.ops.static_shapes import needs_static_shapes
+from sce_lm.ops.static_shapes import needs_static_shapes, tiles_of_groups
 
 BLOCK_ELEMENTS = 2**22
 """Elements of the largest intermediate tensor (16 MiB in fp32)."""
@@ -154,18 +154,7 @@ class KernelSampler:
         hold any draws, with empty places."""
         flat, total = block.reshape(-1), block.numel()
         size = -(-total // self.num_blocks)
-        by_block, order = torch.sort(flat, stable=True)
-        bounds = torch.searchsorted(
-            by_block, torch.arange(self.num_blocks + 1, device=block.device)
-        )
-        tiles = (bounds.diff() + (size - 1)) // size
-        ends = tiles.cumsum(0)
-        tile = torch.arange(-(-total // size) + self.num_blocks - 1, device=block.device)
-        own = torch.searchsorted(ends, tile, right=True).clamp_max_(self.num_blocks - 1)
-        first = bounds[own] + (tile - (ends - tiles)[own]) * size
-        place = first.unsqueeze(1) + torch.arange(size, device=block.device)
-        is_there = place < bounds[own + 1].unsqueeze(1)
-        drawn = order[place.clamp_max_(total - 1)]
+        own, drawn, is_there = tiles_of_groups(flat, self.num_blocks, size)
         target = drawn.masked_fill(~is_there, total)  # where empty places go
         at, u = drawn // block.shape[1], u.reshape(-1)[drawn]
         row_of = own.unsqueeze(1) * self.block_size

@@ -15,7 +15,7 @@ from sce_lm.ops.candidates import Candidates, find
 from sce_lm.ops.dtypes import compute_dtype
 from sce_lm.ops.head import Head
 from sce_lm.ops.positions import Positions
-from sce_lm.ops.static_shapes import needs_static_shapes
+from sce_lm.ops.static_shapes import needs_static_shapes, tiles_of_groups
 
 BLOCK_ELEMENTS = 2**22
 """Logits of a block of positions (16 MiB in fp32), and elements of the rows of W that its buckets
@@ -264,20 +264,9 @@ class Lists:
         places that are not needed stay empty."""
         num_positions, num_buckets = len(self.positions), len(self.items)
         size = max(1, min(-(-num_positions // num_buckets), limit))
-        count = -(-num_positions // size) + num_buckets - 1
-        ascending, by_bucket = torch.sort(self.bucket_of, stable=True)
-        edges = torch.arange(num_buckets + 1, device=ascending.device)
-        bounds = torch.searchsorted(ascending, edges)
-        parts = (bounds.diff() + size - 1) // size
-        ends = parts.cumsum(0)
-        part = torch.arange(count, device=edges.device)
-        self.bucket_of_part = torch.searchsorted(ends, part, right=True).clamp_max(num_buckets - 1)
-        first_part, stop = (ends - parts)[self.bucket_of_part], bounds[1:][self.bucket_of_part]
-        first = bounds[self.bucket_of_part] + (part - first_part) * size
-        place = first.unsqueeze(1) + torch.arange(size, device=first.device)
-        positions = by_bucket[place.clamp_max(num_positions - 1)]
-        is_there = place < stop.unsqueeze(1)
-        self.order = torch.where(is_there, positions, num_positions).flatten()
+        parts = tiles_of_groups(self.bucket_of, num_buckets, size)
+        self.bucket_of_part, count = parts.group, len(parts.group)
+        self.order = torch.where(parts.is_there, parts.members, num_positions).flatten()
 
         spans, several = [], max(1, min(self.most_buckets, limit // size))
         for low in range(0, count, several):
