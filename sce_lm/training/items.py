@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sce_lm import recsys
 from sce_lm.files import read_json
-from sce_lm.recsys.events import read_events
+from sce_lm.recsys.events import Duplicates, read_events
 from sce_lm.recsys.histories import TrainingHistories, can_pack, training_rows
 from sce_lm.recsys.metrics import novelty, popularity_profile
 from sce_lm.training.fingerprint import Fingerprint, of_log
@@ -29,6 +29,28 @@ from sce_lm.training.run_folder import RunFolder
 from sce_lm.training.stored_data import read_source, read_split, stored, write_split
 from sce_lm.training.task import HeldOut, Task
 from sce_lm.training.train_config import TrainConfig
+
+
+def read_sequences(
+    log: pl.LazyFrame,
+    tokenizer: PreTrainedTokenizerBase | None,
+    config: TrainConfig,
+    duplicates: Duplicates,
+) -> tuple[pl.DataFrame, PreTrainedTokenizerBase, dict[str, Fingerprint]]:
+    """Each user's items in a log that is filtered as configured, the tokenizer (made of the
+    catalogue, if None is given), and what the log was."""
+    events = read_events(log)
+    source = {"data": of_log(events)}
+    events = recsys.filter_interactions(
+        events,
+        duplicates=duplicates,
+        min_user_events=config.min_user_events,
+        min_item_events=config.min_item_events,
+        iterate=config.iterate_filters,
+    )
+    tokenizer = tokenizer or recsys.build_item_tokenizer(recsys.catalogue(events))
+    recsys.check_list_lengths(config.eval_k, recsys.item_tokens(tokenizer))
+    return recsys.user_sequences(events, tokenizer), tokenizer, source
 
 
 class ItemsTask(Task):
@@ -64,19 +86,7 @@ class ItemsTask(Task):
     ) -> "ItemsTask":
         """Take the log of `recsys.read_interactions`, and a tokenizer if the items have one already
         (else one is made from the catalogue)."""
-        events = read_events(log)
-        source = {"data": of_log(events)}
-        events = recsys.filter_interactions(
-            events,
-            duplicates=config.duplicates,
-            min_user_events=config.min_user_events,
-            min_item_events=config.min_item_events,
-            iterate=config.iterate_filters,
-        )
-        tokenizer = tokenizer or recsys.build_item_tokenizer(recsys.catalogue(events))
-        recsys.check_list_lengths(config.eval_k, recsys.item_tokens(tokenizer))
-        sequences = recsys.user_sequences(events, tokenizer)
-        del events
+        sequences, tokenizer, source = read_sequences(log, tokenizer, config, config.duplicates)
         split = _split(sequences, config)
         recsys.count_items(tokenizer, split.train)
         description = {

@@ -13,9 +13,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sce_lm import recsys
 from sce_lm.files import read_json
-from sce_lm.recsys.events import read_events
 from sce_lm.recsys.histories import IGNORE
-from sce_lm.training.fingerprint import Fingerprint, of_log
+from sce_lm.training.fingerprint import Fingerprint
+from sce_lm.training.items import read_sequences
 from sce_lm.training.models import load_tokenizer
 from sce_lm.training.run_folder import RunFolder
 from sce_lm.training.stored_data import read_source, stored
@@ -55,17 +55,7 @@ class PairsTask(Task):
         cls, log: pl.LazyFrame, tokenizer: PreTrainedTokenizerBase | None, config: TrainConfig
     ) -> "PairsTask":
         """Take a log as `ItemsTask.of_log` does; of equal pairs the first is kept."""
-        events = read_events(log)
-        source = {"data": of_log(events)}
-        events = recsys.filter_interactions(
-            events,
-            duplicates="first",
-            min_user_events=config.min_user_events,
-            min_item_events=config.min_item_events,
-            iterate=config.iterate_filters,
-        )
-        tokenizer = tokenizer or recsys.build_item_tokenizer(recsys.catalogue(events))
-        sequences = recsys.user_sequences(events, tokenizer)
+        sequences, tokenizer, source = read_sequences(log, tokenizer, config, "first")
         split = recsys.random_split(sequences, seed=config.seed)
         recsys.count_items(tokenizer, split.select("user", items="train"))
         description = {
